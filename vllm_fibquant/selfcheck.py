@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Start-up check: the kernel this machine will use, against the oracle, before serving."""
