@@ -1,0 +1,350 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The adapters between vLLM's attention layers and our two ops, on vLLM's documented classes alone.
+
+write:  `FibQuantImpl.do_kv_cache_update` -> `ops.encode_kv`
+read:   `FibQuantImpl.forward`            -> `ops.paged_attention`
+
+Both get the layer's cache as vLLM allocated it, uint8 [num_blocks, num_kv_heads, block_size,
+record_bytes]; its size follows from `customize_spec`, so vLLM itself computes how many blocks fit.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    AttentionType,
+    CommonAttentionMetadata,
+    MultipleOf,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
+
+from vllm_fibquant import ops, selfcheck
+from vllm_fibquant.codec import KVCodec
+from vllm_fibquant.config import PRESETS
+from vllm_fibquant.layout import preset_layout
+from vllm_fibquant.options import Options
+from vllm_fibquant.support import BACKEND_NAME, DTYPES, head_dim_problem, refusal, run_options
+
+logger = init_logger(f"vllm.{__name__}")
+
+WARN_EVERY_S = 60.0
+
+
+class FibQuantBackend(AttentionBackend):
+    """What we tell vLLM we can do. `backend_for` makes one subclass per set of options."""
+
+    options: ClassVar[Options]
+
+    forward_includes_kv_cache_update = False
+    supported_dtypes: ClassVar[list[torch.dtype]] = list(DTYPES)
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = list(PRESETS)
+
+    @staticmethod
+    def get_name() -> str:
+        return BACKEND_NAME
+
+    @staticmethod
+    def get_impl_cls() -> type[FibQuantImpl]:
+        return FibQuantImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[FibQuantMetadataBuilder]:
+        return FibQuantMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        return [MultipleOf(16)]
+
+    @classmethod
+    def supports_head_size(cls, head_size: int) -> bool:
+        return head_dim_problem(cls.options, head_size) is None
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        # Each (block, KV head) must be one contiguous run of records.
+        return (KVCacheLayout.LBHNC,)
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """Replaces the dense content size by record_bytes, for our layers only.
+
+        vLLM also asks for the size of layers it keeps unquantised (kv_cache_dtype_skip_layers);
+        those have the model's dtype and keep their size.
+        """
+        if spec.dtype != torch.uint8 or spec.state_content_bytes is not None:
+            return spec
+        if spec.head_size_v != spec.head_size:
+            raise ValueError(
+                f"customize_spec: head_size_v must equal head_size, got {spec.head_size_v} and "
+                f"{spec.head_size}; use --kv-cache-dtype auto for this model"
+            )
+        layout = preset_layout(cls.options.preset, spec.head_size)
+        return replace(spec, state_content_bytes=layout.record_bytes)
+
+
+@functools.cache
+def backend_for(options: Options) -> type[FibQuantBackend]:
+    """The backend class of `options`; the same options give the same class."""
+    # vLLM groups layers by class name, so different options need different names.
+    name = f"FibQuantBackend_{options.preset.name}_{options.digest}"
+    return type(name, (FibQuantBackend,), {"options": options, "__module__": __name__})
+
+
+def __getattr__(name: str) -> type[FibQuantBackend]:
+    """`vllm_fibquant.attention.<preset>`: the backend class of a preset with default options."""
+    if name in PRESETS:
+        return backend_for(Options(PRESETS[name]))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@dataclass
+class FibQuantMetadata(AttentionMetadata):
+    """One step's batch, as the ops want it.
+
+    Attributes:
+        num_tokens: new tokens of all requests, without padding.
+        query_start_loc: int32 [num_reqs + 1].
+        seq_lens: int32 [num_reqs], new tokens included.
+        block_table: int32 [num_reqs, max_blocks].
+    """
+
+    num_tokens: int
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+
+
+class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
+    """Builds the metadata of one group of layers; checks the kernels when it is made."""
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        dtype = vllm_config.model_config.dtype
+        layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+        for impl in (layer.impl for layer in layers.values()):
+            if impl.options.self_check:
+                _check_kernels(
+                    impl.codec, dtype, impl.num_heads, impl.num_kv_heads, kv_cache_spec.block_size
+                )
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> FibQuantMetadata:
+        common = common_attn_metadata
+        if common.causal is not True:
+            raise ValueError(
+                f"build: causal must be True, got {common.causal}; "
+                "use --kv-cache-dtype auto for this model"
+            )
+        return FibQuantMetadata(
+            num_tokens=common.num_actual_tokens,
+            query_start_loc=common.query_start_loc,
+            seq_lens=common.seq_lens,
+            block_table=common.block_table_tensor,
+        )
+
+
+@functools.cache
+def _check_kernels(
+    codec: KVCodec, dtype: torch.dtype, num_q_heads: int, num_kv_heads: int, block_size: int
+) -> None:
+    """Runs the self-check once per process and combination.
+
+    Raises:
+        RuntimeError: the kernel of this machine disagrees with the oracle.
+    """
+    result = selfcheck.run_self_check(codec, dtype, num_q_heads, num_kv_heads, block_size)
+    logger.info(
+        "FibQuant self-check passed: kernel %s, %s, head_dim %d, %d/%d heads, largest error %.1e",
+        result.kernel,
+        dtype,
+        codec.head_dim,
+        num_q_heads,
+        num_kv_heads,
+        result.max_error,
+    )
+
+
+class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
+    """Attention of one layer over its pages of codes."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "fibquant",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
+        **unknown: Any,
+    ) -> None:
+        problems = [f"{name}: must be left out, got {value}" for name, value in unknown.items()]
+        if alibi_slopes is not None:
+            problems.append("position encoding: must be in the keys (such as RoPE), got ALiBi")
+        if attn_type != AttentionType.DECODER:
+            problems.append(f"attention type: must be decoder, got {attn_type}")
+        if problems:
+            problems[-1] += "; use --kv-cache-dtype auto for this model"
+            raise ValueError(refusal(kv_cache_dtype, problems))
+
+        self.num_heads = num_heads
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.kv_cache_dtype = kv_cache_dtype
+        self.window = sliding_window or 0
+        self.soft_cap = float(logits_soft_cap or 0.0)
+        self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
+        self.options = run_options(get_current_vllm_config(), kv_cache_dtype)
+        self.codec = KVCodec.from_preset(self.options.preset, head_size)
+        # A layer that shares another's cache is not given that layer's raw keys and values.
+        self.attends_raw = self.options.prefill == "raw" and kv_sharing_target_layer_name is None
+        self._sinks_param = sinks
+        self._sinks: torch.Tensor | None = None
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        if self._sinks_param is not None:
+            self._sinks = self._sinks_param.detach().to(torch.float32).contiguous()
+
+    def do_kv_cache_update(
+        self,
+        layer: torch.nn.Module,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Encodes this step's keys and values into their slots.
+
+        Args:
+            layer: unused.
+            key: [num_tokens, num_kv_heads, head_dim], possibly padded behind slot_mapping's end.
+            value: as key.
+            kv_cache: uint8 [num_blocks, num_kv_heads, block_size, record_bytes]; empty while
+                vLLM profiles, when nothing is stored.
+            slot_mapping: int64 [num_tokens]; -1 is skipped.
+        """
+        if kv_cache.numel() == 0:
+            return
+        num_tokens = min(slot_mapping.shape[0], key.shape[0])
+        count = ops.encode_kv(
+            key[:num_tokens],
+            value[:num_tokens],
+            kv_cache,
+            slot_mapping[:num_tokens],
+            self.codec,
+        )
+        if count:
+            _non_finite.add(count)
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: FibQuantMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attends this step's queries to their requests' codes.
+
+        Args:
+            layer: unused.
+            query: [num_tokens, num_q_heads, head_dim], possibly padded.
+            key: [num_tokens, num_kv_heads, head_dim], read in prefill mode "raw" alone.
+            value: as key.
+            kv_cache: uint8 [num_blocks, num_kv_heads, block_size, record_bytes].
+            attn_metadata: None while vLLM profiles: the output is zero and nothing is read.
+            output: [num_tokens, num_q_heads, head_dim], written; padding rows become zero.
+        """
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError(
+                "forward: output_scale must be None, got a scale; "
+                "switch off the fusion of attention with output quantisation"
+            )
+        if attn_metadata is None or kv_cache.numel() == 0:
+            return output.zero_()
+        num_tokens = attn_metadata.num_tokens
+        if num_tokens < output.shape[0]:
+            output[num_tokens:].zero_()
+        ops.paged_attention(
+            query[:num_tokens],
+            kv_cache,
+            self.codec,
+            attn_metadata.query_start_loc,
+            attn_metadata.seq_lens,
+            attn_metadata.block_table,
+            output[:num_tokens],
+            scale=self.scale,
+            window=self.window,
+            soft_cap=self.soft_cap,
+            sinks=self._sinks,
+            raw_key=key[:num_tokens] if self.attends_raw else None,
+            raw_value=value[:num_tokens] if self.attends_raw else None,
+        )
+        return output
+
+
+class _NonFiniteCounter:
+    """Counts vectors with NaN or Inf, and says so at most once a minute."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._next_warning = 0.0
+
+    def add(self, count: int) -> None:
+        self.total += count
+        now = time.monotonic()
+        if now >= self._next_warning:
+            self._next_warning = now + WARN_EVERY_S
+            logger.warning(
+                "FibQuant stored %d keys or values with NaN or Inf as zero vectors (%d since the "
+                "start); the model overflows in its dtype: try --dtype bfloat16 or float32",
+                count,
+                self.total,
+            )
+
+
+_non_finite = _NonFiniteCounter()
+
+
+def non_finite_vectors() -> int:
+    """Keys and values with NaN or Inf seen by this process."""
+    return _non_finite.total

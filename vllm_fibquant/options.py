@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user can ask for: a preset's name and the object given as additional_config["fibquant"].
+
+    vllm serve MODEL --kv-cache-dtype fibquant_2bit \\
+        --additional-config '{"fibquant": {"prefill": "raw", "value": {"num_codewords": 1024}}}'
+
+| name            | value                            | meaning                                        |
+|-----------------|----------------------------------|------------------------------------------------|
+| `prefill`       | "codes" (default) or "raw"       | what a step's own new tokens are attended from |
+| `key`, `value`  | object with fields of `CodeSpec` | replace parts of the preset's code             |
+| `rotation_seed` | integer of at least 0            | seed of the rotation                           |
+| `self_check`    | true (default) or false          | compare kernel and oracle at start             |
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from vllm_fibquant.config import PrefillMode, Preset, get_preset
+
+SECTION = "fibquant"
+DEFAULT_PREFILL: PrefillMode = "codes"
+
+_OWN_NAMES = ("prefill", "self_check")
+_PRESET_NAMES = ("key", "value", "rotation_seed")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Everything that decides what is stored and how it is read; hashable and comparable."""
+
+    preset: Preset
+    prefill: PrefillMode = DEFAULT_PREFILL
+    self_check: bool = True
+
+    @property
+    def digest(self) -> str:
+        """Short hexadecimal digest, the same in every process."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:8]
+
+
+def parse_options(preset_name: str, additional_config: Any = None) -> Options:
+    """The options of a run.
+
+    Args:
+        preset_name: the --kv-cache-dtype value.
+        additional_config: vLLM's --additional-config, of which only the part under "fibquant"
+            is read; None or anything without that part means defaults.
+
+    Raises:
+        ValueError: naming every option that is unknown or has a bad value.
+    """
+    preset = get_preset(preset_name)
+    given = additional_config.get(SECTION) if isinstance(additional_config, dict) else None
+    if given is None:
+        return Options(preset)
+    if not isinstance(given, dict):
+        raise ValueError(
+            f'fibquant options: additional_config["{SECTION}"] must be an object, got {given!r}; '
+            'give for example {"prefill": "codes"}'
+        )
+
+    problems = []
+    known = _OWN_NAMES + _PRESET_NAMES
+    unknown = [repr(name) for name in given if name not in known]
+    if unknown:
+        problems.append(
+            f"names must be among {', '.join(known)}, got {', '.join(unknown)}; remove them"
+        )
+    prefill = given.get("prefill", DEFAULT_PREFILL)
+    if prefill not in get_args(PrefillMode):
+        problems.append(
+            f'prefill must be "codes" or "raw", got {prefill!r}; use "codes" for results that do '
+            'not depend on what was cached, "raw" for better text at low rates'
+        )
+    self_check = given.get("self_check", True)
+    if not isinstance(self_check, bool):
+        problems.append(f"self_check must be true or false, got {self_check!r}; leave it out")
+    overrides = {name: given[name] for name in _PRESET_NAMES if name in given}
+    try:
+        preset = preset.with_overrides(overrides)
+    except ValueError as error:
+        problems.append(str(error).removeprefix("fibquant options: "))
+    if problems:
+        raise ValueError("fibquant options: " + "\n  also: ".join(problems))
+    return Options(preset, prefill, self_check)

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The entry point vLLM calls in every process: API server, engine core and workers."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+from vllm_fibquant import compat, support
+from vllm_fibquant.config import PRESETS
+from vllm_fibquant.options import SECTION
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+BACKEND_PATH = "vllm_fibquant.attention.FibQuantBackend"
+
+
+def register() -> None:
+    """Adds our presets to vLLM. May be called any number of times; never raises.
+
+    vLLM does not catch what a plugin raises, and a user who does not want our cache must not be
+    stopped by it. So a problem is kept and told when one of our dtypes is asked for. The guard
+    goes in first: without it no name is accepted.
+    """
+    from vllm.logger import init_logger
+
+    logger = init_logger(f"vllm.{__name__}")
+    problem = compat.version_problem()
+    try:
+        compat.install_guard(functools.partial(_check, problem))
+        if problem is None:
+            _register_backend()
+            compat.store_as_bytes(list(PRESETS))
+            compat.select_backend(list(PRESETS), support.BACKEND_NAME, _choose_backend)
+        compat.accept_names(list(PRESETS))
+    except Exception as error:
+        logger.warning(
+            "FibQuant is not available: %s", problem or f"{type(error).__name__}: {error}"
+        )
+
+
+def _register_backend() -> None:
+    """Registers the backend under its name, which vLLM asks every attention layer for."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    if support.BACKEND_NAME not in AttentionBackendEnum.__members__:
+        register_backend(support.BACKEND_NAME, BACKEND_PATH)
+
+
+def _check(problem: str | None, vllm_config: VllmConfig) -> None:
+    """Refuses a configuration that asks for one of our dtypes and cannot have it.
+
+    Raises:
+        ValueError: with every reason.
+    """
+    cache_config = vllm_config.cache_config
+    if cache_config is None or not support.is_ours(cache_config.cache_dtype):
+        options = vllm_config.additional_config
+        if isinstance(options, dict) and SECTION in options:
+            from vllm.logger import init_logger
+
+            init_logger(f"vllm.{__name__}").warning_once(
+                'additional_config["%s"] has no effect without --kv-cache-dtype fibquant', SECTION
+            )
+        return
+    problems = [problem] if problem else support.config_problems(vllm_config)
+    if problems:
+        raise ValueError(support.refusal(cache_config.cache_dtype, problems))
+
+
+def _choose_backend(vllm_config: VllmConfig, layer: dict[str, Any]) -> type:
+    """The backend class of one layer.
+
+    Raises:
+        ValueError: the layer cannot be served.
+    """
+    from vllm_fibquant import attention
+
+    name = layer["kv_cache_dtype"]
+    backend = attention.backend_for(support.run_options(vllm_config, name))
+    problems = backend.validate_configuration(device_capability=None, **layer)
+    if problems:
+        raise ValueError(
+            support.refusal(
+                name,
+                [
+                    f"layer: must be supported, got {problem}; use --kv-cache-dtype auto"
+                    for problem in problems
+                ],
+            )
+        )
+    return backend

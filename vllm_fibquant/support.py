@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which models and settings are served, and what is said about the others.
+
+`config_problems` is asked once, when vLLM has assembled its configuration and before anything is
+started; it gives every reason at once. What is known only of a single layer (attention type,
+ALiBi slopes) is refused by `attention.py` when the layer is built.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vllm_fibquant.codec import KVCodec
+from vllm_fibquant.config import PRESETS
+from vllm_fibquant.options import Options, parse_options
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+BACKEND_NAME = "FIBQUANT"
+"""vLLM's name for our attention backend."""
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# These size their buffers from vLLM's dense shapes and would copy the wrong bytes of a page.
+REFUSED_CONNECTORS = ("LMCache",)
+
+
+def run_options(vllm_config: VllmConfig, kv_cache_dtype: str) -> Options:
+    """The options of a layer whose cache dtype is `kv_cache_dtype`."""
+    return parse_options(kv_cache_dtype, vllm_config.additional_config)
+
+
+def head_dim_problem(options: Options, head_dim: int) -> str | None:
+    """Why vectors of `head_dim` cannot be stored, or None. Loads the codebooks."""
+    try:
+        KVCodec.from_preset(options.preset, head_dim)
+    except (ValueError, OSError) as error:
+        return str(error)
+    return None
+
+
+def config_problems(vllm_config: VllmConfig) -> list[str]:
+    """Every reason why this configuration cannot be served with its kv_cache_dtype."""
+    problems: list[str] = []
+    cache = vllm_config.cache_config
+    try:
+        options = run_options(vllm_config, cache.cache_dtype)
+    except ValueError as error:
+        return [str(error)]
+
+    def require(is_met: bool, what: str, must: str, got: Any, remedy: str) -> None:
+        if not is_met:
+            problems.append(f"{what}: must be {must}, got {got}; {remedy}")
+
+    other_dtype = "use --kv-cache-dtype auto for this model"
+
+    model = vllm_config.model_config
+    if model is not None:
+        require(
+            not model.use_mla,
+            "attention",
+            "standard multi-head or grouped-query attention",
+            "multi-head latent attention (MLA)",
+            other_dtype,
+        )
+        require(
+            not model.is_encoder_decoder,
+            "model",
+            "decoder-only",
+            "an encoder-decoder model",
+            other_dtype,
+        )
+        require(
+            model.runner_type != "pooling",
+            "runner",
+            "generate",
+            model.runner_type,
+            "embedding models keep no KV cache worth compressing; " + other_dtype,
+        )
+        require(
+            model.dtype in DTYPES,
+            "dtype",
+            "float32, bfloat16 or float16",
+            model.dtype,
+            "give --dtype bfloat16",
+        )
+        require(
+            not model.is_mm_prefix_lm,
+            "attention mask",
+            "causal",
+            "bidirectional attention between the tokens of an image",
+            other_dtype,
+        )
+        require(
+            model.rswa_window is None,
+            "attention mask",
+            "causal, optionally with a sliding window",
+            "reference sliding-window attention",
+            other_dtype,
+        )
+        chunk = getattr(model.hf_text_config, "attention_chunk_size", None)
+        require(
+            chunk is None,
+            "attention",
+            "full or sliding-window",
+            f"chunked local attention (attention_chunk_size {chunk})",
+            other_dtype,
+        )
+        if not model.use_mla:
+            problem = head_dim_problem(options, model.get_head_size())
+            if problem:
+                problems.append(problem)
+
+    platform = vllm_config.device_config.device_type
+    require(platform == "cpu", "device", "cpu", platform, "run it on vLLM's CPU build")
+
+    parallel = vllm_config.parallel_config
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        size = getattr(parallel, name)
+        require(size == 1, name, "1", size, "use tensor, pipeline or data parallel")
+
+    attention = vllm_config.attention_config
+    require(
+        not attention.use_non_causal, "use_non_causal", "false", "true", "leave the setting out"
+    )
+    require(
+        not cache.kv_sharing_fast_prefill,
+        "--kv-sharing-fast-prefill",
+        "off",
+        "on",
+        "leave the flag out; layers that share KV work without it",
+    )
+    require(
+        cache.kv_offloading_size is None or cache.kv_offloading_backend == "native",
+        "--kv-offloading-backend",
+        "native",
+        cache.kv_offloading_backend,
+        "LMCache sizes its buffers wrongly for packed pages",
+    )
+    transfer = vllm_config.kv_transfer_config
+    connectors = _connector_names(transfer)
+    refused = [c for c in connectors if any(r.lower() in c.lower() for r in REFUSED_CONNECTORS)]
+    require(
+        not refused,
+        "KV connector",
+        "one that copies pages as bytes",
+        ", ".join(refused),
+        "LMCache sizes its buffers wrongly for packed pages; use another connector",
+    )
+    return problems
+
+
+def _connector_names(transfer: Any) -> list[str]:
+    """The connector and, for a connector that holds several, each of those."""
+    if transfer is None or not transfer.kv_connector:
+        return []
+    names = [transfer.kv_connector]
+    for inner in transfer.kv_connector_extra_config.get("connectors", []):
+        if isinstance(inner, dict):
+            names.append(str(inner.get("kv_connector")))
+    return names
+
+
+def refusal(kv_cache_dtype: str, problems: list[str]) -> str:
+    """The message of a refusal: every reason on a line of its own."""
+    lines = "".join(f"\n  - {problem}" for problem in problems)
+    return f"--kv-cache-dtype {kv_cache_dtype} cannot be used here:{lines}"
+
+
+def is_ours(kv_cache_dtype: str | None) -> bool:
+    """Whether a kv_cache_dtype is one of our presets."""
+    return kv_cache_dtype in PRESETS
