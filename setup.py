@@ -50,6 +50,10 @@ class BuildLibrary(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")[:-1], LIBRARY)
 
+    def copy_extensions_to_source(self) -> None:
+        (ROOT / "vllm_fibquant" / "lib").mkdir(exist_ok=True)
+        super().copy_extensions_to_source()
+
     def build_extension(self, ext: Extension) -> None:
         # Next to setup.py, not in pip's temporary directory: repeated installs stay incremental.
         objects_dir = ROOT / "build" / f"cpu-{platform.machine()}"

@@ -1,17 +1,263 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one door to the kernels: checks every argument, then calls the best kernel for the device."""
+"""The one door to the kernels: checks every argument, then calls the kernel of the device.
+
+Kernels: the C++ library for CPU tensors (csrc/cpu). The oracle (`reference`) takes its place only
+when `use_reference` asks for it.
+"""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 
-from vllm_fibquant import reference
+from vllm_fibquant import native, reference
 from vllm_fibquant.codec import KVCodec
+
+_forced_reference = False
+
+_ERRORS = {
+    1: "block_table must hold block numbers inside the cache",
+    2: "query_start_loc and seq_lens must describe requests with at least as many tokens as "
+    "new tokens",
+    3: "seq_lens must not exceed what a row of block_table holds",
+}
+
+
+@contextlib.contextmanager
+def use_reference() -> Iterator[None]:
+    """Within this context the oracle stands in for the kernels."""
+    global _forced_reference
+    before, _forced_reference = _forced_reference, True
+    try:
+        yield
+    finally:
+        _forced_reference = before
 
 
 def kernel_name() -> str:
-    return "reference"
+    """The kernel CPU tensors take: ``cpu-avx512``, ``cpu-avx2``, ``cpu-portable``, ``reference``.
+
+    Raises:
+        RuntimeError: the CPU library is not built or does not load.
+    """
+    return "reference" if _forced_reference else f"cpu-{native.isa()}"
 
 
-encode_kv = reference.encode_kv
-paged_attention = reference.paged_attention
+def unsupported_head_dim(head_dim: int) -> str | None:
+    """Why the kernels cannot take this head_dim, or None when they can."""
+    multiple, most = native.HEAD_DIM_MULTIPLE, native.MAX_HEAD_DIM
+    if head_dim % multiple or not 0 < head_dim <= most:
+        return f"head_dim must be a multiple of {multiple}, at most {most}, got {head_dim}"
+    return None
+
+
+def encode_kv(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    codec: KVCodec,
+) -> int:
+    """Encodes new keys and values and stores their records at the mapped slots.
+
+    Args:
+        key: float32, bfloat16 or float16 [num_tokens, num_kv_heads, head_dim], last axis
+            contiguous.
+        value: as key.
+        cache: uint8 [num_blocks, num_kv_heads, block_size, record_bytes], last two axes contiguous.
+        slot_mapping: int64 [num_slots], num_slots <= num_tokens; -1 skips a token.
+        codec: the codec of this cache.
+
+    Returns:
+        How many stored vectors held a NaN or infinity; they are stored as zero vectors.
+
+    Raises:
+        ValueError: an argument's shape, dtype or layout, or a slot outside the cache.
+
+    Cost: reads 2 * head_dim elements and writes record_bytes per token and KV head; the search
+        takes num_rows * head_dim multiply-adds per vector.
+    Oracle: reference.encode_kv, equal but for ties of the two nearest codewords.
+    """
+    _check_cache("encode_kv", cache, codec)
+    for name, x in (("key", key), ("value", value)):
+        _check_vectors("encode_kv", name, x, cache.shape[1], codec.head_dim)
+    if key.dtype != value.dtype or key.shape != value.shape:
+        raise ValueError(
+            f"encode_kv: value must have key's dtype and shape {key.dtype} {list(key.shape)}, "
+            f"got {value.dtype} {list(value.shape)}"
+        )
+    _check_integers("encode_kv", "slot_mapping", slot_mapping, torch.int64, 1)
+    if slot_mapping.shape[0] > key.shape[0]:
+        raise ValueError(
+            f"encode_kv: slot_mapping must have at most key's {key.shape[0]} entries, "
+            f"got {slot_mapping.shape[0]}"
+        )
+    if _forced_reference:
+        return reference.encode_kv(key, value, cache, slot_mapping, codec)
+    nonfinite = native.encode_kv(key, value, cache, slot_mapping, codec)
+    if nonfinite < 0:
+        raise ValueError(
+            f"encode_kv: slot_mapping must hold slots below {cache.shape[0] * cache.shape[2]} "
+            f"or -1, got {int(slot_mapping.max())}"
+        )
+    return nonfinite
+
+
+def paged_attention(
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    codec: KVCodec,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    scale: float,
+    window: int = 0,
+    soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    raw_key: torch.Tensor | None = None,
+    raw_value: torch.Tensor | None = None,
+) -> None:
+    """Causal attention of each request's newest tokens over its cached codes.
+
+    A row's result depends only on its own query and on the tokens it sees: it is bit-equal
+    whatever else is in the batch, however its prompt was cut into chunks, and for any number of
+    threads. With raw_key it depends on which tokens are new, but still on nothing of other requests.
+
+    Args:
+        query: float32, bfloat16 or float16 [num_tokens, num_q_heads, head_dim], last axis
+            contiguous.
+        cache: uint8 [num_blocks, num_kv_heads, block_size, record_bytes], last two axes contiguous.
+        codec: the codec of this cache.
+        query_start_loc: int32 [num_reqs + 1]; rows of request r are loc[r]:loc[r + 1].
+        seq_lens: int32 [num_reqs]; tokens of each request, its new ones included.
+        block_table: int32 [num_reqs, max_blocks].
+        out: as query; rows query_start_loc[0]:query_start_loc[-1] are written.
+        scale: factor of the scores.
+        window: a query at position p sees positions p - window + 1 to p; 0 means all.
+        soft_cap: scores become soft_cap * tanh(score / soft_cap); 0 means none.
+        sinks: float32 [num_q_heads] or None; one extra logit per head that has no value.
+        raw_key, raw_value: as query with num_kv_heads heads, or None. When given, a request's new
+            tokens are attended from these instead of from their codes.
+
+    Raises:
+        ValueError: an argument's shape, dtype or layout, or a block number outside the cache.
+
+    Cost: reads record_bytes per cached token and KV head for every 48 rows that share them.
+    Oracle: reference.paged_attention.
+    """
+    name = "paged_attention"
+    _check_cache(name, cache, codec)
+    num_kv_heads = cache.shape[1]
+    num_q_heads = query.shape[1] if query.dim() == 3 else -1
+    if num_q_heads <= 0 or num_q_heads % num_kv_heads:
+        raise ValueError(
+            f"{name}: query must be [num_tokens, a multiple of {num_kv_heads} heads, "
+            f"{codec.head_dim}], got {list(query.shape)}"
+        )
+    _check_vectors(name, "query", query, num_q_heads, codec.head_dim)
+    _check_vectors(name, "out", out, num_q_heads, codec.head_dim, query.dtype)
+    if out.shape[0] < query.shape[0]:
+        raise ValueError(f"{name}: out must have query's {query.shape[0]} rows, got {out.shape[0]}")
+    for raw_name, raw in (("raw_key", raw_key), ("raw_value", raw_value)):
+        if raw is not None:
+            _check_vectors(name, raw_name, raw, num_kv_heads, codec.head_dim, query.dtype)
+    if (raw_key is None) != (raw_value is None):
+        raise ValueError(f"{name}: raw_key and raw_value must be given together")
+    _check_integers(name, "query_start_loc", query_start_loc, torch.int32, 1)
+    _check_integers(name, "seq_lens", seq_lens, torch.int32, 1)
+    _check_integers(name, "block_table", block_table, torch.int32, 2)
+    num_reqs = seq_lens.shape[0]
+    if query_start_loc.shape[0] != num_reqs + 1 or block_table.shape[0] < num_reqs:
+        raise ValueError(
+            f"{name}: query_start_loc must have {num_reqs + 1} entries and block_table at least "
+            f"{num_reqs} rows for {num_reqs} seq_lens, got {query_start_loc.shape[0]} and "
+            f"{block_table.shape[0]}"
+        )
+    if sinks is not None and (
+        sinks.dtype != torch.float32 or sinks.shape != (num_q_heads,) or not sinks.is_contiguous()
+    ):
+        raise ValueError(
+            f"{name}: sinks must be contiguous float32 [{num_q_heads}], "
+            f"got {sinks.dtype} {list(sinks.shape)}"
+        )
+    if window < 0 or soft_cap < 0:
+        raise ValueError(
+            f"{name}: window and soft_cap must be at least 0, got {window} and {soft_cap}"
+        )
+    if num_reqs == 0 or query.shape[0] == 0:
+        return
+    kernel = reference.paged_attention if _forced_reference else native.paged_attention
+    error = kernel(
+        query,
+        cache,
+        codec,
+        query_start_loc,
+        seq_lens,
+        block_table,
+        out,
+        scale=scale,
+        window=window,
+        soft_cap=soft_cap,
+        sinks=sinks,
+        raw_key=raw_key,
+        raw_value=raw_value,
+    )
+    if error:
+        raise ValueError(f"{name}: {_ERRORS[error]}")
+
+
+def _check_cache(function: str, cache: torch.Tensor, codec: KVCodec) -> None:
+    record_bytes = codec.layout.record_bytes
+    reason = unsupported_head_dim(codec.head_dim)
+    if reason:
+        raise ValueError(f"{function}: {reason}")
+    if (
+        cache.dtype != torch.uint8
+        or cache.dim() != 4
+        or cache.shape[3] != record_bytes
+        or cache.stride(3) != 1
+        or cache.stride(2) != record_bytes
+        or cache.device.type != "cpu"
+    ):
+        raise ValueError(
+            f"{function}: cache must be uint8 [num_blocks, num_kv_heads, block_size, "
+            f"{record_bytes}] on the CPU with contiguous records, got {cache.dtype} "
+            f"{list(cache.shape)} with strides {cache.stride()} on {cache.device}"
+        )
+
+
+def _check_vectors(
+    function: str,
+    name: str,
+    x: torch.Tensor,
+    num_heads: int,
+    head_dim: int,
+    dtype: torch.dtype | None = None,
+) -> None:
+    dtypes = native.DTYPES if dtype is None else {dtype: 0}
+    if (
+        x.dim() != 3
+        or x.shape[1:] != (num_heads, head_dim)
+        or x.stride(2) != 1
+        or x.dtype not in dtypes
+        or x.device.type != "cpu"
+    ):
+        raise ValueError(
+            f"{function}: {name} must be [num_tokens, {num_heads}, {head_dim}] of "
+            f"{' or '.join(str(d) for d in dtypes)} on the CPU with a contiguous last axis, "
+            f"got {x.dtype} {list(x.shape)} with strides {x.stride()} on {x.device}"
+        )
+
+
+def _check_integers(
+    function: str, name: str, x: torch.Tensor, dtype: torch.dtype, num_axes: int
+) -> None:
+    if x.dtype != dtype or x.dim() != num_axes or (x.numel() and x.stride(-1) != 1):
+        raise ValueError(
+            f"{function}: {name} must be {dtype} with {num_axes} axes, the last contiguous, "
+            f"got {x.dtype} {list(x.shape)}"
+        )

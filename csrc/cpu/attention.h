@@ -1,0 +1,427 @@
+// SPDX-License-Identifier: Apache-2.0
+// Paged attention over codes.
+//
+// One job owns a row block (consecutive new tokens of one request times the query heads of one KV
+// head) and a range of splits. A split is kSplit tokens at fixed positions; it is walked tile by
+// tile: codes of keys to floats in L1, scores, softmax, codes of values to floats, weighted sum.
+// Splits are merged in order of position, by the job itself or, when several jobs share a row
+// block, from their stored states in a second pass: the same arithmetic either way.
+//
+// Codes are attended in the rotated basis: a job rotates its queries once and un-rotates its output
+// once. Raw new tokens (FqAttend::raw_key) form a state of their own in the model's basis; the two
+// are merged at the end.
+#pragma once
+
+#include "cpu/codec.h"
+#include "cpu/params.h"
+#include "cpu/tile.h"
+#include "cpu/workspace.h"
+#include "page_layout.h"
+
+namespace fq::FQ_ISA {
+
+constexpr int kSplit = 512;
+constexpr int kMaxRows = 48;  // rows that share a decoded tile; their queries and outputs fit L2
+
+struct RowBlock {
+  int32_t req;
+  int32_t kv_head;
+  int32_t token;         // first new token of the block, counted within the request
+  int32_t num_tokens;    // new tokens in the block
+  int32_t begin, end;    // cached positions attended from codes, [begin, end)
+  int32_t num_splits;    // splits that [begin, end) touches
+  int64_t partial;       // offset of the stored states of its splits, -1 when one job does all
+};
+
+struct Job {
+  int32_t block;
+  int32_t split_begin, split_end;  // counted from the block's first split
+};
+
+struct Call {
+  const FqCodec& codec;
+  const FqPages& pages;
+  const FqAttend& args;
+  RecordLayout layout;
+  DecodeRecords decode_key, decode_value;
+  float* partials;
+  int group_size;
+  bool bad_block;  // a block table entry outside the cache was met
+};
+
+// Scratch of one thread.
+struct Scratch {
+  float *query, *query_raw, *tile, *scores, *key_factor, *value_factor, *alpha;
+  State split, total, raw;
+};
+
+static inline int64_t padded(int64_t floats) { return (floats + 15) & ~int64_t{15}; }
+
+static inline Scratch make_scratch(int rows, int head_dim) {
+  const int64_t block = padded((int64_t)rows * head_dim), tile = kMaxTile * (int64_t)head_dim;
+  const int64_t state = padded(state_floats(rows, head_dim));
+  const int64_t total = 2 * block + tile + rows * kMaxTile + 2 * kMaxTile + padded(rows) + 3 * state;
+  float* p = static_cast<float*>(thread_scratch((size_t)total * 4));
+  Scratch s;
+  s.query = p;
+  s.query_raw = s.query + block;
+  s.tile = s.query_raw + block;
+  s.scores = s.tile + tile;
+  s.key_factor = s.scores + rows * kMaxTile;
+  s.value_factor = s.key_factor + kMaxTile;
+  s.alpha = s.value_factor + kMaxTile;
+  p = s.alpha + padded(rows);
+  s.split = state_at(p, rows, head_dim);
+  s.total = state_at(p + state, rows, head_dim);
+  s.raw = state_at(p + 2 * state, rows, head_dim);
+  return s;
+}
+
+static inline int rows_of(const Call& call, const RowBlock& b) {
+  return b.num_tokens * call.group_size;
+}
+
+// First new token's position in its sequence.
+static inline int context_len(const Call& call, int req) {
+  const FqAttend& a = call.args;
+  return a.seq_lens[req] - (a.query_start_loc[req + 1] - a.query_start_loc[req]);
+}
+
+// The queries of a row block, [rows, head_dim], rotated unless `raw`.
+static void load_queries(const Call& call, const RowBlock& b, bool raw, float* dst) {
+  const FqAttend& a = call.args;
+  const int head_dim = call.codec.head_dim, group = call.group_size;
+  const int64_t token = a.query_start_loc[b.req] + b.token;
+  for (int r = 0; r < rows_of(call, b); ++r) {
+    const int head = b.kv_head * group + r % group;
+    float* q = dst + (int64_t)r * head_dim;
+    const int64_t at = (token + r / group) * a.stride_query_token + head * a.stride_query_head;
+    load_row(a.query, at, a.dtype, head_dim, q);
+    if (!raw) rotate(call.codec, q, false);
+  }
+}
+
+// Consecutive records of one page.
+struct Run {
+  const uint8_t* record;
+  int count;
+};
+
+static inline Run find_run(Call& call, const RowBlock& b, int position, int end) {
+  const FqPages& pages = call.pages;
+  const int block_size = pages.block_size;
+  const int offset = position % block_size;
+  const int64_t block =
+      call.args.block_table[b.req * call.args.stride_block_table + position / block_size];
+  const int count = end - position < block_size - offset ? end - position : block_size - offset;
+  if (block < 0 || block >= pages.num_blocks) {
+    call.bad_block = true;
+    return {nullptr, count};
+  }
+  return {pages.base + block * pages.stride_block + b.kv_head * pages.stride_head +
+              (int64_t)offset * call.layout.record_bytes,
+          count};
+}
+
+static inline uint16_t read_u16(const uint8_t* p) {
+  uint16_t x;
+  memcpy(&x, p, 2);
+  return x;
+}
+
+// Attends positions [begin, end) of one split from codes into `state`, which it clears first.
+static void attend_split(Call& call, const RowBlock& b, int begin, int end, int first_position,
+                         const Scratch& s, const State& state) {
+  const FqCodec& codec = call.codec;
+  const RecordLayout& layout = call.layout;
+  const int head_dim = codec.head_dim, rows = rows_of(call, b), tile = tile_tokens(head_dim);
+  clear(state, rows, head_dim);
+  for (int t0 = begin / tile * tile; t0 < end; t0 += tile) {
+    const int t1 = t0 + tile < end ? t0 + tile : end;
+    const int count = t1 - t0, rounded = (count + 7) & ~7;
+    // Tokens before `begin` are nobody's: a sliding window may have freed their block. They are not
+    // read, and zero factors keep them out of every sum.
+    const int lead = begin > t0 ? begin - t0 : 0;
+    Run runs[kMaxTile];
+    int num_runs = 0;
+    for (int t = t0 + lead; t < t1;) {
+      runs[num_runs] = find_run(call, b, t, t1);
+      if (!runs[num_runs].record) return;
+      t += runs[num_runs++].count;
+    }
+    if (t1 < end) {
+      const Run next = find_run(call, b, t1, t1 + tile < end ? t1 + tile : end);
+      for (int64_t i = 0; next.record && i < (int64_t)next.count * layout.record_bytes; i += 64) {
+        __builtin_prefetch(next.record + i);
+      }
+    }
+
+    // Keys, [rounded, head_dim], and both norms.
+    memset(s.tile, 0, (size_t)lead * head_dim * 4);
+    int t = lead;
+    for (int i = 0; i < num_runs; ++i) {
+      const uint8_t* record = runs[i].record;
+      call.decode_key(codec.key, head_dim, record + layout.key_index_offset, layout.record_bytes,
+                      runs[i].count, s.tile + (int64_t)t * head_dim);
+      const uint8_t* norms = record + layout.key_norm_offset;
+      for (int j = 0; j < runs[i].count; ++j, norms += layout.record_bytes) {
+        s.key_factor[t + j] = half_to_float(read_u16(norms)) * call.args.scale;
+        s.value_factor[t + j] = half_to_float(read_u16(norms + kNormBytes));
+      }
+      t += runs[i].count;
+    }
+    for (int j = 0; j < lead; ++j) s.key_factor[j] = s.value_factor[j] = 0.0f;
+    for (int j = count; j < tile; ++j) s.key_factor[j] = s.value_factor[j] = 0.0f;
+    memset(s.tile + (int64_t)count * head_dim, 0, (size_t)(rounded - count) * head_dim * 4);
+    dot_tile(s.query, rows, s.tile, head_dim, rounded, s.scores);
+
+    const Mask mask = {t0, count, first_position, call.group_size, call.args.window};
+    softmax_tile(s.scores, rows, tile, s.key_factor, s.value_factor, mask, call.args.soft_cap, state,
+                 s.alpha);
+
+    // Values, [count, head_dim], over the keys.
+    memset(s.tile, 0, (size_t)lead * head_dim * 4);
+    t = lead;
+    for (int i = 0; i < num_runs; ++i) {
+      call.decode_value(codec.value, head_dim, runs[i].record + layout.value_index_offset,
+                        layout.record_bytes, runs[i].count, s.tile + (int64_t)t * head_dim);
+      t += runs[i].count;
+    }
+    axpy_tile(s.scores, s.alpha, rows, s.tile, head_dim, count, state.o);
+  }
+}
+
+// Attends the request's own new tokens from raw keys and values into s.raw.
+static void attend_raw(const Call& call, const RowBlock& b, const Scratch& s) {
+  const FqAttend& a = call.args;
+  const int head_dim = call.codec.head_dim, rows = rows_of(call, b), tile = tile_tokens(head_dim);
+  const int64_t first = a.query_start_loc[b.req];
+  const int end = b.token + b.num_tokens;
+  int begin = a.window > 0 ? b.token - a.window + 1 : 0;
+  begin = begin > 0 ? begin / tile * tile : 0;
+  clear(s.raw, rows, head_dim);
+  for (int t0 = begin; t0 < end; t0 += tile) {
+    const int count = end - t0 < tile ? end - t0 : tile, rounded = (count + 7) & ~7;
+    for (int t = 0; t < tile; ++t) {
+      s.key_factor[t] = t < count ? a.scale : 0.0f;
+      s.value_factor[t] = t < count ? 1.0f : 0.0f;
+    }
+    for (int t = 0; t < count; ++t) {
+      const int64_t at = (first + t0 + t) * a.stride_raw_key_token + b.kv_head * a.stride_raw_key_head;
+      load_row(a.raw_key, at, a.dtype, head_dim, s.tile + (int64_t)t * head_dim);
+    }
+    memset(s.tile + (int64_t)count * head_dim, 0, (size_t)(rounded - count) * head_dim * 4);
+    dot_tile(s.query_raw, rows, s.tile, head_dim, rounded, s.scores);
+    const Mask mask = {t0, count, b.token, call.group_size, a.window};
+    softmax_tile(s.scores, rows, tile, s.key_factor, s.value_factor, mask, a.soft_cap, s.raw, s.alpha);
+    for (int t = 0; t < count; ++t) {
+      const int64_t at =
+          (first + t0 + t) * a.stride_raw_value_token + b.kv_head * a.stride_raw_value_head;
+      load_row(a.raw_value, at, a.dtype, head_dim, s.tile + (int64_t)t * head_dim);
+    }
+    axpy_tile(s.scores, s.alpha, rows, s.tile, head_dim, count, s.raw.o);
+  }
+}
+
+// Un-rotates s.total, adds raw tokens and sinks, and writes the row block's output.
+static void finish(const Call& call, const RowBlock& b, const Scratch& s) {
+  const FqAttend& a = call.args;
+  const int head_dim = call.codec.head_dim, rows = rows_of(call, b), group = call.group_size;
+  for (int r = 0; r < rows; ++r) rotate(call.codec, s.total.o + (int64_t)r * head_dim, true);
+  if (a.raw_key) {
+    load_queries(call, b, true, s.query_raw);
+    attend_raw(call, b, s);
+    merge(s.total, s.raw, rows, head_dim);
+  }
+  const int64_t token = a.query_start_loc[b.req] + b.token;
+  for (int r = 0; r < rows; ++r) {
+    const int head = b.kv_head * group + r % group;
+    float scale = 1.0f, l = s.total.l[r];
+    if (a.sinks) {
+      const float m = fmax2(s.total.m[r], a.sinks[head]);
+      scale = exp1(s.total.m[r] - m);
+      l = l * scale + exp1(a.sinks[head] - m);
+    }
+    scale = l == 0.0f ? 0.0f : scale / l;
+    float* o = s.total.o + (int64_t)r * head_dim;
+    for (int i = 0; i < head_dim; i += kLanes) store(o + i, load(o + i) * splat(scale));
+    const int64_t at = (token + r / group) * a.stride_out_token + head * a.stride_out_head;
+    store_row(a.out, at, a.dtype, head_dim, o);
+  }
+}
+
+static void run_job(Call& call, const RowBlock& b, const Job& job, const Scratch& s) {
+  const int head_dim = call.codec.head_dim, rows = rows_of(call, b);
+  const int first_position = context_len(call, b.req) + b.token;
+  load_queries(call, b, false, s.query);
+  if (b.partial < 0) clear(s.total, rows, head_dim);
+  for (int i = job.split_begin; i < job.split_end; ++i) {
+    const int split = b.begin / kSplit + i;
+    const int begin = split * kSplit > b.begin ? split * kSplit : b.begin;
+    const int end = (split + 1) * kSplit < b.end ? (split + 1) * kSplit : b.end;
+    if (b.partial < 0) {
+      attend_split(call, b, begin, end, first_position, s, s.split);
+      merge(s.total, s.split, rows, head_dim);
+    } else {
+      float* at = call.partials + b.partial + i * state_floats(rows, head_dim);
+      attend_split(call, b, begin, end, first_position, s, state_at(at, rows, head_dim));
+    }
+  }
+  if (b.partial < 0) finish(call, b, s);
+}
+
+static void merge_partials(const Call& call, const RowBlock& b, const Scratch& s) {
+  const int head_dim = call.codec.head_dim, rows = rows_of(call, b);
+  clear(s.total, rows, head_dim);
+  for (int i = 0; i < b.num_splits; ++i) {
+    float* at = call.partials + b.partial + i * state_floats(rows, head_dim);
+    merge(s.total, state_at(at, rows, head_dim), rows, head_dim);
+  }
+  finish(call, b, s);
+}
+
+// Lengths that cannot be: more new tokens than tokens (2), or more than the block table holds (3).
+static int check_lengths(const Call& call) {
+  const FqAttend& a = call.args;
+  for (int req = 0; req < a.num_reqs; ++req) {
+    if (a.query_start_loc[req + 1] < a.query_start_loc[req] || context_len(call, req) < 0) return 2;
+    if (a.seq_lens[req] > a.stride_block_table * call.pages.block_size) return 3;
+  }
+  return 0;
+}
+
+// Lists the row blocks of a call; returns their number. `out` null only counts.
+static int64_t list_blocks(const Call& call, RowBlock* out) {
+  const FqAttend& a = call.args;
+  const int per_block = kMaxRows / call.group_size > 1 ? kMaxRows / call.group_size : 1;
+  int64_t n = 0;
+  for (int req = a.num_reqs - 1; req >= 0; --req) {
+    const int query_len = a.query_start_loc[req + 1] - a.query_start_loc[req];
+    const int context = context_len(call, req);
+    // The last tokens of a request see the most: they go first, for an even finish.
+    for (int token = (query_len - 1) / per_block * per_block; token >= 0; token -= per_block) {
+      if (query_len == 0) break;
+      for (int head = 0; head < call.pages.num_kv_heads; ++head, ++n) {
+        if (!out) continue;
+        RowBlock& b = out[n];
+        b.req = req;
+        b.kv_head = head;
+        b.token = token;
+        b.num_tokens = query_len - token < per_block ? query_len - token : per_block;
+        b.begin = a.window > 0 && context + token - a.window + 1 > 0
+                      ? context + token - a.window + 1 : 0;
+        b.end = a.raw_key ? context : context + token + b.num_tokens;
+        b.num_splits = b.end > b.begin ? (b.end - 1) / kSplit - b.begin / kSplit + 1 : 0;
+        b.partial = -1;
+      }
+    }
+  }
+  return n;
+}
+
+// Returns 0, or 1 when a block table entry lies outside the cache, or check_lengths' error.
+static int paged_attention(const FqCodec& codec, const FqPages& pages, const FqAttend& args) {
+  const int head_dim = codec.head_dim;
+  Call call = {codec, pages, args, {}, nullptr, nullptr, nullptr, 0, false};
+  call.layout = record_layout(
+      index_bytes(head_dim / codec.key.subvec_dim, codec.key.index_bits),
+      index_bytes(head_dim / codec.value.subvec_dim, codec.value.index_bits));
+  call.decode_key = decode_kernel(codec.key, head_dim);
+  call.decode_value = decode_kernel(codec.value, head_dim);
+  call.group_size = args.num_q_heads / pages.num_kv_heads;
+  const int num_threads = args.num_threads;
+
+  if (const int error = check_lengths(call)) return error;
+
+  // Jobs: whole row blocks, unless that leaves threads idle; then ranges of their splits.
+  const int64_t num_blocks = list_blocks(call, nullptr);
+  if (num_blocks == 0) return 0;
+  const size_t block_bytes = ((size_t)num_blocks * sizeof(RowBlock) + 63) & ~(size_t)63;
+  RowBlock* blocks = static_cast<RowBlock*>(call_scratch(block_bytes));
+  list_blocks(call, blocks);
+  int64_t total_splits = 0;
+  for (int64_t i = 0; i < num_blocks; ++i) total_splits += blocks[i].num_splits;
+  int64_t per_job = total_splits / (4 * (int64_t)num_threads);
+  if (num_threads == 1) per_job = total_splits;
+  per_job = per_job > 1 ? per_job : 1;
+  int64_t num_jobs = 0, partial_floats = 0;
+  for (int64_t i = 0; i < num_blocks; ++i) {
+    RowBlock& b = blocks[i];
+    const int64_t jobs = b.num_splits > per_job ? (b.num_splits + per_job - 1) / per_job : 1;
+    if (jobs > 1) {
+      b.partial = partial_floats;
+      partial_floats += padded(b.num_splits * state_floats(rows_of(call, b), head_dim));
+    }
+    num_jobs += jobs;
+  }
+  const size_t job_bytes = ((size_t)num_jobs * sizeof(Job) + 63) & ~(size_t)63;
+  char* memory = static_cast<char*>(call_scratch(block_bytes + job_bytes + (size_t)partial_floats * 4));
+  blocks = reinterpret_cast<RowBlock*>(memory);  // call_scratch keeps what it held when it grows
+  Job* jobs = reinterpret_cast<Job*>(memory + block_bytes);
+  call.partials = reinterpret_cast<float*>(memory + block_bytes + job_bytes);
+  int64_t n = 0;
+  for (int64_t i = 0; i < num_blocks; ++i) {
+    const int step = blocks[i].partial < 0 ? blocks[i].num_splits : (int)per_job;
+    int begin = 0;
+    do {
+      const int end = begin + step < blocks[i].num_splits ? begin + step : blocks[i].num_splits;
+      jobs[n++] = {(int32_t)i, begin, end};
+      begin = end;
+    } while (begin < blocks[i].num_splits);
+  }
+
+  const int max_rows = call.group_size > kMaxRows ? call.group_size : kMaxRows;
+#pragma omp parallel num_threads(num_threads)
+  {
+    const Scratch scratch = make_scratch(max_rows, head_dim);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < num_jobs; ++i) run_job(call, blocks[jobs[i].block], jobs[i], scratch);
+    if (partial_floats > 0) {
+#pragma omp for schedule(dynamic, 1)
+      for (int64_t i = 0; i < num_blocks; ++i) {
+        if (blocks[i].partial >= 0) merge_partials(call, blocks[i], scratch);
+      }
+    }
+  }
+  return call.bad_block ? 1 : 0;
+}
+
+// Encodes new tokens into their slots. Returns the number of vectors with a NaN or infinity, or -1
+// when a slot lies outside the cache (that token is not written).
+static int64_t encode_kv(const FqCodec& codec, const FqPages& pages, const FqEncode& args) {
+  const int head_dim = codec.head_dim;
+  const RecordLayout layout = record_layout(
+      index_bytes(head_dim / codec.key.subvec_dim, codec.key.index_bits),
+      index_bytes(head_dim / codec.value.subvec_dim, codec.value.index_bits));
+  const int64_t num_slots = pages.num_blocks * pages.block_size;
+  int64_t nonfinite = 0, outside = 0;
+#pragma omp parallel for schedule(static) num_threads(args.num_threads) collapse(2) \
+    reduction(+ : nonfinite, outside)
+  for (int64_t token = 0; token < args.num_tokens; ++token) {
+    for (int head = 0; head < pages.num_kv_heads; ++head) {
+      const int64_t slot = args.slot_mapping[token];
+      if (slot < 0) continue;
+      if (slot >= num_slots) {
+        ++outside;
+        continue;
+      }
+      uint8_t* record = pages.base + slot / pages.block_size * pages.stride_block +
+                        head * pages.stride_head +
+                        slot % pages.block_size * (int64_t)layout.record_bytes;
+      alignas(64) float x[kMaxHeadDim];
+      uint16_t norms[2];
+      memset(record, 0, (size_t)layout.record_bytes);
+      load_row(args.key, token * args.stride_key_token + head * args.stride_key_head, args.dtype,
+               head_dim, x);
+      nonfinite += !encode_vector(codec, codec.key, x, record + layout.key_index_offset, norms);
+      load_row(args.value, token * args.stride_value_token + head * args.stride_value_head,
+               args.dtype, head_dim, x);
+      nonfinite +=
+          !encode_vector(codec, codec.value, x, record + layout.value_index_offset, norms + 1);
+      memcpy(record + layout.key_norm_offset, norms, 4);
+    }
+  }
+  return outside ? -1 : nonfinite;
+}
+
+}  // namespace fq::FQ_ISA

@@ -1,0 +1,14 @@
+// SPDX-License-Identifier: Apache-2.0
+// The kernels of one instruction set, as library.cpp chooses among them.
+#pragma once
+
+#include "cpu/params.h"
+
+namespace fq {
+
+struct Kernels {
+  int64_t (*encode_kv)(const FqCodec&, const FqPages&, const FqEncode&);
+  int (*paged_attention)(const FqCodec&, const FqPages&, const FqAttend&);
+};
+
+}  // namespace fq

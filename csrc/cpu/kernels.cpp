@@ -1,0 +1,9 @@
+// SPDX-License-Identifier: Apache-2.0
+// The CPU kernels for one instruction set: compiled once each for FQ_ISA = portable, avx2, avx512.
+#include "cpu/attention.h"
+#include "cpu/dispatch.h"
+
+namespace fq::FQ_ISA {
+extern const Kernels kernels;
+const Kernels kernels = {encode_kv, paged_attention};
+}  // namespace fq::FQ_ISA

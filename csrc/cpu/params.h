@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: Apache-2.0
+// The C ABI of the CPU library: plain structs, mirrored by vllm_fibquant/native.py, which compares
+// their sizes at load time. Nothing here depends on Python or torch.
+#pragma once
+
+#include <cstdint>
+
+extern "C" {
+
+enum FqDtype : int32_t { kFqFloat32 = 0, kFqBFloat16 = 1, kFqFloat16 = 2 };
+enum FqGain : int32_t { kFqNorm = 0, kFqPreserve = 1, kFqMse = 2, kFqUnbiased = 3 };
+
+// One vector code, of keys or of values.
+struct FqCode {
+  int32_t subvec_dim;
+  int32_t index_bits;
+  int32_t num_rows;         // codewords, or magnitudes of a sign-folded codebook
+  int32_t folded;           // 0 or 1
+  int32_t gain;             // FqGain
+  int32_t num_rows_padded;  // num_rows rounded up to a multiple of 16
+  const float* rows;        // [num_rows, subvec_dim], 64-byte aligned
+  const float* rows_t;      // [subvec_dim, num_rows_padded], 64-byte aligned, zero padded
+  const float* half_sq;     // [num_rows_padded], |row|^2 / 2, padded with +inf
+  const float* signs;       // [2^subvec_dim, subvec_dim] of +0.0/-0.0; null unless folded
+};
+
+// Both codes and the rotation they share.
+struct FqCodec {
+  int32_t head_dim;              // a multiple of 16, at most 512
+  int32_t record_bytes;          // must equal record_layout(...).record_bytes
+  const float* rotation_signs;   // [head_dim] of +-1 for a Hadamard rotation, else null
+  const float* rotation_matrix;    // [head_dim, head_dim] row-major, y = M x; null for Hadamard
+  const float* rotation_matrix_t;  // its transpose; null for Hadamard
+  FqCode key;
+  FqCode value;
+};
+
+// The pages of one layer: uint8 [num_blocks, num_kv_heads, block_size, record_bytes].
+struct FqPages {
+  uint8_t* base;
+  int64_t num_blocks;
+  int64_t stride_block;  // bytes
+  int64_t stride_head;   // bytes
+  int32_t num_kv_heads;
+  int32_t block_size;
+};
+
+struct FqEncode {
+  const void* key;              // [num_tokens, num_kv_heads, head_dim]
+  const void* value;            // [num_tokens, num_kv_heads, head_dim]
+  const int64_t* slot_mapping;  // [num_tokens]; -1 = skip
+  int64_t num_tokens;
+  int64_t stride_key_token, stride_key_head;      // elements
+  int64_t stride_value_token, stride_value_head;  // elements
+  int32_t dtype;                                  // FqDtype
+  int32_t num_threads;
+};
+
+struct FqAttend {
+  const void* query;               // [num_tokens, num_q_heads, head_dim]
+  void* out;                       // [num_tokens, num_q_heads, head_dim]
+  const void* raw_key;             // [num_tokens, num_kv_heads, head_dim] or null
+  const void* raw_value;           // [num_tokens, num_kv_heads, head_dim] or null
+  const int32_t* query_start_loc;  // [num_reqs + 1]
+  const int32_t* seq_lens;         // [num_reqs]
+  const int32_t* block_table;      // [num_reqs, stride_block_table]
+  const float* sinks;              // [num_q_heads] or null
+  int64_t stride_block_table;      // elements; also its number of columns
+  int64_t stride_query_token, stride_query_head;
+  int64_t stride_out_token, stride_out_head;
+  int64_t stride_raw_key_token, stride_raw_key_head;
+  int64_t stride_raw_value_token, stride_raw_value_head;
+  int32_t num_reqs;
+  int32_t num_q_heads;
+  int32_t dtype;   // FqDtype of query, out, raw_key and raw_value
+  int32_t window;  // 0 = none
+  float scale;
+  float soft_cap;  // 0 = none
+  int32_t num_threads;
+  int32_t reserved;
+};
+
+}  // extern "C"

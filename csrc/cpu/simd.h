@@ -1,0 +1,201 @@
+// SPDX-License-Identifier: Apache-2.0
+// One vector of floats, 4, 8 or 16 lanes wide, and what the kernels do with it. The kernels are
+// written once against this header and compiled once per instruction set.
+//
+// Everything lives in a namespace named after the instruction set, and nothing here instantiates
+// templates of the standard library: the linker would merge such instances across instruction sets.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace fq::FQ_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(kLanes * 4)));
+typedef int32_t vi __attribute__((vector_size(kLanes * 4)));
+typedef float vf_any __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef float v4 __attribute__((vector_size(16)));
+typedef float v4_any __attribute__((vector_size(16), aligned(4), may_alias));
+typedef float v8_any __attribute__((vector_size(32), aligned(4), may_alias));
+
+constexpr float kMinusInf = -__builtin_inff();
+
+static inline vf load(const float* p) { return *reinterpret_cast<const vf_any*>(p); }
+static inline void store(float* p, vf x) { *reinterpret_cast<vf_any*>(p) = x; }
+static inline vf splat(float x) { return vf{} + x; }
+
+// a * b + c, fused where the instruction set can.
+static inline vf madd(vf a, vf b, vf c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__FMA__)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+static inline vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
+
+static inline vf vmax(vf a, vf b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+static inline float fmax2(float a, float b) { return a > b ? a : b; }
+
+// Sums of four vectors, each in the same fixed order: pairs within 16-byte lanes, then lanes.
+static inline v4 sum4(vf a, vf b, vf c, vf d) {
+#if defined(__AVX512F__)
+  const __m512 t0 = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xDD));
+  const __m512 t1 = _mm512_add_ps(_mm512_shuffle_ps(c, d, 0x88), _mm512_shuffle_ps(c, d, 0xDD));
+  const __m512 t = _mm512_add_ps(_mm512_shuffle_ps(t0, t1, 0x88), _mm512_shuffle_ps(t0, t1, 0xDD));
+  const __m256 h = _mm256_add_ps(_mm512_castps512_ps256(t), _mm512_extractf32x8_ps(t, 1));
+  return (v4)_mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+#elif defined(__AVX2__)
+  const __m256 t = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+  return (v4)_mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1));
+#else
+  return v4{(a[0] + a[1]) + (a[2] + a[3]), (b[0] + b[1]) + (b[2] + b[3]),
+            (c[0] + c[1]) + (c[2] + c[3]), (d[0] + d[1]) + (d[2] + d[3])};
+#endif
+}
+
+static inline float sum(vf a) { return sum4(a, vf{}, vf{}, vf{})[0]; }
+
+static inline float max_lane(vf a) {
+  float best = a[0];
+  for (int i = 1; i < kLanes; ++i) best = fmax2(best, a[i]);
+  return best;
+}
+
+// e^x for x <= 88; exactly 1 at 0, exactly 0 below -87 and at -inf. Relative error below 2e-7
+// (range reduction by log 2 and the degree-5 polynomial of Cephes' expf).
+static inline vf vexp(vf x) {
+  const vi tiny = x < -87.0f;
+  x = select(tiny, vf{}, x);
+  const vf shift = splat(12582912.0f);  // 1.5 * 2^23 rounds to the nearest integer when added
+  const vf n = madd(x, splat(1.44269504088896341f), shift) - shift;
+  vf r = madd(n, splat(-0.693359375f), x);
+  r = madd(n, splat(2.12194440e-4f), r);
+  vf p = splat(1.9875691500e-4f);
+  p = madd(p, r, splat(1.3981999507e-3f));
+  p = madd(p, r, splat(8.3334519073e-3f));
+  p = madd(p, r, splat(4.1665795894e-2f));
+  p = madd(p, r, splat(1.6666665459e-1f));
+  p = madd(p, r, splat(5.0000001201e-1f));
+  p = madd(p, r * r, r + 1.0f);
+  const vi exponent = (__builtin_convertvector(n, vi) + 127) << 23;
+  return select(tiny, vf{}, p * (vf)exponent);
+}
+
+static inline float exp1(float x) { return vexp(splat(x))[0]; }
+
+// tanh(x) = 1 - 2 / (e^2x + 1)
+static inline vf vtanh(vf x) {
+  const vf two_x = vmax(x + x, splat(-40.0f));
+  const vf bounded = two_x > 40.0f ? splat(40.0f) : two_x;
+  return 1.0f - 2.0f / (vexp(bounded) + 1.0f);
+}
+
+// Scalars of 16 bits. float16 rounds to nearest even and saturates at 65504.
+static inline float half_to_float(uint16_t h) {
+#if defined(__F16C__)
+  return _cvtsh_ss(h);
+#else
+  const uint32_t sign = (uint32_t)(h & 0x8000) << 16, magnitude = h & 0x7FFF;
+  uint32_t bits;
+  if (magnitude >= 0x7C00) {
+    bits = 0x7F800000u | (magnitude << 13);
+  } else if (magnitude >= 0x0400) {
+    bits = (magnitude << 13) + 0x38000000u;
+  } else {
+    const float value = (float)magnitude * 5.9604644775390625e-8f;  // 2^-24
+    memcpy(&bits, &value, 4);
+  }
+  bits |= sign;
+  float out;
+  memcpy(&out, &bits, 4);
+  return out;
+#endif
+}
+
+static inline uint16_t float_to_half(float x) {
+#if defined(__F16C__)
+  return (uint16_t)_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT);
+#else
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  const uint16_t sign = (uint16_t)((bits >> 16) & 0x8000);
+  bits &= 0x7FFFFFFF;
+  if (bits > 0x7F800000u) return sign | 0x7E00;
+  if (bits >= 0x47800000u) return sign | 0x7C00;
+  if (bits < 0x38800000u) {  // subnormal: let the float adder round
+    float magnitude;
+    memcpy(&magnitude, &bits, 4);
+    magnitude += 0.5f;
+    uint32_t shifted;
+    memcpy(&shifted, &magnitude, 4);
+    return sign | (uint16_t)(shifted - 0x3F000000u);
+  }
+  bits += 0xC8000FFFu + ((bits >> 13) & 1);
+  return sign | (uint16_t)(bits >> 13);
+#endif
+}
+
+static inline float bfloat_to_float(uint16_t b) {
+  const uint32_t bits = (uint32_t)b << 16;
+  float out;
+  memcpy(&out, &bits, 4);
+  return out;
+}
+
+static inline uint16_t float_to_bfloat(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  if ((bits & 0x7FFFFFFF) > 0x7F800000u) return (uint16_t)((bits >> 16) | 0x40);
+  return (uint16_t)((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+}
+
+// Loads `count` elements of a model's dtype (FqDtype) as floats, and stores floats as that dtype.
+static inline void load_row(const void* base, int64_t offset, int32_t dtype, int count, float* dst) {
+  if (dtype == kFqFloat32) {
+    memcpy(dst, static_cast<const float*>(base) + offset, (size_t)count * 4);
+  } else if (dtype == kFqBFloat16) {
+    const uint16_t* src = static_cast<const uint16_t*>(base) + offset;
+    for (int i = 0; i < count; ++i) dst[i] = bfloat_to_float(src[i]);
+  } else {
+    const uint16_t* src = static_cast<const uint16_t*>(base) + offset;
+    for (int i = 0; i < count; ++i) dst[i] = half_to_float(src[i]);
+  }
+}
+
+static inline void store_row(void* base, int64_t offset, int32_t dtype, int count, const float* src) {
+  if (dtype == kFqFloat32) {
+    memcpy(static_cast<float*>(base) + offset, src, (size_t)count * 4);
+  } else if (dtype == kFqBFloat16) {
+    uint16_t* dst = static_cast<uint16_t*>(base) + offset;
+    for (int i = 0; i < count; ++i) dst[i] = float_to_bfloat(src[i]);
+  } else {
+    uint16_t* dst = static_cast<uint16_t*>(base) + offset;
+    for (int i = 0; i < count; ++i) dst[i] = float_to_half(src[i]);
+  }
+}
+
+}  // namespace fq::FQ_ISA

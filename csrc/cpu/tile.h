@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention of a few query rows over one tile of tokens whose keys or values are floats in cache.
+//
+// Bit-equality: what a row gets depends only on its own query and on the tokens it may see, never
+// on which rows share its call. Every sum below has one order, whatever the register blocking;
+// tokens a row may not see add exact zeros; and tile bounds are multiples of tile_tokens().
+#pragma once
+
+#include "cpu/simd.h"
+
+namespace fq::FQ_ISA {
+
+constexpr float kEmptyMax = -1e30f;  // running maximum of no tokens; finite, so no inf - inf
+constexpr int kMaxTile = 32;
+
+// Tokens per tile; a tile of keys stays within half the L1 cache.
+static inline int tile_tokens(int head_dim) { return head_dim <= 128 ? 32 : 16; }
+
+// A mergeable attention state of `rows` rows. No tokens: m = kEmptyMax, l = 0, o = 0.
+struct State {
+  float* m;  // [rows] running maximum of the scores
+  float* l;  // [rows] sum of exp(score - m)
+  float* o;  // [rows, head_dim] sum of exp(score - m) * value
+};
+
+static inline int64_t state_floats(int rows, int head_dim) { return (int64_t)rows * (head_dim + 2); }
+
+static inline State state_at(float* base, int rows, int head_dim) {
+  return {base + (int64_t)rows * head_dim, base + (int64_t)rows * (head_dim + 1), base};
+}
+
+static inline void clear(const State& s, int rows, int head_dim) {
+  for (int r = 0; r < rows; ++r) {
+    s.m[r] = kEmptyMax;
+    s.l[r] = 0.0f;
+  }
+  memset(s.o, 0, (size_t)rows * head_dim * 4);
+}
+
+// into = into + from, rows of both relative to the larger maximum.
+static inline void merge(const State& into, const State& from, int rows, int head_dim) {
+  for (int r = 0; r < rows; ++r) {
+    const float m = fmax2(into.m[r], from.m[r]);
+    const float keep = exp1(into.m[r] - m), add = exp1(from.m[r] - m);
+    into.m[r] = m;
+    into.l[r] = into.l[r] * keep + from.l[r] * add;
+    float* o = into.o + (int64_t)r * head_dim;
+    const float* p = from.o + (int64_t)r * head_dim;
+    for (int i = 0; i < head_dim; i += kLanes) {
+      store(o + i, madd(load(p + i), splat(add), load(o + i) * splat(keep)));
+    }
+  }
+}
+
+// scores[r][t] = <q[r], k[t]>, rows r of stride head_dim, t in steps of kTokens.
+template <int kRows, int kTokens>
+static inline void dot_block(const float* q, const float* k, int head_dim, int num_tokens,
+                             float* scores) {
+  static_assert(kTokens % 2 == 0);
+  for (int t = 0; t < num_tokens; t += kTokens) {
+    vf acc[kRows][kTokens] = {};
+    const float* kt = k + (int64_t)t * head_dim;
+    for (int i = 0; i < head_dim; i += kLanes) {
+      vf kv[kTokens];
+      for (int j = 0; j < kTokens; ++j) kv[j] = load(kt + j * head_dim + i);
+      for (int r = 0; r < kRows; ++r) {
+        const vf qv = load(q + r * head_dim + i);
+        for (int j = 0; j < kTokens; ++j) acc[r][j] = madd(qv, kv[j], acc[r][j]);
+      }
+    }
+    for (int r = 0; r < kRows; ++r) {
+      if constexpr (kTokens == 2) {
+        const v4 s = sum4(acc[r][0], acc[r][1], vf{}, vf{});
+        scores[r * kMaxTile + t] = s[0];
+        scores[r * kMaxTile + t + 1] = s[1];
+      } else {
+        for (int j = 0; j < kTokens; j += 4) {
+          *reinterpret_cast<v4_any*>(scores + r * kMaxTile + t + j) =
+              sum4(acc[r][j], acc[r][j + 1], acc[r][j + 2], acc[r][j + 3]);
+        }
+      }
+    }
+  }
+}
+
+// o[r] = o[r] * alpha[r] + sum over t of p[r][t] * v[t], in kColumns vectors of columns.
+template <int kRows, int kColumns>
+static inline void axpy_block(const float* p, const float* alpha, const float* v, int head_dim,
+                              int num_tokens, float* o) {
+  vf acc[kRows][kColumns];
+  for (int r = 0; r < kRows; ++r) {
+    for (int c = 0; c < kColumns; ++c) {
+      acc[r][c] = load(o + r * head_dim + c * kLanes) * splat(alpha[r]);
+    }
+  }
+  for (int t = 0; t < num_tokens; ++t) {
+    vf weight[kRows];
+    for (int r = 0; r < kRows; ++r) weight[r] = splat(p[r * kMaxTile + t]);
+    for (int c = 0; c < kColumns; ++c) {
+      const vf vv = load(v + (int64_t)t * head_dim + c * kLanes);
+      for (int r = 0; r < kRows; ++r) acc[r][c] = madd(weight[r], vv, acc[r][c]);
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    for (int c = 0; c < kColumns; ++c) store(o + r * head_dim + c * kLanes, acc[r][c]);
+  }
+}
+
+template <int kRows, int kColumns>
+static inline void axpy(const float* p, const float* alpha, const float* v, int head_dim,
+                        int num_tokens, float* o) {
+  int i = 0;
+  for (; i + kColumns * kLanes <= head_dim; i += kColumns * kLanes) {
+    axpy_block<kRows, kColumns>(p, alpha, v + i, head_dim, num_tokens, o + i);
+  }
+  for (; i < head_dim; i += kLanes) {
+    axpy_block<kRows, 1>(p, alpha, v + i, head_dim, num_tokens, o + i);
+  }
+}
+
+// Register blocking for 16 (AVX2) or 32 (AVX-512) vector registers.
+constexpr int kWide = kLanes == 16 ? 4 : 2;
+
+static inline void dot_tile(const float* q, int rows, const float* k, int head_dim, int num_tokens,
+                            float* scores) {
+  int r = 0;
+  for (; r + 4 <= rows; r += 4) {
+    dot_block<4, kWide>(q + r * head_dim, k, head_dim, num_tokens, scores + r * kMaxTile);
+  }
+  q += r * head_dim;
+  scores += r * kMaxTile;
+  if (rows - r == 3) dot_block<3, 4>(q, k, head_dim, num_tokens, scores);
+  if (rows - r == 2) dot_block<2, 4>(q, k, head_dim, num_tokens, scores);
+  if (rows - r == 1) dot_block<1, 8>(q, k, head_dim, num_tokens, scores);
+}
+
+static inline void axpy_tile(const float* p, const float* alpha, int rows, const float* v,
+                             int head_dim, int num_tokens, float* o) {
+  int r = 0;
+  for (; r + 4 <= rows; r += 4) {
+    axpy<4, kWide>(p + r * kMaxTile, alpha + r, v, head_dim, num_tokens, o + r * head_dim);
+  }
+  p += r * kMaxTile;
+  alpha += r;
+  o += r * head_dim;
+  if (rows - r == 3) axpy<3, 4>(p, alpha, v, head_dim, num_tokens, o);
+  if (rows - r == 2) axpy<2, 4>(p, alpha, v, head_dim, num_tokens, o);
+  if (rows - r == 1) axpy<1, 8>(p, alpha, v, head_dim, num_tokens, o);
+}
+
+// Which tokens of the tile [begin, begin + count) each row may see.
+struct Mask {
+  int begin;
+  int count;
+  int first_position;   // position of row 0
+  int rows_per_token;   // rows r and r + 1 share a position unless r + 1 is a multiple of this
+  int window;           // 0 = none
+};
+
+// Turns scores [rows, tile] into weights exp(score - m) * value_factor and updates m and l.
+// alpha[r] is what the row's old o must be multiplied by.
+static inline void softmax_tile(float* scores, int rows, int tile, const float* key_factor,
+                                const float* value_factor, const Mask& mask, float soft_cap,
+                                const State& state, float* alpha) {
+  const int last = mask.begin + mask.count - 1;
+  vi lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+  for (int r = 0; r < rows; ++r) {
+    float* s = scores + r * kMaxTile;
+    const int position = mask.first_position + r / mask.rows_per_token;
+    const int oldest = mask.window > 0 ? position - mask.window + 1 : 0;
+    const int newest = position < last ? position : last;
+    const bool whole = newest - mask.begin == tile - 1 && oldest <= mask.begin;
+    vf largest = splat(kMinusInf);
+    for (int i = 0; i < tile; i += kLanes) {
+      vf x = load(s + i) * load(key_factor + i);
+      if (soft_cap > 0.0f) x = splat(soft_cap) * vtanh(x * splat(1.0f / soft_cap));
+      if (!whole) {
+        const vi token = lane + (mask.begin + i);
+        x = select((token <= newest) & (token >= oldest), x, splat(kMinusInf));
+      }
+      store(s + i, x);
+      largest = vmax(largest, x);
+    }
+    const float m = fmax2(state.m[r], max_lane(largest));
+    alpha[r] = m == state.m[r] ? 1.0f : exp1(state.m[r] - m);
+    vf total = vf{};
+    for (int i = 0; i < tile; i += kLanes) {
+      const vf weight = vexp(load(s + i) - splat(m));
+      total = total + weight;
+      store(s + i, weight * load(value_factor + i));
+    }
+    state.m[r] = m;
+    state.l[r] = state.l[r] * alpha[r] + sum(total);
+  }
+}
+
+}  // namespace fq::FQ_ISA

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CPU library: loads libfibquant_cpu.so and hands it pointers.
+
+The library has a plain C ABI (csrc/cpu/params.h), so one build serves every Python and torch. It
+shares torch's OpenMP runtime, and so its threads and their binding, because torch is imported
+first. Arguments are checked by `ops`; nothing here is called directly.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import weakref
+from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int32, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+
+from vllm_fibquant.codec import KVCodec, VectorCodec
+from vllm_fibquant.config import GainRule
+
+LIBRARY_PATH = Path(__file__).parent / "lib" / "libfibquant_cpu.so"
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+MAX_HEAD_DIM = 512
+HEAD_DIM_MULTIPLE = 16
+_GAINS: dict[GainRule, int] = {"norm": 0, "preserve": 1, "mse": 2, "unbiased": 3}
+_ALIGNMENT = 64
+
+
+class _Code(Structure):
+    _fields_ = [
+        *((name, c_int32) for name in ("subvec_dim", "index_bits", "num_rows", "folded", "gain")),
+        ("num_rows_padded", c_int32),
+        *((name, c_void_p) for name in ("rows", "rows_t", "half_sq", "signs")),
+    ]
+
+
+class _Codec(Structure):
+    _fields_ = [
+        ("head_dim", c_int32),
+        ("record_bytes", c_int32),
+        *((f"rotation_{name}", c_void_p) for name in ("signs", "matrix", "matrix_t")),
+        ("key", _Code),
+        ("value", _Code),
+    ]
+
+
+class _Pages(Structure):
+    _fields_ = [
+        ("base", c_void_p),
+        *((name, c_int64) for name in ("num_blocks", "stride_block", "stride_head")),
+        *((name, c_int32) for name in ("num_kv_heads", "block_size")),
+    ]
+
+
+class _Encode(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("key", "value", "slot_mapping")),
+        ("num_tokens", c_int64),
+        *((f"stride_key_{name}", c_int64) for name in ("token", "head")),
+        *((f"stride_value_{name}", c_int64) for name in ("token", "head")),
+        ("dtype", c_int32),
+        ("num_threads", c_int32),
+    ]
+
+
+class _Attend(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("query", "out", "raw_key", "raw_value")),
+        *((name, c_void_p) for name in ("query_start_loc", "seq_lens", "block_table", "sinks")),
+        ("stride_block_table", c_int64),
+        *((f"stride_query_{name}", c_int64) for name in ("token", "head")),
+        *((f"stride_out_{name}", c_int64) for name in ("token", "head")),
+        *((f"stride_raw_key_{name}", c_int64) for name in ("token", "head")),
+        *((f"stride_raw_value_{name}", c_int64) for name in ("token", "head")),
+        *((name, c_int32) for name in ("num_reqs", "num_q_heads", "dtype", "window")),
+        *((name, c_float) for name in ("scale", "soft_cap")),
+        *((name, c_int32) for name in ("num_threads", "reserved")),
+    ]
+
+
+def is_built() -> bool:
+    """Whether the library file exists."""
+    return LIBRARY_PATH.exists()
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The loaded library.
+
+    Raises:
+        RuntimeError: it is missing, does not load, or was built from other sources.
+    """
+    advice = "build it with `pip install -e .` (or `python setup.py build_ext --inplace`)"
+    if not is_built():
+        raise RuntimeError(f"native.library: {LIBRARY_PATH} is missing; {advice}")
+    try:
+        lib = ctypes.CDLL(str(LIBRARY_PATH))
+    except OSError as error:
+        raise RuntimeError(f"native.library: {LIBRARY_PATH} does not load ({error}); {advice}")
+    sizes = (c_int64 * 4)()
+    try:
+        lib.fq_abi(sizes)
+    except AttributeError:
+        sizes[0] = -1
+    expected = [ctypes.sizeof(s) for s in (_Codec, _Pages, _Encode, _Attend)]
+    if list(sizes) != expected:
+        raise RuntimeError(
+            f"native.library: {LIBRARY_PATH} must be built from this version's sources "
+            f"(struct sizes {expected}, got {list(sizes)}); {advice}"
+        )
+    lib.fq_isa.restype = c_char_p
+    lib.fq_select_isa.argtypes = [c_char_p]
+    lib.fq_encode_kv.argtypes = [POINTER(_Codec), POINTER(_Pages), POINTER(_Encode)]
+    lib.fq_encode_kv.restype = c_int64
+    lib.fq_paged_attention.argtypes = [POINTER(_Codec), POINTER(_Pages), POINTER(_Attend)]
+    return lib
+
+
+def isa() -> str:
+    """The instruction set in use: ``portable``, ``avx2`` or ``avx512``."""
+    return library().fq_isa().decode()
+
+
+def select_isa(name: str | None) -> None:
+    """Choose an instruction set, for tests and benchmarks; None chooses the best.
+
+    Raises:
+        ValueError: this CPU does not have it.
+    """
+    if library().fq_select_isa(name.encode() if name else None):
+        raise ValueError(f"select_isa: name must be one this CPU supports, got {name!r}")
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """A contiguous float32 CPU copy of x whose data starts at a multiple of 64 bytes."""
+    x = x.to(device="cpu", dtype=torch.float32).contiguous()
+    spare = _ALIGNMENT // 4
+    buffer = torch.empty(x.numel() + spare, dtype=torch.float32)
+    start = -(buffer.data_ptr() // 4) % spare
+    view = buffer[start : start + x.numel()].view(x.shape)
+    return view.copy_(x)
+
+
+def _code(vector_codec: VectorCodec, keep: list[torch.Tensor]) -> _Code:
+    spec = vector_codec.spec
+    rows = vector_codec.codebook.rows.float()  # [num_rows, subvec_dim]
+    num_rows, dim = rows.shape
+    padded = -(-num_rows // 16) * 16
+    rows_t = torch.zeros(dim, padded)
+    rows_t[:, :num_rows] = rows.T
+    half_sq = torch.full((padded,), torch.inf)
+    half_sq[:num_rows] = rows.square().sum(-1) / 2
+    tables = [_aligned(t) for t in (rows, rows_t, half_sq)]
+    if spec.folded:
+        patterns = torch.arange(1 << dim)[:, None] >> torch.arange(dim) & 1
+        tables.append(_aligned(torch.where(patterns.bool(), -0.0, 0.0)))
+    keep.extend(tables)
+    pointers = [t.data_ptr() for t in tables] + [None] * (4 - len(tables))
+    gain = _GAINS[spec.gain]
+    return _Code(dim, spec.index_bits, num_rows, int(spec.folded), gain, padded, *pointers)
+
+
+_codecs: weakref.WeakKeyDictionary[KVCodec, tuple[_Codec, list[torch.Tensor]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def codec_struct(codec: KVCodec) -> _Codec:
+    """The codec as the library reads it, made once per codec and kept alive with it."""
+    if codec not in _codecs:
+        keep: list[torch.Tensor] = []
+        rotation = codec.key.rotation
+        if rotation.kind == "hadamard":
+            keep.append(_aligned(rotation.signs))
+            pointers = [keep[0].data_ptr(), None, None]
+        else:
+            keep += [_aligned(rotation.matrix), _aligned(rotation.matrix.T)]
+            pointers = [None, *(t.data_ptr() for t in keep)]
+        struct = _Codec(codec.head_dim, codec.layout.record_bytes, *pointers)
+        struct.key, struct.value = _code(codec.key, keep), _code(codec.value, keep)
+        _codecs[codec] = (struct, keep)
+    return _codecs[codec][0]
+
+
+def record_layout(codec: KVCodec) -> list[int]:
+    """The library's own idea of the record: offsets of K and V indices, of both norms, its size."""
+    struct, out = codec_struct(codec), (c_int32 * 5)()
+    library().fq_record_layout(codec.head_dim, byref(struct.key), byref(struct.value), out)
+    return list(out)
+
+
+def _pages(cache: torch.Tensor) -> _Pages:
+    num_blocks, num_kv_heads, block_size, _ = cache.shape
+    return _Pages(
+        cache.data_ptr(), num_blocks, cache.stride(0), cache.stride(1), num_kv_heads, block_size
+    )
+
+
+def encode_kv(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    codec: KVCodec,
+) -> int:
+    """See `ops.encode_kv`. Returns -1 when a slot lies outside the cache."""
+    args = _Encode(
+        key.data_ptr(), value.data_ptr(), slot_mapping.data_ptr(), slot_mapping.shape[0],
+        key.stride(0), key.stride(1), value.stride(0), value.stride(1),
+        DTYPES[key.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    return library().fq_encode_kv(byref(codec_struct(codec)), byref(_pages(cache)), byref(args))
+
+
+def paged_attention(
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    codec: KVCodec,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    scale: float,
+    window: int,
+    soft_cap: float,
+    sinks: torch.Tensor | None,
+    raw_key: torch.Tensor | None,
+    raw_value: torch.Tensor | None,
+) -> int:
+    """See `ops.paged_attention`. Returns the library's error number, 0 for none."""
+    raw_pointers: tuple[int | None, int | None] = (None, None)
+    raw_strides = (0, 0, 0, 0)
+    if raw_key is not None and raw_value is not None:
+        raw_pointers = (raw_key.data_ptr(), raw_value.data_ptr())
+        raw_strides = (*raw_key.stride()[:2], *raw_value.stride()[:2])
+    args = _Attend(
+        query.data_ptr(), out.data_ptr(), *raw_pointers,
+        query_start_loc.data_ptr(), seq_lens.data_ptr(), block_table.data_ptr(),
+        None if sinks is None else sinks.data_ptr(), block_table.stride(0),
+        query.stride(0), query.stride(1), out.stride(0), out.stride(1), *raw_strides,
+        seq_lens.shape[0], query.shape[1], DTYPES[query.dtype], window,
+        scale, soft_cap, torch.get_num_threads(), 0,
+    )  # fmt: skip
+    return library().fq_paged_attention(
+        byref(codec_struct(codec)), byref(_pages(cache)), byref(args)
+    )
