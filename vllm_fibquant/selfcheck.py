@@ -1,2 +1,111 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Start-up check: the kernel this machine will use, against the oracle, before serving."""
+"""Start-up check: the kernel this machine will use, against the oracle, before serving.
+
+A miscompiled library, a damaged codebook in memory or an instruction set that misbehaves shows here
+as an error, not as fluent nonsense behind a green health check.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_fibquant import ops, reference
+from vllm_fibquant.codec import KVCodec
+
+MAX_RECORD_MISMATCH = 0.02
+"""Share of records that may differ between kernel and oracle: ties of the two nearest codewords."""
+
+_SEQ_LENS, _QUERY_LENS = (1, 37, 130), (1, 1, 5)
+
+
+@dataclass(frozen=True)
+class SelfCheckResult:
+    """Outcome of one self-check.
+
+    Attributes:
+        kernel: name of the kernel checked.
+        record_mismatch: share of records that differ from the oracle's.
+        error: largest absolute difference of attention outputs in float32.
+        tolerance: what `error` had to stay below.
+    """
+
+    kernel: str
+    record_mismatch: float
+    error: float
+    tolerance: float
+
+
+def run_self_check(
+    codec: KVCodec,
+    dtype: torch.dtype,
+    num_q_heads: int,
+    num_kv_heads: int,
+    block_size: int,
+) -> SelfCheckResult:
+    """Encodes and attends a small random batch with the kernel and with the oracle.
+
+    Args:
+        codec: the codec to be served.
+        dtype: the model's dtype.
+        num_q_heads, num_kv_heads, block_size: as the model will use them.
+
+    Returns:
+        The result, when it is within bounds.
+
+    Raises:
+        RuntimeError: the kernel disagrees with the oracle; nothing may be served with it.
+    """
+    # Two KV heads are enough to see a wrong stride, and keep this well under a second.
+    group_size, num_kv_heads = num_q_heads // num_kv_heads, min(num_kv_heads, 2)
+    num_q_heads = group_size * num_kv_heads
+    generator = torch.Generator().manual_seed(0)
+
+    def random(num_tokens: int, num_heads: int) -> torch.Tensor:
+        shape = (num_tokens, num_heads, codec.head_dim)
+        return torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype)
+
+    blocks_of = [-(-n // block_size) for n in _SEQ_LENS]
+    num_blocks = sum(blocks_of) + 1
+    order = torch.randperm(num_blocks, generator=generator, dtype=torch.int64)
+    block_table = torch.zeros(len(_SEQ_LENS), max(blocks_of), dtype=torch.int32)
+    slots = []
+    for req, (seq_len, count) in enumerate(zip(_SEQ_LENS, blocks_of)):
+        begin = sum(blocks_of[:req])
+        block_table[req, :count] = order[begin : begin + count].to(torch.int32)
+        positions = torch.arange(seq_len, dtype=torch.int64)
+        slots.append(
+            block_table[req].long()[positions // block_size] * block_size + positions % block_size
+        )
+    slot_mapping = torch.cat(slots)
+    key, value = random(sum(_SEQ_LENS), num_kv_heads), random(sum(_SEQ_LENS), num_kv_heads)
+    shape = (num_blocks, num_kv_heads, block_size, codec.layout.record_bytes)
+    # 0xFF bytes are NaN norms: reading a slot nobody wrote would show.
+    cache, expected_cache = (torch.full(shape, 0xFF, dtype=torch.uint8) for _ in range(2))
+    ops.encode_kv(key, value, cache, slot_mapping, codec)
+    reference.encode_kv(key, value, expected_cache, slot_mapping, codec)
+    written = len(slot_mapping) * num_kv_heads
+    mismatch = int((cache != expected_cache).any(-1).sum()) / written
+
+    query = random(sum(_QUERY_LENS), num_q_heads)
+    bounds = torch.tensor([0, *_QUERY_LENS]).cumsum(0).to(torch.int32)
+    seq_lens = torch.tensor(_SEQ_LENS, dtype=torch.int32)
+    out, expected = torch.empty_like(query), torch.empty_like(query, dtype=torch.float32)
+    scale = codec.head_dim**-0.5
+    args = (cache, codec, bounds, seq_lens, block_table)
+    ops.paged_attention(query, *args, out, scale=scale)
+    reference.paged_attention(query.float(), *args, expected, scale=scale)
+    error = float((out.float() - expected).abs().max())
+    # Outputs are at most a few units; rounding them to the model's dtype costs up to eps / 2 each.
+    tolerance = 8 * torch.finfo(dtype).eps + 1e-5
+
+    result = SelfCheckResult(ops.kernel_name(), mismatch, error, tolerance)
+    if not (mismatch <= MAX_RECORD_MISMATCH and error <= tolerance):
+        raise RuntimeError(
+            f"run_self_check: kernel {result.kernel} must equal the oracle (at most "
+            f"{MAX_RECORD_MISMATCH:.0%} of records differing, attention error at most "
+            f"{tolerance:.1e}), got {mismatch:.1%} and {error:.1e} with head_dim {codec.head_dim}; "
+            "refusing to serve: rebuild the library, and report this machine's CPU if it persists"
+        )
+    return result
