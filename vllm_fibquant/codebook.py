@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Codebooks: what they are in memory, their file, and where they are found.
 
-A file (`d<head_dim>-<code>-<storage>.fqb`) is, little-endian and without padding:
+A file (`d<head_dim>-<code>-<storage>.fqcb`) is, little-endian and without padding:
 
     offset          bytes           content
     0               8               magic "FIBQBOOK"
@@ -189,8 +189,8 @@ def dequantise(table: np.ndarray, scale: np.float32, folded: bool) -> np.ndarray
 
 
 def codebook_filename(spec: CodeSpec, head_dim: int) -> str:
-    """Name of the file of this code, e.g. ``d64-k4n256-int8.fqb``."""
-    return f"d{head_dim}-{spec.name}-{spec.storage}.fqb"
+    """Name of the file of this code, e.g. ``d64-k4n256-int8.fqcb``."""
+    return f"d{head_dim}-{spec.name}-{spec.storage}.fqcb"
 
 
 def cache_dir() -> Path:
