@@ -24,15 +24,15 @@ ROOT = Path(__file__).parent.resolve()
 LIBRARY = "libfibquant_cpu.so"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
-COMPILE_FLAGS = (
+COMPILE_FLAGS = shlex.split(
     "-O3 -std=c++17 -fPIC -fopenmp -fvisibility=hidden -Wall -Wextra "
     # Results must not depend on where the compiler chose to fuse a multiply and an add.
     "-ffp-contract=off -fno-math-errno -fno-trapping-math"
-).split()
-ISA_FLAGS = {"portable": []}
+)
+ISA_FLAGS: dict[str, list[str]] = {"portable": []}
 if X86:
-    ISA_FLAGS["avx2"] = "-mavx2 -mfma -mf16c".split()
-    ISA_FLAGS["avx512"] = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c".split()
+    ISA_FLAGS["avx2"] = shlex.split("-mavx2 -mfma -mf16c")
+    ISA_FLAGS["avx512"] = shlex.split("-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c")
 
 
 def compile_units() -> list[tuple[str, str, list[str]]]:
@@ -79,10 +79,8 @@ class BuildLibrary(build_ext):
         built = objects_dir / LIBRARY
         link = [*compiler, "-shared", "-fopenmp", *map(str, objects), "-o", str(built), *user_flags]
         run_if_stale(link, built, objects, self.force)
-        # Replaced in one step: a running server keeps the file it has mapped.
-        partial = target.with_suffix(".partial")
-        self.copy_file(str(built), str(partial))
-        os.replace(partial, target)
+        # copy_file unlinks the old file first: a running server keeps what it has mapped.
+        self.copy_file(str(built), str(target))
 
 
 def run_if_stale(command: list[str], output: Path, inputs: list[Path], force: bool) -> None:
@@ -117,20 +115,10 @@ def relative_files(pattern: str) -> list[str]:
 
 
 sources = sorted({source for source, _, _ in compile_units()})
-missing = [source for source in sources if not (ROOT / source).exists()]
-if missing:
-    print(f"setup.py: building without the CPU library, missing: {', '.join(missing)}", flush=True)
-    extensions = []
-else:
-    extensions = [
-        Extension(
-            "vllm_fibquant.lib.fibquant_cpu",
-            sources=sources,
-            depends=relative_files("**/*.h"),
-        )
-    ]
-
+library = Extension(
+    "vllm_fibquant.lib.fibquant_cpu", sources=sources, depends=relative_files("**/*.h")
+)
 setup(
-    ext_modules=extensions,
+    ext_modules=[library],
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},
 )

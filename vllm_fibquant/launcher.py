@@ -15,6 +15,7 @@ nothing about it:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Mapping
@@ -187,13 +188,25 @@ def _cpu_flags() -> frozenset[str]:
 
 
 def _free_memory() -> int:
-    """Bytes available without swapping."""
-    try:
-        with open("/proc/meminfo") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Bytes a worker can get: of the machine, of its NUMA nodes, and of its container."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    with contextlib.suppress(OSError, KeyError, ValueError):
+        limits.append(_read_meminfo(Path("/proc/meminfo"))["MemAvailable"])
+    # A worker's cache lives on one node; which one, vLLM decides later.
+    for path in Path("/sys/devices/system/node").glob("node*/meminfo"):
+        with contextlib.suppress(OSError, KeyError, ValueError):
+            node = _read_meminfo(path)
+            if node["MemTotal"]:
+                limits.append(node["MemFree"] + node["Active(file)"] + node["Inactive(file)"])
+    with contextlib.suppress(OSError, ValueError):
+        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(limits)
+
+
+def _read_meminfo(path: Path) -> dict[str, int]:
+    """Bytes by name; a node's lines begin with ``Node 0``, the machine's do not."""
+    fields = (line.split(":") for line in path.read_text().splitlines())
+    return {name.split()[-1]: int(value.split()[0]) * 1024 for name, value in fields}
 
 
 def serve(args: list[str]) -> int:
