@@ -24,10 +24,8 @@ DEFAULT_BLOCK_SIZE = 128
 DEFAULT_BATCHED_TOKENS = 2048
 """What vLLM's server takes on CPUs when nothing is given."""
 
-KERNEL_BLOCK = 16
-"""Smallest block our attention backend takes, as it tells vLLM."""
-DENSE_KERNEL_BLOCK = 32
-"""The same of vLLM's CPU attention, which serves skipped layers."""
+BLOCK_MULTIPLE = 32
+"""What vLLM's CPU attention demands of a block."""
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY_UNITS = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -184,7 +182,7 @@ def plan_capacities(
         block_size: tokens of a block.
         tensor_parallel_size: workers that share the KV heads.
         skip_layers: as --kv-cache-dtype-skip-layers: layer numbers, or ``sliding_window``;
-            these stay in 16 bits. They mean nothing to bf16.
+            these stay in 16 bits.
         batched_tokens: vLLM's --max-num-batched-tokens, which bounds what a sliding-window
             layer holds of one request.
 
@@ -198,15 +196,19 @@ def plan_capacities(
             f"plan: --kv-cache-dtype-skip-layers must be layer numbers below "
             f"{len(shape.windows)} or sliding_window, got {', '.join(unknown)}"
         )
+    if block_size < 1 or block_size % BLOCK_MULTIPLE:
+        raise ValueError(
+            f"plan: --block-size must be a positive multiple of {BLOCK_MULTIPLE}, got {block_size}"
+        )
+    if tensor_parallel_size < 1:
+        raise ValueError(
+            f"plan: --tensor-parallel-size must be at least 1, got {tensor_parallel_size}"
+        )
     num_kv_heads = max(1, shape.num_kv_heads // tensor_parallel_size)
 
     capacities = []
     for name, head_bytes in token_bytes(shape.head_dim).items():
-        layers = layer_specs(
-            shape, head_bytes * num_kv_heads, num_kv_heads, block_size,
-            () if name == "bf16" else skip_layers,
-            KERNEL_BLOCK if name in PRESETS else DENSE_KERNEL_BLOCK,
-        )  # fmt: skip
+        layers = layer_specs(shape, head_bytes, num_kv_heads, block_size, skip_layers)
         groups = group_layers(layers)
         bytes_per_block = max(sum(layer.page_bytes for layer in group) for group in groups)
         num_blocks = memory_bytes // bytes_per_block
@@ -238,32 +240,18 @@ def token_bytes(head_dim: int) -> dict[str, int]:
 
 def layer_specs(
     shape: ModelShape,
-    token_bytes: int,
+    head_bytes: int,
     num_kv_heads: int,
     block_size: int,
     skip_layers: tuple[str, ...],
-    kernel_block: int,
 ) -> list[LayerSpec]:
-    """The specs vLLM builds; with skipped layers it may raise the block size and pad pages."""
-    dense_bytes = 2 * shape.head_dim * DENSE_BYTES["bf16"] * num_kv_heads
-    shared_page = None
-    if skip_layers and dense_bytes > token_bytes:
-        # The page of a coded block must hold at least the smallest block of a 16-bit layer.
-        step = max(kernel_block, block_size)
-        raised = step * -(-dense_bytes * kernel_block // (step * token_bytes))
-        block_size = max(block_size, raised)
-        shared_page = block_size * token_bytes
-
+    """The spec of every layer; those skipped have 16 bits."""
+    dense_bytes = 2 * shape.head_dim * DENSE_BYTES["bf16"]
     layers = []
     for index, window in enumerate(shape.windows):
         is_skipped = str(index) in skip_layers or (window > 0 and "sliding_window" in skip_layers)
-        per_token = dense_bytes if is_skipped else token_bytes
-        if window and shared_page:
-            base = DENSE_KERNEL_BLOCK if is_skipped else kernel_block
-            size = max(base, shared_page // per_token // base * base)
-            layers.append(LayerSpec(window, per_token, size, shared_page))
-        else:
-            layers.append(LayerSpec(window, per_token, block_size, block_size * per_token))
+        token_bytes = num_kv_heads * (dense_bytes if is_skipped else head_bytes)
+        layers.append(LayerSpec(window, token_bytes, block_size, block_size * token_bytes))
     return layers
 
 
