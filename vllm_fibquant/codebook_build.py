@@ -1,14 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Building codebooks: initial points from a spiral, Lloyd-Max, rounding.
+"""Building codebooks: from the spiral of source_law.py through Lloyd-Max to stored bytes.
 
-A subvector of a uniformly random unit vector has radius R with R^2 ~ Beta(k/2, (d-k)/2) and a
-uniform, independent direction. The initial book puts one codeword on each of N shells whose radii
-follow the best point density for that law (Bennett-Gersho), in directions that spread evenly
-(golden-angle spiral and its relatives). Lloyd-Max refines it from several random rotations.
+Everything here is NumPy and deterministic: the same seed gives the same bytes on one machine.
 
-MSE always means the mean squared error of a whole unit vector: d/k times that of one subvector.
-
-Source: FibQuant (arXiv 2605.11478), sections 3 and 4; folded books and rounding are ours.
+Source: FibQuant (arXiv 2605.11478) for the initial book and multi-restart Lloyd-Max; sign-folded
+books and the choice of the int8 scale are ours.
 """
 
 from __future__ import annotations
@@ -21,12 +17,14 @@ import numpy as np
 
 from vllm_fibquant.codebook import Codebook, dequantise, make_codebook
 from vllm_fibquant.config import CodeSpec
+from vllm_fibquant.source_law import initial_codebook, sample_source
 
 Progress = Callable[[int, int, float], None]
 """Called after every Lloyd step with (steps done, steps in all, MSE on the training samples)."""
 
-_GOLDEN = (math.sqrt(5) - 1) / 2
-_SCORES_PER_CHUNK = 1 << 20  # 4 MiB of float32 scores stay in cache
+# 128 KiB of float32 scores stay in cache, and products this small keep BLAS on one thread, whose
+# threads would only spin on a busy machine.
+_SCORES_PER_CHUNK = 1 << 15
 _CONVERGED = 1e-6  # relative fall of the MSE below which Lloyd stops
 
 
@@ -56,88 +54,13 @@ class BuildOptions:
                 )
 
 
+SHIPPED_OPTIONS = BuildOptions(samples=1 << 19, iterations=150)
+"""How the codebooks of the package are built: `codebook rebuild`."""
+
+
 def default_samples(spec: CodeSpec) -> int:
     """Training subvectors: enough that centroids of few samples do not matter."""
     return min(max(1 << 18, 256 * spec.num_rows), 1 << 22)
-
-
-def sample_source(head_dim: int, subvec_dim: int, count: int, rng: np.random.Generator):
-    """Subvectors of uniformly random unit vectors.
-
-    Returns:
-        float32 `[count, subvec_dim]`.
-    """
-    x = rng.standard_normal((count, subvec_dim))
-    x /= np.linalg.norm(x, axis=1, keepdims=True)
-    if subvec_dim < head_dim:
-        sq = rng.beta(subvec_dim / 2, (head_dim - subvec_dim) / 2, (count, 1))
-        x *= np.sqrt(sq)
-    return x.astype(np.float32)
-
-
-def initial_radii(head_dim: int, subvec_dim: int, count: int) -> np.ndarray:
-    """Radii of the initial codewords, ascending, float64 `[count]`.
-
-    The best point density is proportional to f^(k/(k+2)) (Bennett-Gersho), here a law of the same
-    family: r^2 ~ Beta(k/2, beta), beta = k/(k+2) * (d-k-2)/2 + 1; radii are its mid-quantiles.
-    """
-    from scipy.special import betaincinv
-
-    k = subvec_dim
-    q = (np.arange(count) + 0.5) / count
-    if k == head_dim:
-        return np.ones(count)
-    if k == 2:
-        return np.sqrt(1 - (1 - q) ** (4 / head_dim))
-    beta = k / (k + 2) * (head_dim - k - 2) / 2 + 1
-    return np.sqrt(betaincinv(k / 2, beta, q))
-
-
-def initial_directions(subvec_dim: int, count: int) -> np.ndarray:
-    """Evenly spread unit vectors, float64 `[count, subvec_dim]`; consecutive ones are far apart.
-
-    k=1: alternating signs. k=2: golden-angle spiral. k=3: Fibonacci sphere, its bands visited in
-    golden steps so that radius (ascending) and latitude stay independent. k>=4: Roberts-Kronecker
-    sequence, inverse normal in each coordinate, projected to the sphere.
-    """
-    from scipy.special import ndtri
-
-    k = subvec_dim
-    n = np.arange(count)
-    if k == 1:
-        return np.where(n % 2, -1.0, 1.0)[:, None]
-    if k == 2:
-        angle = 2 * np.pi * ((n * _GOLDEN) % 1)
-        return np.stack((np.cos(angle), np.sin(angle)), 1)
-    if k == 3:
-        steps = range(int(count * _GOLDEN) | 1, 2 * count + 2)
-        step = next(s for s in steps if math.gcd(s, count) == 1)
-        band = n * step % count
-        z = 1 - (2 * band + 1) / count
-        angle = 2 * np.pi * ((band * _GOLDEN) % 1)
-        ring = np.sqrt(1 - z**2)
-        return np.stack((ring * np.cos(angle), ring * np.sin(angle), z), 1)
-    ratio = 2.0
-    for _ in range(64):  # the root of x^(k+1) = x + 1, a contraction
-        ratio = (1 + ratio) ** (1 / (k + 1))
-    u = (0.5 + np.outer(n + 1, ratio ** -np.arange(1.0, k + 1))) % 1
-    points = ndtri(np.clip(u, 1e-12, 1 - 1e-12))
-    return points / np.linalg.norm(points, axis=1, keepdims=True)
-
-
-def initial_codebook(head_dim: int, subvec_dim: int, count: int) -> np.ndarray:
-    """The codebook before refinement, float32 `[count, subvec_dim]`."""
-    if subvec_dim == 1:
-        # On a line there are no directions to choose: mid-quantiles of the signed point density.
-        from scipy.special import betaincinv
-
-        u = 2 * (np.arange(count) + 0.5) / count - 1
-        if head_dim == 1:
-            return np.sign(u)[:, None].astype(np.float32)
-        radii = np.sqrt(betaincinv(0.5, (head_dim - 3) / 6 + 1, np.abs(u)))
-        return (np.sign(u) * radii)[:, None].astype(np.float32)
-    radii = initial_radii(head_dim, subvec_dim, count)
-    return (radii[:, None] * initial_directions(subvec_dim, count)).astype(np.float32)
 
 
 def nearest(x: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -155,7 +78,7 @@ def nearest(x: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     table = np.concatenate((rows, bias), 1).T
     padded = np.concatenate((x, np.ones((len(x), 1), np.float32)), 1)
     index = np.empty(len(x), np.int64)
-    step = max(1, _SCORES_PER_CHUNK // len(rows))
+    step = max(16, _SCORES_PER_CHUNK // len(rows))
     for start in range(0, len(x), step):
         index[start : start + step] = (padded[start : start + step] @ table).argmax(1)
     return index, np.square(x - rows[index]).sum(1)

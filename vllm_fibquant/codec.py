@@ -23,7 +23,7 @@ MIN_COSINE = 0.25
 """Least <y,v> the unbiased gain divides by: below one bit it would explode."""
 
 _MIN_NORMAL = torch.finfo(torch.float32).tiny
-_SCORES_PER_CHUNK = 1 << 22  # 16 MiB of float32 scores at a time
+_SCORES_PER_CHUNK = 1 << 20  # 4 MiB of float32 scores stay in cache
 
 
 def pack_indices(indices: torch.Tensor, index_bits: int) -> torch.Tensor:
