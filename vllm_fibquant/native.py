@@ -31,7 +31,7 @@ class _Code(Structure):
     _fields_ = [
         *((name, c_int32) for name in ("subvec_dim", "index_bits", "num_rows", "folded", "gain")),
         ("num_rows_padded", c_int32),
-        *((name, c_void_p) for name in ("rows", "rows_t", "half_sq", "signs")),
+        *((name, c_void_p) for name in ("rows", "rows_t", "half_sq")),
     ]
 
 
@@ -152,11 +152,8 @@ def _code(vector_codec: VectorCodec, keep: list[torch.Tensor]) -> _Code:
     half_sq = torch.full((padded,), torch.inf)
     half_sq[:num_rows] = rows.square().sum(-1) / 2
     tables = [_aligned(t) for t in (rows, rows_t, half_sq)]
-    if spec.folded:
-        patterns = torch.arange(1 << dim)[:, None] >> torch.arange(dim) & 1
-        tables.append(_aligned(torch.where(patterns.bool(), -0.0, 0.0)))
     keep.extend(tables)
-    pointers = [t.data_ptr() for t in tables] + [None] * (4 - len(tables))
+    pointers = [t.data_ptr() for t in tables]
     gain = _GAINS[spec.gain]
     return _Code(dim, spec.index_bits, num_rows, int(spec.folded), gain, padded, *pointers)
 

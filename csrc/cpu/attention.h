@@ -3,7 +3,7 @@
 //
 // One job owns a row block (consecutive new tokens of one request times the query heads of one KV
 // head) and a range of splits. A split is kSplit tokens at fixed positions; it is walked tile by
-// tile: codes of keys to floats in L1, scores, softmax, codes of values to floats, weighted sum.
+// tile: scores from the codes of keys, softmax, weighted sum of the codes of values.
 // Splits are merged in order of position, by the job itself or, when several jobs share a row
 // block, from their stored states in a second pass: the same arithmetic either way.
 //
@@ -43,7 +43,7 @@ struct Call {
   const FqPages& pages;
   const FqAttend& args;
   RecordLayout layout;
-  DecodeRecords decode_key, decode_value;
+  CodeKernels key, value;
   float* partials;
   int group_size;
   bool bad_block;  // a block table entry outside the cache was met
@@ -156,38 +156,33 @@ static void attend_split(Call& call, const RowBlock& b, int begin, int end, int 
       }
     }
 
-    // Keys, [rounded, head_dim], and both norms.
-    memset(s.tile, 0, (size_t)lead * head_dim * 4);
+    // Indices and norms of every token. Those nobody may see borrow a neighbour's indices, which are
+    // harmless: their scores are masked and their factors are zero.
+    const uint8_t *key_fields[kMaxTile], *value_fields[kMaxTile];
     int t = lead;
     for (int i = 0; i < num_runs; ++i) {
       const uint8_t* record = runs[i].record;
-      call.decode_key(codec.key, head_dim, record + layout.key_index_offset, layout.record_bytes,
-                      runs[i].count, s.tile + (int64_t)t * head_dim);
-      const uint8_t* norms = record + layout.key_norm_offset;
-      for (int j = 0; j < runs[i].count; ++j, norms += layout.record_bytes) {
-        s.key_factor[t + j] = half_to_float(read_u16(norms)) * call.args.scale;
-        s.value_factor[t + j] = half_to_float(read_u16(norms + kNormBytes));
+      for (int j = 0; j < runs[i].count; ++j, ++t, record += layout.record_bytes) {
+        const uint8_t* norms = record + layout.key_norm_offset;
+        key_fields[t] = record + layout.key_index_offset;
+        value_fields[t] = record + layout.value_index_offset;
+        s.key_factor[t] = half_to_float(read_u16(norms)) * call.args.scale;
+        s.value_factor[t] = half_to_float(read_u16(norms + kNormBytes));
       }
-      t += runs[i].count;
     }
-    for (int j = 0; j < lead; ++j) s.key_factor[j] = s.value_factor[j] = 0.0f;
-    for (int j = count; j < tile; ++j) s.key_factor[j] = s.value_factor[j] = 0.0f;
-    memset(s.tile + (int64_t)count * head_dim, 0, (size_t)(rounded - count) * head_dim * 4);
-    dot_tile(s.query, rows, s.tile, head_dim, rounded, s.scores);
-
+    for (int j = 0; j < tile; ++j) {
+      if (j == lead) j = count;
+      if (j == tile) break;
+      key_fields[j] = key_fields[lead];
+      value_fields[j] = value_fields[lead];
+      s.key_factor[j] = s.value_factor[j] = 0.0f;
+    }
+    call.key.dot(codec.key, key_fields, s.query, rows, head_dim, rounded, s.tile, s.scores);
     const Mask mask = {t0, count, first_position, call.group_size, call.args.window};
     softmax_tile(s.scores, rows, tile, s.key_factor, s.value_factor, mask, call.args.soft_cap, state,
                  s.alpha);
-
-    // Values, [count, head_dim], over the keys.
-    memset(s.tile, 0, (size_t)lead * head_dim * 4);
-    t = lead;
-    for (int i = 0; i < num_runs; ++i) {
-      call.decode_value(codec.value, head_dim, runs[i].record + layout.value_index_offset,
-                        layout.record_bytes, runs[i].count, s.tile + (int64_t)t * head_dim);
-      t += runs[i].count;
-    }
-    axpy_tile(s.scores, s.alpha, rows, s.tile, head_dim, count, state.o);
+    call.value.axpy(codec.value, value_fields, s.scores, s.alpha, rows, head_dim, count, s.tile,
+                    state.o);
   }
 }
 
@@ -211,7 +206,7 @@ static void attend_raw(const Call& call, const RowBlock& b, const Scratch& s) {
       load_row(a.raw_key, at, a.dtype, head_dim, s.tile + (int64_t)t * head_dim);
     }
     memset(s.tile + (int64_t)count * head_dim, 0, (size_t)(rounded - count) * head_dim * 4);
-    dot_tile(s.query_raw, rows, s.tile, head_dim, rounded, s.scores);
+    dot_tile(s.query_raw, rows, DenseTile{s.tile, head_dim}, head_dim, rounded, s.scores);
     const Mask mask = {t0, count, b.token, call.group_size, a.window};
     softmax_tile(s.scores, rows, tile, s.key_factor, s.value_factor, mask, a.soft_cap, s.raw, s.alpha);
     for (int t = 0; t < count; ++t) {
@@ -219,7 +214,7 @@ static void attend_raw(const Call& call, const RowBlock& b, const Scratch& s) {
           (first + t0 + t) * a.stride_raw_value_token + b.kv_head * a.stride_raw_value_head;
       load_row(a.raw_value, at, a.dtype, head_dim, s.tile + (int64_t)t * head_dim);
     }
-    axpy_tile(s.scores, s.alpha, rows, s.tile, head_dim, count, s.raw.o);
+    axpy_tile(s.scores, s.alpha, rows, DenseTile{s.tile, head_dim}, head_dim, count, s.raw.o);
   }
 }
 
@@ -322,12 +317,11 @@ static int64_t list_blocks(const Call& call, RowBlock* out) {
 // Returns 0, or 1 when a block table entry lies outside the cache, or check_lengths' error.
 static int paged_attention(const FqCodec& codec, const FqPages& pages, const FqAttend& args) {
   const int head_dim = codec.head_dim;
-  Call call = {codec, pages, args, {}, nullptr, nullptr, nullptr, 0, false};
+  Call call = {codec, pages, args, {}, code_kernels(codec.key), code_kernels(codec.value),
+               nullptr, 0, false};
   call.layout = record_layout(
       index_bytes(head_dim / codec.key.subvec_dim, codec.key.index_bits),
       index_bytes(head_dim / codec.value.subvec_dim, codec.value.index_bits));
-  call.decode_key = decode_kernel(codec.key, head_dim);
-  call.decode_value = decode_kernel(codec.value, head_dim);
   call.group_size = args.num_q_heads / pages.num_kv_heads;
   const int num_threads = args.num_threads;
 

@@ -96,65 +96,114 @@ static inline void pack_index(uint8_t* field, int i, int bits, uint32_t index) {
 
 // ---- codes to floats ----------------------------------------------------------------------------
 
-typedef uint32_t v4u __attribute__((vector_size(16)));
+typedef int32_t v4i __attribute__((vector_size(16)));
+typedef double v2d __attribute__((vector_size(16)));
+typedef double double_any __attribute__((may_alias));
 
-static inline v4 flip(v4 x, const float* signs) {
-  return (v4)((v4u)x ^ (v4u) * reinterpret_cast<const v4*>(signs));
-}
+constexpr int kUnit = 16;                    // coordinates decoded from one word of indices
+constexpr int kPerUnit = kUnit / kLanes;     // vectors in a unit
 
-// Writes the unit-norm rotated vector of each of `count` records, [count, head_dim] floats.
-// kDim, kBits, kFolded fix subvec_dim, index_bits and folded; kDim 0 reads them from the code.
+// The codes of one side of the cache, read a unit at a time. kDim, kBits and kFolded fix
+// subvec_dim, index_bits and folded; these are the combinations with a fast path.
+//
+// Loads are what decoding runs out of first: indices come as one word per unit, and shifts and
+// masks turn them into byte offsets.
 template <int kDim, int kBits, bool kFolded>
-static void decode_records(const FqCode& code, int head_dim, const uint8_t* field,
-                           int64_t record_bytes, int count, float* dst) {
-  const float* rows = code.rows;
-  const int num_subvecs = head_dim / (kDim ? kDim : code.subvec_dim);
-  for (int t = 0; t < count; ++t, field += record_bytes, dst += head_dim) {
-    if constexpr (kDim == 2 && kBits == 8) {
-      for (int s = 0; s < num_subvecs; ++s) memcpy(dst + 2 * s, rows + 2 * field[s], 8);
-    } else if constexpr (kDim == 4 && kBits == 8) {
-      for (int s = 0; s < num_subvecs; ++s) {
-        *reinterpret_cast<v4*>(dst + 4 * s) = *reinterpret_cast<const v4*>(rows + 4 * field[s]);
-      }
-    } else if constexpr (kDim == 8 && kBits == 8) {
-      for (int s = 0; s < num_subvecs; ++s) {
-        *reinterpret_cast<v8_any*>(dst + 8 * s) =
-            *reinterpret_cast<const v8_any*>(rows + 8 * field[s]);
-      }
-    } else if constexpr (kDim == 4 && kBits == 12 && kFolded) {
-      // Two indices in three bytes; each is 8 bits of magnitude below 4 bits of sign.
-      for (int s = 0; s < num_subvecs; s += 2) {
-        uint32_t w;
-        memcpy(&w, field + s + s / 2, 4);
-        const v4 a = *reinterpret_cast<const v4*>(rows + 4 * (w & 0xFF));
-        const v4 b = *reinterpret_cast<const v4*>(rows + 4 * ((w >> 12) & 0xFF));
-        *reinterpret_cast<v4*>(dst + 4 * s) = flip(a, code.signs + 4 * ((w >> 8) & 0xF));
-        *reinterpret_cast<v4*>(dst + 4 * s + 4) = flip(b, code.signs + 4 * ((w >> 20) & 0xF));
-      }
+struct Codes {
+  static_assert(kBits == 8 || (kBits == 12 && kDim == 4 && kFolded));
+  static constexpr size_t kWordBytes = kUnit * kBits / kDim / 8;
+  const float* rows;
+
+  struct Word {
+    uint64_t bits;
+    const uint8_t* field;
+  };
+
+  // The indices of coordinates i to i + 15 of a vector, i a multiple of 16.
+  Word word(const uint8_t* field, size_t i) const {
+    Word w = {0, field + i / kUnit * kWordBytes};
+    memcpy(&w.bits, w.field, kWordBytes == 6 ? 8 : kWordBytes);  // 6: the norms follow, see above
+    return w;
+  }
+
+  // `count` floats at a byte offset that bits [shift, shift + 8) of the word give in codewords.
+  template <class T>
+  T row(const Word& w, int shift) const {
+    constexpr int kScale = kDim == 2 ? 3 : kDim == 4 ? 4 : 5;  // log2 of the bytes of a codeword
+    const uint64_t scaled = shift >= kScale ? w.bits >> (shift - kScale) : w.bits << (kScale - shift);
+    const char* at = reinterpret_cast<const char*>(rows) + (scaled & (0xFFu << kScale));
+    return *reinterpret_cast<const T*>(at);
+  }
+
+  // Coordinates 4 * q to 4 * q + 3 of the unit, signs of folded codes aside.
+  v4 quad(const Word& w, int q) const {
+    if constexpr (kDim == 2) {
+      return (v4)v2d{row<double_any>(w, 16 * q), row<double_any>(w, 16 * q + 8)};
+    } else if constexpr (kDim == 4) {
+      return row<v4>(w, kBits * q);
     } else {
-      const int dim = code.subvec_dim, bits = code.index_bits;
-      for (int s = 0; s < num_subvecs; ++s) {
-        const uint32_t index = unpack_index(field, s, bits);
-        const float* row = rows + (int64_t)(index & (code.num_rows - 1)) * dim;
-        const uint32_t pattern = code.folded ? index / code.num_rows : 0;
-        for (int j = 0; j < dim; ++j) dst[s * dim + j] = (pattern >> j & 1) ? -row[j] : row[j];
-      }
+      struct Pair {
+        v4 half[2];
+      };
+      return row<Pair>(w, q / 2 * 8).half[q % 2];
+    }
+  }
+
+  // Vector c of the unit: coordinates c * kLanes to (c + 1) * kLanes - 1.
+  vf at(const Word& w, int c) const {
+    if constexpr (kDim == 8 && kLanes == 8) return row<vf_any>(w, 8 * c);
+    v4 quads[kLanes / 4];
+    for (int j = 0; j < kLanes / 4; ++j) quads[j] = quad(w, c * (kLanes / 4) + j);
+    vf x = join(quads);
+    if constexpr (kFolded) x = (vf)((vi)x ^ signs(w, c));
+    return x;
+  }
+
+  // Sign bits of vector c of the unit. Two indices fill three bytes, each 8 bits of magnitude below
+  // 4 bits of sign; each lane's sign is shifted to the top.
+  static vi signs(const Word& w, [[maybe_unused]] int c) {
+    vi shift;
+    for (int j = 0; j < kLanes; ++j) shift[j] = j % 8 < 4 ? 23 - j % 4 : 11 - j % 4;
+#if defined(__AVX512F__)
+    const __m512i word = _mm512_inserti64x4(_mm512_set1_epi32((int32_t)w.bits),
+                                            _mm256_set1_epi32((int32_t)(w.bits >> 24)), 1);
+#elif defined(__AVX2__)
+    int32_t bits;
+    memcpy(&bits, w.field + 3 * c, 4);
+    const __m256i word = _mm256_set1_epi32(bits);
+#else
+    const int32_t bits = (int32_t)(w.bits >> (12 * c));
+    const vi word = {bits, bits, bits, bits};
+#endif
+    return ((vi)word << shift) & INT32_MIN;
+  }
+};
+
+// Writes the unit-norm rotated vectors of `count` records, [count, head_dim] floats.
+template <class C>
+static void decode_records(const FqCode& code, int head_dim, const uint8_t* const* fields, int count,
+                           float* dst) {
+  const C codes = {code.rows};
+  for (int t = 0; t < count; ++t) {
+    for (size_t i = 0; i < (size_t)head_dim; i += kUnit, dst += kUnit) {
+      const auto word = codes.word(fields[t], i);
+      for (int c = 0; c < kPerUnit; ++c) store(dst + c * kLanes, codes.at(word, c));
     }
   }
 }
 
-typedef void (*DecodeRecords)(const FqCode&, int, const uint8_t*, int64_t, int, float*);
-
-// The kernels that exist in specialised form; everything else takes the general one.
-static inline DecodeRecords decode_kernel(const FqCode& code, int head_dim) {
-  const int dim = code.subvec_dim, bits = code.index_bits;
-  if (!code.folded && bits == 8) {
-    if (dim == 2) return decode_records<2, 8, false>;
-    if (dim == 4) return decode_records<4, 8, false>;
-    if (dim == 8) return decode_records<8, 8, false>;
+// The same for any code.
+static void decode_records_any(const FqCode& code, int head_dim, const uint8_t* const* fields,
+                               int count, float* dst) {
+  const int dim = code.subvec_dim, bits = code.index_bits, num_subvecs = head_dim / dim;
+  for (int t = 0; t < count; ++t) {
+    for (int s = 0; s < num_subvecs; ++s, dst += dim) {
+      const uint32_t index = unpack_index(fields[t], s, bits);
+      const float* row = code.rows + (int64_t)(index & (code.num_rows - 1)) * dim;
+      const uint32_t pattern = code.folded ? index / code.num_rows : 0;
+      for (int j = 0; j < dim; ++j) dst[j] = (pattern >> j & 1) ? -row[j] : row[j];
+    }
   }
-  if (code.folded && bits == 12 && dim == 4 && head_dim % 8 == 0) return decode_records<4, 12, true>;
-  return decode_records<0, 0, false>;
 }
 
 // ---- floats to codes ----------------------------------------------------------------------------

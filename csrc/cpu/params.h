@@ -21,7 +21,6 @@ struct FqCode {
   const float* rows;        // [num_rows, subvec_dim], 64-byte aligned
   const float* rows_t;      // [subvec_dim, num_rows_padded], 64-byte aligned, zero padded
   const float* half_sq;     // [num_rows_padded], |row|^2 / 2, padded with +inf
-  const float* signs;       // [2^subvec_dim, subvec_dim] of +0.0/-0.0; null unless folded
 };
 
 // Both codes and the rotation they share.

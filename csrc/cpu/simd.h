@@ -33,7 +33,29 @@ constexpr float kMinusInf = -__builtin_inff();
 
 static inline vf load(const float* p) { return *reinterpret_cast<const vf_any*>(p); }
 static inline void store(float* p, vf x) { *reinterpret_cast<vf_any*>(p) = x; }
-static inline vf splat(float x) { return vf{} + x; }
+static inline vf splat(float x) {
+#if defined(__AVX512F__)
+  return _mm512_set1_ps(x);
+#elif defined(__AVX2__)
+  return _mm256_set1_ps(x);
+#else
+  return vf{x, x, x, x};
+#endif
+}
+
+// kLanes / 4 quads side by side.
+static inline vf join(const v4* quad) {
+#if defined(__AVX512F__)
+  __m512 x = _mm512_castps128_ps512(quad[0]);
+  x = _mm512_insertf32x4(x, quad[1], 1);
+  x = _mm512_insertf32x4(x, quad[2], 2);
+  return _mm512_insertf32x4(x, quad[3], 3);
+#elif defined(__AVX2__)
+  return _mm256_insertf128_ps(_mm256_castps128_ps256(quad[0]), quad[1], 1);
+#else
+  return quad[0];
+#endif
+}
 
 // a * b + c, fused where the instruction set can.
 static inline vf madd(vf a, vf b, vf c) {
@@ -80,9 +102,15 @@ static inline v4 sum4(vf a, vf b, vf c, vf d) {
 static inline float sum(vf a) { return sum4(a, vf{}, vf{}, vf{})[0]; }
 
 static inline float max_lane(vf a) {
-  float best = a[0];
-  for (int i = 1; i < kLanes; ++i) best = fmax2(best, a[i]);
-  return best;
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps(a);
+#elif defined(__AVX2__)
+  __m128 x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  x = _mm_max_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_max_ss(x, _mm_shuffle_ps(x, x, 1)));
+#else
+  return fmax2(fmax2(a[0], a[1]), fmax2(a[2], a[3]));
+#endif
 }
 
 // e^x for x <= 88; exactly 1 at 0, exactly 0 below -87 and at -inf. Relative error below 2e-7

@@ -6,7 +6,7 @@
 // tokens a row may not see add exact zeros; and tile bounds are multiples of tile_tokens().
 #pragma once
 
-#include "cpu/simd.h"
+#include "cpu/codec.h"
 
 namespace fq::FQ_ISA {
 
@@ -52,28 +52,50 @@ static inline void merge(const State& into, const State& from, int rows, int hea
   }
 }
 
-// scores[r][t] = <q[r], k[t]>, rows r of stride head_dim, t in steps of kTokens.
-template <int kRows, int kTokens>
-static inline void dot_block(const float* q, const float* k, int head_dim, int num_tokens,
+// A tile of keys or values as floats, [tokens, head_dim].
+struct DenseTile {
+  const float* base;
+  int head_dim;
+  const float* word(int t, size_t i) const { return base + (int64_t)t * head_dim + i; }
+  vf at(const float* word, int c) const { return load(word + c * kLanes); }
+};
+
+// A tile of keys or values as codes: fields[t] are the packed indices of token t.
+template <class C>
+struct CodeTile {
+  C codes;
+  const uint8_t* const* fields;
+  typename C::Word word(int t, size_t i) const { return codes.word(fields[t], i); }
+  vf at(const typename C::Word& word, int c) const { return codes.at(word, c); }
+};
+
+// scores[r][t] = <q[r], k[t]> for kRows rows of stride head_dim and t in steps of kTokens.
+template <int kRows, int kTokens, class Tile>
+static inline void dot_block(const float* q, const Tile& k, int head_dim, int num_tokens,
                              float* scores) {
-  static_assert(kTokens % 2 == 0);
   for (int t = 0; t < num_tokens; t += kTokens) {
     vf acc[kRows][kTokens] = {};
-    const float* kt = k + (int64_t)t * head_dim;
-    for (int i = 0; i < head_dim; i += kLanes) {
-      vf kv[kTokens];
-      for (int j = 0; j < kTokens; ++j) kv[j] = load(kt + j * head_dim + i);
-      for (int r = 0; r < kRows; ++r) {
-        const vf qv = load(q + r * head_dim + i);
-        for (int j = 0; j < kTokens; ++j) acc[r][j] = madd(qv, kv[j], acc[r][j]);
+    for (size_t i = 0; i < (size_t)head_dim; i += kUnit) {
+      decltype(k.word(0, 0)) words[kTokens];
+      for (int j = 0; j < kTokens; ++j) words[j] = k.word(t + j, i);
+      for (int c = 0; c < kPerUnit; ++c) {
+        vf qv[kRows];
+        for (int r = 0; r < kRows; ++r) qv[r] = load(q + r * head_dim + i + c * kLanes);
+        for (int j = 0; j < kTokens; ++j) {
+          const vf kv = k.at(words[j], c);
+          for (int r = 0; r < kRows; ++r) acc[r][j] = madd(qv[r], kv, acc[r][j]);
+        }
       }
     }
-    for (int r = 0; r < kRows; ++r) {
-      if constexpr (kTokens == 2) {
-        const v4 s = sum4(acc[r][0], acc[r][1], vf{}, vf{});
-        scores[r * kMaxTile + t] = s[0];
-        scores[r * kMaxTile + t + 1] = s[1];
-      } else {
+    if constexpr (kTokens == 2) {
+      static_assert(kRows % 2 == 0);
+      for (int r = 0; r < kRows; r += 2) {
+        const v4 s = sum4(acc[r][0], acc[r][1], acc[r + 1][0], acc[r + 1][1]);
+        memcpy(scores + r * kMaxTile + t, &s, 8);
+        memcpy(scores + (r + 1) * kMaxTile + t, reinterpret_cast<const char*>(&s) + 8, 8);
+      }
+    } else {
+      for (int r = 0; r < kRows; ++r) {
         for (int j = 0; j < kTokens; j += 4) {
           *reinterpret_cast<v4_any*>(scores + r * kMaxTile + t + j) =
               sum4(acc[r][j], acc[r][j + 1], acc[r][j + 2], acc[r][j + 3]);
@@ -83,69 +105,138 @@ static inline void dot_block(const float* q, const float* k, int head_dim, int n
   }
 }
 
-// o[r] = o[r] * alpha[r] + sum over t of p[r][t] * v[t], in kColumns vectors of columns.
-template <int kRows, int kColumns>
-static inline void axpy_block(const float* p, const float* alpha, const float* v, int head_dim,
-                              int num_tokens, float* o) {
+// o[r] = o[r] * alpha[r] + sum over t of p[r][t] * v[t], for kUnits units of columns from `first`.
+template <int kRows, int kUnits, class Tile>
+static inline void axpy_block(const float* p, const float* alpha, const Tile& v, int head_dim,
+                              int num_tokens, size_t first, float* o) {
+  constexpr int kColumns = kUnits * kPerUnit;
   vf acc[kRows][kColumns];
   for (int r = 0; r < kRows; ++r) {
     for (int c = 0; c < kColumns; ++c) {
-      acc[r][c] = load(o + r * head_dim + c * kLanes) * splat(alpha[r]);
+      acc[r][c] = load(o + r * head_dim + first + c * kLanes) * splat(alpha[r]);
     }
   }
   for (int t = 0; t < num_tokens; ++t) {
     vf weight[kRows];
     for (int r = 0; r < kRows; ++r) weight[r] = splat(p[r * kMaxTile + t]);
-    for (int c = 0; c < kColumns; ++c) {
-      const vf vv = load(v + (int64_t)t * head_dim + c * kLanes);
-      for (int r = 0; r < kRows; ++r) acc[r][c] = madd(weight[r], vv, acc[r][c]);
+    for (int u = 0; u < kUnits; ++u) {
+      const auto word = v.word(t, first + u * kUnit);
+      for (int c = 0; c < kPerUnit; ++c) {
+        const vf vv = v.at(word, c);
+        for (int r = 0; r < kRows; ++r) {
+          vf& sum = acc[r][u * kPerUnit + c];
+          sum = madd(weight[r], vv, sum);
+        }
+      }
     }
   }
   for (int r = 0; r < kRows; ++r) {
-    for (int c = 0; c < kColumns; ++c) store(o + r * head_dim + c * kLanes, acc[r][c]);
+    for (int c = 0; c < kColumns; ++c) store(o + r * head_dim + first + c * kLanes, acc[r][c]);
   }
 }
 
-template <int kRows, int kColumns>
-static inline void axpy(const float* p, const float* alpha, const float* v, int head_dim,
+template <int kRows, int kUnits, class Tile>
+static inline void axpy(const float* p, const float* alpha, const Tile& v, int head_dim,
                         int num_tokens, float* o) {
-  int i = 0;
-  for (; i + kColumns * kLanes <= head_dim; i += kColumns * kLanes) {
-    axpy_block<kRows, kColumns>(p, alpha, v + i, head_dim, num_tokens, o + i);
+  const size_t columns = (size_t)head_dim;
+  size_t i = 0;
+  for (; i + kUnits * kUnit <= columns; i += kUnits * kUnit) {
+    axpy_block<kRows, kUnits>(p, alpha, v, head_dim, num_tokens, i, o);
   }
-  for (; i < head_dim; i += kLanes) {
-    axpy_block<kRows, 1>(p, alpha, v + i, head_dim, num_tokens, o + i);
-  }
+  for (; i < columns; i += kUnit) axpy_block<kRows, 1>(p, alpha, v, head_dim, num_tokens, i, o);
 }
 
-// Register blocking for 16 (AVX2) or 32 (AVX-512) vector registers.
-constexpr int kWide = kLanes == 16 ? 4 : 2;
+// Register blocking: kRows * kTokens (dot) and kRows * kUnits * kPerUnit (axpy) accumulators within
+// 16 (AVX2) or 32 (AVX-512) vector registers.
+constexpr int kScale = kLanes == 16 ? 2 : 1;
 
-static inline void dot_tile(const float* q, int rows, const float* k, int head_dim, int num_tokens,
-                            float* scores) {
+// Scores of all rows; num_tokens is a multiple of 8.
+template <class Tile>
+static void dot_tile(const float* q, int rows, const Tile& k, int head_dim, int num_tokens,
+                     float* scores) {
   int r = 0;
   for (; r + 4 <= rows; r += 4) {
-    dot_block<4, kWide>(q + r * head_dim, k, head_dim, num_tokens, scores + r * kMaxTile);
+    dot_block<4, 2 * kScale>(q + r * head_dim, k, head_dim, num_tokens, scores + r * kMaxTile);
   }
   q += r * head_dim;
   scores += r * kMaxTile;
   if (rows - r == 3) dot_block<3, 4>(q, k, head_dim, num_tokens, scores);
   if (rows - r == 2) dot_block<2, 4>(q, k, head_dim, num_tokens, scores);
-  if (rows - r == 1) dot_block<1, 8>(q, k, head_dim, num_tokens, scores);
+  if (rows - r == 1) dot_block<1, 4>(q, k, head_dim, num_tokens, scores);
 }
 
-static inline void axpy_tile(const float* p, const float* alpha, int rows, const float* v,
-                             int head_dim, int num_tokens, float* o) {
+template <class Tile>
+static void axpy_tile(const float* p, const float* alpha, int rows, const Tile& v, int head_dim,
+                      int num_tokens, float* o) {
   int r = 0;
   for (; r + 4 <= rows; r += 4) {
-    axpy<4, kWide>(p + r * kMaxTile, alpha + r, v, head_dim, num_tokens, o + r * head_dim);
+    axpy<4, 2 * kScale / kPerUnit>(p + r * kMaxTile, alpha + r, v, head_dim, num_tokens,
+                                   o + r * head_dim);
   }
   p += r * kMaxTile;
   alpha += r;
   o += r * head_dim;
-  if (rows - r == 3) axpy<3, 4>(p, alpha, v, head_dim, num_tokens, o);
-  if (rows - r == 2) axpy<2, 4>(p, alpha, v, head_dim, num_tokens, o);
-  if (rows - r == 1) axpy<1, 8>(p, alpha, v, head_dim, num_tokens, o);
+  if (rows - r == 3) axpy<3, 4 * kScale / kPerUnit>(p, alpha, v, head_dim, num_tokens, o);
+  if (rows - r == 2) axpy<2, 4 * kScale / kPerUnit>(p, alpha, v, head_dim, num_tokens, o);
+  if (rows - r == 1) axpy<1, 8 * kScale / kPerUnit>(p, alpha, v, head_dim, num_tokens, o);
+}
+
+// Rows up to which decoding codes once more per pass is cheaper than a pass through scratch.
+constexpr int kMaxFusedRows = 4;
+
+// Scores of a tile of codes, and the weighted sum of one; `scratch` holds [kMaxTile, head_dim].
+template <class C>
+static void dot_codes(const FqCode& code, const uint8_t* const* fields, const float* q, int rows,
+                      int head_dim, int num_tokens, float* scratch, float* scores) {
+  if (rows <= kMaxFusedRows) {
+    dot_tile(q, rows, CodeTile<C>{{code.rows}, fields}, head_dim, num_tokens, scores);
+  } else {
+    decode_records<C>(code, head_dim, fields, num_tokens, scratch);
+    dot_tile(q, rows, DenseTile{scratch, head_dim}, head_dim, num_tokens, scores);
+  }
+}
+
+template <class C>
+static void axpy_codes(const FqCode& code, const uint8_t* const* fields, const float* p,
+                       const float* alpha, int rows, int head_dim, int num_tokens, float* scratch,
+                       float* o) {
+  if (rows <= kMaxFusedRows) {
+    axpy_tile(p, alpha, rows, CodeTile<C>{{code.rows}, fields}, head_dim, num_tokens, o);
+  } else {
+    decode_records<C>(code, head_dim, fields, num_tokens, scratch);
+    axpy_tile(p, alpha, rows, DenseTile{scratch, head_dim}, head_dim, num_tokens, o);
+  }
+}
+
+// The same for codes without a fast path.
+static void dot_any(const FqCode& code, const uint8_t* const* fields, const float* q, int rows,
+                    int head_dim, int num_tokens, float* scratch, float* scores) {
+  decode_records_any(code, head_dim, fields, num_tokens, scratch);
+  dot_tile(q, rows, DenseTile{scratch, head_dim}, head_dim, num_tokens, scores);
+}
+
+static void axpy_any(const FqCode& code, const uint8_t* const* fields, const float* p,
+                     const float* alpha, int rows, int head_dim, int num_tokens, float* scratch,
+                     float* o) {
+  decode_records_any(code, head_dim, fields, num_tokens, scratch);
+  axpy_tile(p, alpha, rows, DenseTile{scratch, head_dim}, head_dim, num_tokens, o);
+}
+
+struct CodeKernels {
+  decltype(&dot_any) dot;
+  decltype(&axpy_any) axpy;
+};
+
+template <class C>
+constexpr CodeKernels kFast = {dot_codes<C>, axpy_codes<C>};
+
+static CodeKernels code_kernels(const FqCode& code) {
+  const int dim = code.subvec_dim, bits = code.index_bits;
+  if (!code.folded && bits == 8 && dim == 2) return kFast<Codes<2, 8, false>>;
+  if (!code.folded && bits == 8 && dim == 4) return kFast<Codes<4, 8, false>>;
+  if (!code.folded && bits == 8 && dim == 8) return kFast<Codes<8, 8, false>>;
+  if (code.folded && bits == 12 && dim == 4) return kFast<Codes<4, 12, true>>;
+  return {dot_any, axpy_any};
 }
 
 // Which tokens of the tile [begin, begin + count) each row may see.

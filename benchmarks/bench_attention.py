@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decode attention from codes beside vLLM's own CPU attention, in one run.
+
+Each format holds the same contexts in its own pages with shuffled block tables. A repetition runs
+every format once, in turn, over enough layers that the KV of uncompressed formats cannot stay in
+the caches of the CPU, as in a model. Reported: median microseconds per layer, the ratio of medians
+to vLLM's own attention in the model's dtype, and the bytes read per second.
+
+    python benchmarks/bench_attention.py --out results.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from vllm_fibquant import ops
+from vllm_fibquant.codec import KVCodec
+from vllm_fibquant.config import PRESETS
+
+BLOCK_SIZE = 128  # vLLM's default on CPUs
+COLD_BYTES = 192 << 20  # several times the last-level cache of a desktop or a small server
+SHAPES = ((64, 3, 3), (128, 8, 4), (128, 8, 1))  # head_dim, num_kv_heads, group_size
+PRESET_NAMES = ("fibquant_4bit", "fibquant_3bit", "fibquant_2bit", "fibquant_1bit")
+
+
+def block_tables(num_reqs: int, context: int) -> tuple[torch.Tensor, int]:
+    blocks = -(-context // BLOCK_SIZE)
+    order = torch.randperm(num_reqs * blocks, generator=torch.Generator().manual_seed(0))
+    return order.to(torch.int32).view(num_reqs, blocks), num_reqs * blocks
+
+
+class Case:
+    """One shape, context and batch; `formats` maps a name to (bytes per layer, run one layer)."""
+
+    def __init__(self, shape: tuple[int, int, int], context: int, num_reqs: int, dtype: torch.dtype):
+        self.head_dim, self.num_kv_heads, self.group_size = shape
+        self.context, self.num_reqs, self.dtype = context, num_reqs, dtype
+        self.block_table, self.num_blocks = block_tables(num_reqs, context)
+        self.seq_lens = torch.full((num_reqs,), context, dtype=torch.int32)
+        self.query_start_loc = torch.arange(num_reqs + 1, dtype=torch.int32)
+        self.query = torch.randn(num_reqs, self.num_kv_heads * self.group_size, self.head_dim)
+        self.query = self.query.to(dtype)
+        self.out = torch.empty_like(self.query)
+        self.scale = self.head_dim**-0.5
+        plain_bytes = 4 * self.head_dim * context * num_reqs * self.num_kv_heads
+        self.num_layers = max(2, min(30, -(-COLD_BYTES // plain_bytes)))
+        self.formats: dict[str, tuple[int, Callable[[int], None]]] = {}
+
+    def add_vllm(self, dtype: torch.dtype) -> None:
+        """vLLM's own attention with keys, values and queries in `dtype`."""
+        from vllm import _custom_ops as vllm_ops
+        from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+        isa = _get_attn_isa(dtype, BLOCK_SIZE, self.head_dim, "auto")
+        shape = (self.num_blocks, self.num_kv_heads, BLOCK_SIZE * 2, self.head_dim)
+        caches = [torch.randn(shape).to(dtype) for _ in range(self.num_layers)]
+        query, out = self.query.to(dtype), self.out.to(dtype)
+        metadata = vllm_ops.cpu_attn_get_scheduler_metadata(
+            self.num_reqs, query.shape[1], self.num_kv_heads, self.head_dim, self.seq_lens, dtype,
+            self.query_start_loc, True, -1, isa, True,
+        )  # fmt: skip
+
+        def run(layer: int) -> None:
+            key_cache, value_cache = caches[layer].chunk(2, dim=2)
+            vllm_ops.cpu_attention_with_kv_cache(
+                query, key_cache, value_cache, out, self.query_start_loc, self.seq_lens,
+                self.scale, True, None, -1, self.block_table, 0.0, metadata, None,
+            )  # fmt: skip
+
+        name = "vllm_" + str(dtype).removeprefix("torch.")
+        self.formats[name] = (caches[0].nbytes, run)
+
+    def add_preset(self, name: str) -> None:
+        codec = KVCodec.from_preset(PRESETS[name], self.head_dim)
+        layout = codec.layout
+        shape = (self.num_blocks, self.num_kv_heads, BLOCK_SIZE, layout.record_bytes)
+        caches = [torch.randint(0, 256, shape, dtype=torch.uint8) for _ in range(self.num_layers)]
+        for cache in caches:  # any index is valid; norms must be numbers
+            norms = cache[..., layout.key_norm_offset :].contiguous().view(torch.float16)
+            norms.uniform_(4, 12)
+            cache[..., layout.key_norm_offset :] = norms.view(torch.uint8)
+
+        def run(layer: int) -> None:
+            ops.paged_attention(
+                self.query, caches[layer], codec, self.query_start_loc, self.seq_lens,
+                self.block_table, self.out, scale=self.scale,
+            )  # fmt: skip
+
+        self.formats[name] = (caches[0].nbytes, run)
+
+    def measure(
+        self, repetitions: int, clock: Callable[[], float]
+    ) -> dict[str, list[float]]:
+        """Seconds per layer of every repetition, by format."""
+        times: dict[str, list[float]] = {name: [] for name in self.formats}
+        for repetition in range(repetitions + 1):
+            for name, (_, run) in self.formats.items():
+                begin = clock()
+                for layer in range(self.num_layers):
+                    run(layer)
+                if repetition:  # the first one warms up
+                    times[name].append((clock() - begin) / self.num_layers)
+        return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 4096, 16384, 65536])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1])
+    parser.add_argument("--presets", nargs="+", default=PRESET_NAMES)
+    parser.add_argument("--shapes", nargs="+", default=[",".join(map(str, s)) for s in SHAPES],
+                        help="head_dim,num_kv_heads,group_size")  # fmt: skip
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32", "float16"])
+    parser.add_argument("--repetitions", type=int, default=9)
+    parser.add_argument("--one-thread", action="store_true",
+                        help="one thread, timed by its own CPU time: for shared machines")  # fmt: skip
+    parser.add_argument("--out", type=Path, help="append results to this jsonl file")
+    args = parser.parse_args()
+
+    dtype = getattr(torch, args.dtype)
+    clock = time.perf_counter
+    if args.one_thread:
+        torch.set_num_threads(1)
+        clock = time.thread_time
+    baseline = "vllm_" + args.dtype
+    cases = [(s, b, c) for s in args.shapes for b in args.batches for c in args.contexts]
+    print(f"kernel {ops.kernel_name()}, {torch.get_num_threads()} threads, model {args.dtype}")
+    print("| d, kv heads, group | batch | context | format | us / layer | GB/s | vs vLLM |")
+    print("|---|---|---|---|---|---|---|")
+    for shape_text, batch, context in tqdm(cases, disable=None, leave=False):
+        shape = tuple(int(x) for x in shape_text.split(","))
+        case = Case(shape, context, batch, dtype)  # type: ignore[arg-type]
+        for vllm_dtype in {dtype, torch.bfloat16, torch.float32}:
+            case.add_vllm(vllm_dtype)
+        for preset in args.presets:
+            case.add_preset(preset)
+        times = case.measure(args.repetitions, clock)
+        medians = {name: statistics.median(t) for name, t in times.items()}
+        for name, median in sorted(medians.items()):
+            ratio = medians[baseline] / median
+            gigabytes = case.formats[name][0] / median / 1e9
+            tqdm.write(f"| {shape_text} | {batch} | {context} | {name} | {median * 1e6:.0f} | "
+                       f"{gigabytes:.2f} | {ratio:.2f}x |")  # fmt: skip
+            if args.out:
+                row = dict(
+                    bench="attention", shape=shape, batch=batch, context=context, format=name,
+                    model_dtype=args.dtype, layers=case.num_layers, seconds=times[name],
+                    median=median, vs_vllm=ratio, bytes=case.formats[name][0],
+                    kernel=ops.kernel_name(), threads=torch.get_num_threads(),
+                    clock="cpu" if args.one_thread else "wall",
+                    cpu=platform.processor() or platform.machine(), torch=torch.__version__,
+                )  # fmt: skip
+                with args.out.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
