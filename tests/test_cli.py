@@ -183,6 +183,13 @@ def test_serve_respects_a_config_file(tmp_path):
     assert decide(args) == args
 
 
+def test_serve_refuses_an_unknown_preset_at_once(capsys, monkeypatch):
+    monkeypatch.setattr(launcher, "this_machine", lambda: AVX512)
+    monkeypatch.setattr(launcher, "_run_vllm", None)
+    assert cli.main(["serve", "org/model", "--kv-cache-dtype", "fibquant_9bit"]) == 1
+    assert "must be one of fibquant_4bit" in capsys.readouterr().err
+
+
 def test_serve_needs_vllm(monkeypatch, capsys):
     from importlib import metadata
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from vllm_fibquant.config import is_fibquant
+from vllm_fibquant.config import get_preset, is_fibquant
 
 HELP = """usage: vllm-fibquant serve [MODEL] [any flag of vLLM's server]
 
@@ -222,13 +222,15 @@ def serve(args: list[str]) -> int:
 
             demo_model = ensure_demo_model()
         decision = decide(args, machine, os.environ, demo_model)
+        dtype = GivenFlags(decision.args).values["kv-cache-dtype"]
+        if dtype.startswith("fibquant"):
+            get_preset(dtype)  # refused here at once, by vLLM after half a minute
     except (RuntimeError, ValueError, OSError) as error:
         print(f"vllm-fibquant: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
     print(f"vllm-fibquant: vllm serve with {'; '.join(decision.notes)}", file=sys.stderr)
-    dtype = GivenFlags(decision.args).values["kv-cache-dtype"]
     if not is_fibquant(dtype):
         print(f"vllm-fibquant: --kv-cache-dtype {dtype} stores no FibQuant codes", file=sys.stderr)
     return _run_vllm(decision.args)
