@@ -184,13 +184,14 @@ def _check_kernels(
     """
     result = selfcheck.run_self_check(codec, dtype, num_q_heads, num_kv_heads, block_size)
     logger.info(
-        "FibQuant self-check passed: kernel %s, %s, head_dim %d, %d/%d heads, largest error %.1e",
+        "FibQuant self-check passed: kernel %s, %s, head_dim %d, %d/%d heads, error %.1e of %.1e",
         result.kernel,
         dtype,
         codec.head_dim,
         num_q_heads,
         num_kv_heads,
-        result.max_error,
+        result.error,
+        result.tolerance,
     )
 
 

@@ -4,12 +4,11 @@
     vllm serve MODEL --kv-cache-dtype fibquant_2bit \\
         --additional-config '{"fibquant": {"prefill": "raw", "value": {"num_codewords": 1024}}}'
 
-| name            | value                            | meaning                                        |
-|-----------------|----------------------------------|------------------------------------------------|
-| `prefill`       | "codes" (default) or "raw"       | what a step's own new tokens are attended from |
-| `key`, `value`  | object with fields of `CodeSpec` | replace parts of the preset's code             |
-| `rotation_seed` | integer of at least 0            | seed of the rotation                           |
-| `self_check`    | true (default) or false          | compare kernel and oracle at start             |
+    name            value                            meaning
+    prefill         "codes" (default) or "raw"       what a step's own new tokens are read from
+    key, value      object with fields of CodeSpec   replaces parts of the preset's code
+    rotation_seed   integer of at least 0            seed of the rotation
+    self_check      true (default) or false          compare kernel and oracle at start
 """
 
 from __future__ import annotations

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shared fixtures."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+HAS_VLLM = importlib.util.find_spec("vllm") is not None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Engine tests live in tests/engine: mark them, and skip them where vLLM is missing."""
+    for item in items:
+        if "engine" in Path(item.path).parent.name:
+            item.add_marker(pytest.mark.engine)
+            if not HAS_VLLM:
+                item.add_marker(pytest.mark.skip(reason="vLLM is not installed"))
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the tiny random models of this run are written."""
+    return tmp_path_factory.mktemp("models")

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny random-weight models in the shapes that matter, made on the fly."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+VOCAB_SIZE = 512
+MAX_LEN = 512
+
+_COMMON = {
+    "vocab_size": VOCAB_SIZE,
+    "max_position_embeddings": MAX_LEN,
+    "num_hidden_layers": 2,
+    "hidden_size": 192,
+    "intermediate_size": 384,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+
+
+def _llama(**changes):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64}
+    return LlamaForCausalLM, LlamaConfig(**{**_COMMON, **heads, **changes})
+
+
+def _gemma2():
+    """Sliding window on every other layer, and a soft cap on scores."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    return Gemma2ForCausalLM, Gemma2Config(
+        **_COMMON,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        sliding_window=64,
+        attn_logit_softcapping=5.0,
+        final_logit_softcapping=30.0,
+        query_pre_attn_scalar=64,
+        tie_word_embeddings=True,
+    )
+
+
+def _gemma3():
+    """Five sliding-window layers, then a global one; normalised queries and keys."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    return Gemma3ForCausalLM, Gemma3TextConfig(
+        **{**_COMMON, "num_hidden_layers": 6},
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=256,
+        sliding_window=64,
+        query_pre_attn_scalar=256,
+        tie_word_embeddings=True,
+    )
+
+
+def _gpt_oss():
+    """Attention sinks, alternating sliding windows, mixture of experts."""
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    return GptOssForCausalLM, GptOssConfig(
+        **_COMMON,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=64,
+        sliding_window=64,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+    )
+
+
+_SHAPES = {
+    "llama": _llama,
+    "llama-mha80": lambda: _llama(num_attention_heads=4, num_key_value_heads=4, head_dim=80),
+    "llama-mqa128": lambda: _llama(num_attention_heads=4, num_key_value_heads=1, head_dim=128),
+    "llama-d48": lambda: _llama(head_dim=48),
+    "llama-d62": lambda: _llama(head_dim=62),
+    "gemma2": _gemma2,
+    "gemma3": _gemma3,
+    "gpt-oss": _gpt_oss,
+}
+
+
+def make_model(shape: str, folder: Path) -> str:
+    """Writes a random model of `shape` below `folder` (once) and returns its path."""
+    path = folder / shape
+    if (path / "config.json").exists():
+        return str(path)
+    model_class, config = _SHAPES[shape]()
+    torch.manual_seed(0)
+    model = model_class(config).to(torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # Scores of a freshly initialised model are so flat that attention to the wrong
+            # tokens would go unnoticed.
+            if "q_proj.weight" in name or "k_proj.weight" in name:
+                parameter.normal_(0, 0.3)
+            elif "sinks" in name:
+                parameter.normal_(0, 2.0)
+            elif parameter.dim() > 1:
+                parameter.normal_(0, 0.08)
+    model.save_pretrained(path)
+    return str(path)
+
+
+def make_config_only(name: str, config: dict, folder: Path) -> str:
+    """Writes a model folder that holds a config alone: enough to be refused."""
+    path = folder / name
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(config))
+    return str(path)

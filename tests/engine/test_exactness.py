@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`prefill: codes`: an answer does not depend on what was cached, chunked, batched or preempted.
+
+Every comparison is of tokens and log-probabilities, bit by bit, through the real engine. The
+matrix products of vLLM's CPU build give each row the same bits whatever the number of rows
+(oneDNN in float32), so the whole engine is exact, not just attention. Stock vLLM is not: with
+`auto` the same change of batch alters a quarter to a half of the answers, because its attention
+splits work differently; `test_stock_for_comparison` prints by how much.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from .harness import (
+    Answer,
+    cache_tensors,
+    engine,
+    generate,
+    in_batches,
+    largest_difference,
+    num_preemptions,
+    one_by_one,
+    varied_prompts,
+)
+from .models import VOCAB_SIZE, make_model
+
+NUM_PROMPTS = 200
+NUM_TOKENS = 3
+FEW_BLOCKS = 24  # 767 tokens: eight requests of up to 203 tokens do not fit
+
+
+def run_everything(model: str, kv_cache_dtype: str, prompts, num_tokens: int) -> dict:
+    """Answers to `prompts` under every change that must not matter, by name of the change."""
+    answers: dict[str, list[Answer]] = {}
+    with engine(model, kv_cache_dtype) as llm:
+        answers["alone"] = one_by_one(llm, prompts, num_tokens)
+        answers["batch of 8"] = in_batches(llm, prompts, num_tokens)
+    with engine(model, kv_cache_dtype, enable_prefix_caching=True) as llm:
+        answers["prefix cache, first request"] = one_by_one(llm, prompts, num_tokens)
+        answers["prefix cache, repeat"] = one_by_one(llm, prompts, num_tokens)
+    for chunk in (32, 48):
+        with engine(model, kv_cache_dtype, max_num_batched_tokens=chunk) as llm:
+            answers[f"chunks of {chunk}"] = in_batches(llm, prompts, num_tokens)
+    with engine(model, kv_cache_dtype, num_gpu_blocks_override=FEW_BLOCKS) as llm:
+        answers["preempted"] = in_batches(llm, prompts, num_tokens)
+        # Short answers seldom outgrow the cache: one batch with long ones is sure to.
+        long = generate(llm, [p[:100] for p in prompts[:8]], 40)
+        assert num_preemptions(llm) > 0, "the cache was not too small"
+    with engine(model, kv_cache_dtype) as llm:
+        assert [a.bits for a in long] == [
+            a.bits for a in one_by_one(llm, [p[:100] for p in prompts[:8]], 40)
+        ] or kv_cache_dtype == "auto"
+    return answers
+
+
+def report(answers: dict) -> list[str]:
+    """One line per change: how many answers differ, and by how much."""
+    return [
+        "{:30s} other tokens {:3d}, not bit-equal {:3d}, largest difference {:.1e}".format(
+            change, *largest_difference(answers["alone"], given)
+        )
+        for change, given in answers.items()
+        if change != "alone"
+    ]
+
+
+def assert_exact(answers: dict) -> None:
+    cached = sum(answer.num_cached for answer in answers["prefix cache, repeat"])
+    assert cached > 50 * len(answers["alone"]), "the repeats were not answered from the cache"
+    wrong = [
+        change
+        for change, given in answers.items()
+        if [a.bits for a in given] != [a.bits for a in answers["alone"]]
+    ]
+    assert not wrong, "\n".join(report(answers))
+
+
+def test_nothing_matters(model_folder):
+    prompts = varied_prompts(NUM_PROMPTS, VOCAB_SIZE)
+    answers = run_everything(
+        make_model("llama", model_folder), "fibquant_2bit", prompts, NUM_TOKENS
+    )
+    assert_exact(answers)
+
+
+def test_nothing_matters_with_sliding_windows(model_folder):
+    prompts = varied_prompts(24, VOCAB_SIZE, seed=1)
+    answers = run_everything(make_model("gemma2", model_folder), "fibquant_3bit", prompts, 3)
+    assert_exact(answers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["fibquant", "fibquant_2bit"])
+def test_nothing_matters_for_a_real_model(preset):
+    from vllm_fibquant.demo_model import ensure_demo_model
+
+    prompts = varied_prompts(NUM_PROMPTS, 49_000, seed=2)
+    answers = run_everything(str(ensure_demo_model()), preset, prompts, 8)
+    print("\n" + "\n".join(report(answers)))
+    assert_exact(answers)
+
+
+@pytest.mark.slow
+def test_stock_for_comparison(model_folder):
+    """Not a test of ours: shows what the same changes do to vLLM's own cache."""
+    prompts = varied_prompts(NUM_PROMPTS, VOCAB_SIZE)
+    answers = run_everything(make_model("llama", model_folder), "auto", prompts, NUM_TOKENS)
+    print("\n" + "\n".join(report(answers)))
+
+
+@pytest.mark.parametrize("prefill", ["codes", "raw"])
+def test_unwritten_slots_are_never_read(model_folder, prefill):
+    """Bytes nobody wrote are NaN norms here; reading one would change the answer."""
+    prompts = varied_prompts(16, VOCAB_SIZE, seed=3)
+    model = make_model("gemma2", model_folder)
+    answers = []
+    for poison in (0x00, 0xFF):
+        with engine(model, "fibquant_2bit", fibquant={"prefill": prefill}) as llm:
+            caches = cache_tensors(llm)
+            assert caches
+            for cache in caches:
+                cache.fill_(poison)
+            answers.append(in_batches(llm, prompts, 4))
+    assert [a.bits for a in answers[0]] == [a.bits for a in answers[1]]
+
+
+def test_other_requests_are_never_read(model_folder):
+    """`raw`: an answer is the same alone, and in a cache full of other requests' codes."""
+    prompts = varied_prompts(24, VOCAB_SIZE, seed=4)
+    model = make_model("llama", model_folder)
+    with engine(model, "fibquant_2bit", fibquant={"prefill": "raw"}) as llm:
+        alone = one_by_one(llm, prompts[:8], 4)
+        in_batches(llm, prompts[8:], 4)
+        together = generate(llm, prompts[:8], 4)
+    assert [a.bits for a in alone] == [a.bits for a in together]
+
+
+def test_raw_repeat_differs_by_the_code_of_the_prefix_alone(model_folder):
+    """`raw`: a cached repeat reads codes where the first request read raw keys and values.
+
+    The difference is that of quantising the cached prefix: present, bounded by what the same
+    preset loses in `codes` mode against raw, and zero where nothing was cached.
+    """
+    prompts = varied_prompts(24, VOCAB_SIZE, seed=5)
+    model = make_model("llama", model_folder)
+    with engine(
+        model, "fibquant_4bit", fibquant={"prefill": "raw"}, enable_prefix_caching=True
+    ) as llm:
+        first, repeat = [], []
+        for prompt in prompts:
+            llm.reset_prefix_cache()
+            first += generate(llm, [prompt], 1)
+            repeat += generate(llm, [prompt], 1)
+    with engine(model, "fibquant_4bit", fibquant={"prefill": "codes"}) as llm:
+        codes = one_by_one(llm, prompts, 1)
+    _, _, bound = largest_difference(first, codes)
+    for a, b in zip(first, repeat, strict=True):
+        if b.num_cached == 0:
+            assert a.bits == b.bits
+    other, changed, largest = largest_difference(first, repeat)
+    print(f"\ncached repeat: {changed}/{len(first)} differ, by at most {largest:.4f} ({bound:.4f})")
+    assert changed > 0
+    assert largest <= 2 * bound

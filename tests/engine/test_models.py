@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shapes of models: heads, head_dim, sliding windows, soft caps, sinks."""
+
+from __future__ import annotations
+
+import pytest
+
+from vllm_fibquant import ops, reference
+
+from .harness import engine, generate, in_batches, largest_difference, varied_prompts
+from .models import VOCAB_SIZE, make_model
+
+SHAPES = ["llama", "llama-mha80", "llama-mqa128", "gemma2", "gemma3", "gpt-oss"]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_raw_prefill_is_stock_attention(model_folder, shape):
+    """A fresh prompt in `raw` mode never reads a code, so it must give what stock vLLM gives.
+
+    This is the test of scale, window, soft cap and sinks: each changes the answer by far more
+    than the bound (float32 sums in another order).
+    """
+    prompts = varied_prompts(8, VOCAB_SIZE)
+    model = make_model(shape, model_folder)
+    answers = []
+    for name, options in (("auto", None), ("fibquant_2bit", {"prefill": "raw"})):
+        with engine(model, name, fibquant=options, max_num_batched_tokens=2048) as llm:
+            answers.append(generate(llm, prompts, 1))
+    other_tokens, _, largest = largest_difference(*answers)
+    assert (other_tokens, largest < 1e-4) == (0, True), largest
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernels_equal_the_oracle_through_the_engine(model_folder, shape, monkeypatch):
+    """The same engine on the plain PyTorch oracle: same tokens, nearly the same bits."""
+    prompts = varied_prompts(6, VOCAB_SIZE, longest=150)
+    model = make_model(shape, model_folder)
+    options = {"self_check": False}
+    with engine(model, "fibquant_3bit", fibquant=options, max_num_batched_tokens=64) as llm:
+        kernel = in_batches(llm, prompts, 3)
+    monkeypatch.setattr(ops, "encode_kv", reference.encode_kv)
+    monkeypatch.setattr(ops, "paged_attention", reference.paged_attention)
+    with engine(model, "fibquant_3bit", fibquant=options, max_num_batched_tokens=64) as llm:
+        oracle = in_batches(llm, prompts, 3)
+    other_tokens, _, largest = largest_difference(kernel, oracle)
+    # A codeword on the border between two may flip with the last bit of its input.
+    assert other_tokens == 0
+    assert largest < 0.05

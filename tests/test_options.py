@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options given as additional_config["fibquant"]."""
+
+from __future__ import annotations
+
+import pytest
+
+from vllm_fibquant.config import PRESETS
+from vllm_fibquant.options import Options, parse_options
+
+
+@pytest.mark.parametrize("additional", [None, {}, {"other": 1}, "text", {"fibquant": {}}])
+def test_without_options_a_preset_has_its_defaults(additional):
+    assert parse_options("fibquant_2bit", additional) == Options(PRESETS["fibquant_2bit"])
+
+
+def test_options_are_applied():
+    given = {"prefill": "raw", "self_check": False, "value": {"num_codewords": 1024}}
+    options = parse_options("fibquant_2bit", {"fibquant": given})
+    assert (options.prefill, options.self_check) == ("raw", False)
+    assert options.preset.value.num_codewords == 1024
+    assert options.preset.key == PRESETS["fibquant_2bit"].key
+    assert options.digest != Options(PRESETS["fibquant_2bit"]).digest
+
+
+def test_every_problem_is_named_at_once():
+    given = {"prefil": "raw", "prefill": "both", "self_check": 1, "key": {"subvec": 2}}
+    with pytest.raises(ValueError, match="fibquant options") as caught:
+        parse_options("fibquant", {"fibquant": given})
+    message = str(caught.value)
+    for part in ("'prefil'", "'both'", "got 1", "'subvec'", "rotation_seed", "num_codewords"):
+        assert part in message
+
+
+def test_a_bad_code_is_refused_with_its_reason():
+    with pytest.raises(ValueError, match="num_codewords must be a power of two"):
+        parse_options("fibquant", {"fibquant": {"key": {"num_codewords": 100}}})
+
+
+def test_the_section_must_be_an_object():
+    with pytest.raises(ValueError, match="must be an object, got 'raw'"):
+        parse_options("fibquant", {"fibquant": "raw"})
+
+
+def test_an_unknown_preset_lists_those_there_are():
+    with pytest.raises(ValueError, match="fibquant_2bit.*got 'fibquant_5bit'"):
+        parse_options("fibquant_5bit")
