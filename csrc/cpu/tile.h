@@ -149,6 +149,7 @@ static inline void axpy(const float* p, const float* alpha, const Tile& v, int h
 // Register blocking: kRows * kTokens (dot) and kRows * kUnits * kPerUnit (axpy) accumulators within
 // 16 (AVX2) or 32 (AVX-512) vector registers.
 constexpr int kScale = kLanes == 16 ? 2 : 1;
+constexpr int units(int vectors) { return vectors > kPerUnit ? vectors / kPerUnit : 1; }
 
 // Scores of all rows; num_tokens is a multiple of 8.
 template <class Tile>
@@ -170,15 +171,15 @@ static void axpy_tile(const float* p, const float* alpha, int rows, const Tile& 
                       int num_tokens, float* o) {
   int r = 0;
   for (; r + 4 <= rows; r += 4) {
-    axpy<4, 2 * kScale / kPerUnit>(p + r * kMaxTile, alpha + r, v, head_dim, num_tokens,
+    axpy<4, units(2 * kScale)>(p + r * kMaxTile, alpha + r, v, head_dim, num_tokens,
                                    o + r * head_dim);
   }
   p += r * kMaxTile;
   alpha += r;
   o += r * head_dim;
-  if (rows - r == 3) axpy<3, 4 * kScale / kPerUnit>(p, alpha, v, head_dim, num_tokens, o);
-  if (rows - r == 2) axpy<2, 4 * kScale / kPerUnit>(p, alpha, v, head_dim, num_tokens, o);
-  if (rows - r == 1) axpy<1, 8 * kScale / kPerUnit>(p, alpha, v, head_dim, num_tokens, o);
+  if (rows - r == 3) axpy<3, units(4 * kScale)>(p, alpha, v, head_dim, num_tokens, o);
+  if (rows - r == 2) axpy<2, units(4 * kScale)>(p, alpha, v, head_dim, num_tokens, o);
+  if (rows - r == 1) axpy<1, units(8 * kScale)>(p, alpha, v, head_dim, num_tokens, o);
 }
 
 // Rows up to which decoding codes once more per pass is cheaper than a pass through scratch.

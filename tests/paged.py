@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A small paged cache full of traps: shuffled blocks, ragged requests, poison where nobody wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vllm_fibquant import ops, reference
+from vllm_fibquant.codec import KVCodec
+
+POISON = 0xFF  # as a norm: NaN
+
+
+@dataclass
+class Paged:
+    """Requests with `seq_lens` tokens of which the last `query_lens` are new."""
+
+    codec: KVCodec
+    cache: torch.Tensor
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    slots: torch.Tensor
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    new_key: torch.Tensor
+    new_value: torch.Tensor
+
+    def attend(self, **options: Any) -> torch.Tensor:
+        out = torch.full_like(self.query, torch.nan)
+        ops.paged_attention(
+            self.query, self.cache, self.codec, self.query_start_loc, self.seq_lens,
+            self.block_table, out, scale=self.scale, **options,
+        )  # fmt: skip
+        return out
+
+    def oracle(self, dtype: torch.dtype = torch.float64, **options: Any) -> torch.Tensor:
+        """The oracle's answer computed in `dtype`, as float64."""
+        out = torch.zeros_like(self.query, dtype=torch.float64)
+        reference.paged_attention(
+            self.query, self.cache, self.codec, self.query_start_loc, self.seq_lens,
+            self.block_table, out, scale=self.scale, compute_dtype=dtype, **options,
+        )  # fmt: skip
+        return out
+
+    @property
+    def scale(self) -> float:
+        return 1.5 * self.codec.head_dim**-0.5  # sharper than a model's, so that errors show
+
+    @property
+    def raw(self) -> dict[str, torch.Tensor]:
+        return {"raw_key": self.new_key, "raw_value": self.new_value}
+
+
+def make_paged(
+    codec: KVCodec,
+    seq_lens: Sequence[int],
+    query_lens: Sequence[int],
+    *,
+    group_size: int = 2,
+    num_kv_heads: int = 2,
+    block_size: int = 16,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+) -> Paged:
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(num_tokens: int, num_heads: int) -> torch.Tensor:
+        return torch.randn(num_tokens, num_heads, codec.head_dim, generator=generator).to(dtype)
+
+    blocks_of = [-(-n // block_size) for n in seq_lens]
+    num_blocks = sum(blocks_of) + 3
+    order = torch.randperm(num_blocks, generator=generator).to(torch.int32)
+    # Unused entries point at a block nobody owns.
+    block_table = torch.full((len(seq_lens), max(blocks_of) + 1), int(order[-1]), dtype=torch.int32)
+    slots, begin = [], 0
+    for req, (seq_len, count) in enumerate(zip(seq_lens, blocks_of, strict=True)):
+        block_table[req, :count] = order[begin : begin + count]
+        begin += count
+        positions = torch.arange(seq_len)
+        blocks = block_table[req].long()[positions // block_size]
+        slots.append(blocks * block_size + positions % block_size)
+    num_tokens = sum(seq_lens)
+    key, value = random(num_tokens, num_kv_heads), random(num_tokens, num_kv_heads)
+    shape = (num_blocks, num_kv_heads, block_size, codec.layout.record_bytes)
+    cache = torch.full(shape, POISON, dtype=torch.uint8)
+    slot_mapping = torch.cat(slots)
+    ops.encode_kv(key, value, cache, slot_mapping, codec)
+    ends = torch.tensor(seq_lens).cumsum(0).tolist()
+    new = torch.cat([torch.arange(e - q, e) for e, q in zip(ends, query_lens, strict=True)])
+    return Paged(
+        codec, cache, random(sum(query_lens), num_kv_heads * group_size), key, value, slot_mapping,
+        torch.tensor([0, *query_lens]).cumsum(0).to(torch.int32),
+        torch.tensor(seq_lens, dtype=torch.int32), block_table, key[new], value[new],
+    )  # fmt: skip
