@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Perplexity and next-token agreement of every preset, read through the engine's cache.
+
+The text is the reference documentation that ships with Python (pydoc_data.topics): real prose,
+present wherever this runs. Each chunk is scored by vLLM's own prompt log-probabilities. In prefill
+mode `codes` every scored token attended to codes that were written, paged and read back, its own
+included; the chunk is prefilled in several steps, so that cached context is read as well.
+
+    python -m benchmarks.bench_quality --out quality.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from vllm_fibquant.config import PRESETS
+from vllm_fibquant.layout import preset_layout
+
+GAIN_RULES = ("norm", "preserve", "mse", "unbiased")
+
+
+def formats(ablation: bool) -> list[tuple[str, str, dict[str, Any]]]:
+    """(label, --kv-cache-dtype, fibquant options) of everything measured; the first is the truth."""
+    rows: list[tuple[str, str, dict[str, Any]]] = [("auto", "auto", {})]
+    for name in PRESETS:
+        if name == "fibquant":
+            continue
+        rows.append((name, name, {}))
+        rows.append((f"{name}, prefill raw", name, {"prefill": "raw"}))
+        published = {"key": {"gain": "norm"}, "value": {"gain": "norm"}}
+        rows.append((f"{name}, published gains", name, published))
+        if ablation:
+            for side in ("key", "value"):
+                rows += [
+                    (f"{name}, {side} {gain}", name, {side: {"gain": gain}}) for gain in GAIN_RULES
+                ]
+    return rows
+
+
+def score(args: argparse.Namespace) -> None:
+    """Scores one format in this process; prints one JSON line."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
+    from pydoc_data import topics
+    from vllm import LLM, SamplingParams
+
+    _, dtype, options = json.loads(args.score)
+    llm = LLM(
+        args.model, dtype="float32", enforce_eager=True, kv_cache_dtype=dtype,
+        max_model_len=args.length + 8, max_num_batched_tokens=args.length // 4, max_num_seqs=1,
+        kv_cache_memory_bytes=256 << 20, enable_prefix_caching=False,
+        additional_config={"fibquant": options} if options else {},
+    )  # fmt: skip
+    text = "\n".join(topics.topics[name] for name in sorted(topics.topics))
+    tokens = llm.get_tokenizer().encode(text[: 8 * args.length * args.chunks])
+    logprobs, top1 = [], []
+    for chunk in range(args.chunks):
+        prompt = tokens[chunk * args.length : (chunk + 1) * args.length]
+        assert len(prompt) == args.length, "the text is too short for this many chunks"
+        params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1, detokenize=False)
+        (output,) = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
+        steps = output.prompt_logprobs[1:]
+        logprobs.append([s[t].logprob for s, t in zip(steps, prompt[1:], strict=True)])
+        top1.append([max(s, key=lambda token: s[token].logprob) for s in steps])
+    print("RESULT " + json.dumps({"logprobs": logprobs, "top1": top1}))
+
+
+def summarise(label: str, dtype: str, result: dict, truth: dict, head_dim: int) -> dict[str, Any]:
+    """Perplexity with its standard error over chunks, its ratio to the truth's, and agreement."""
+    per_chunk = [-statistics.fmean(c) for c in result["logprobs"]]
+    ratios = [-statistics.fmean(c) for c in truth["logprobs"]]
+    loss = [a - b for a, b in zip(per_chunk, ratios, strict=True)]
+    same = [
+        a == b
+        for x, y in zip(result["top1"], truth["top1"], strict=True)
+        for a, b in zip(x, y, strict=True)
+    ]
+    rate = 16.0 if dtype == "auto" else preset_layout(PRESETS[dtype], head_dim).effective_rate
+    error = statistics.stdev(loss) / math.sqrt(len(loss)) if len(loss) > 1 else 0.0
+    return {
+        "format": label,
+        "effective_rate": rate,
+        "perplexity": math.exp(statistics.fmean(per_chunk)),
+        "relative": math.exp(statistics.fmean(loss)),
+        "relative_error": math.exp(statistics.fmean(loss)) * error,
+        "agreement": statistics.fmean(same),
+        "tokens": len(same),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", help="folder of a model; the demo model when left out")
+    parser.add_argument("--length", type=int, default=1024, help="tokens per chunk")
+    parser.add_argument("--chunks", type=int, default=8)
+    parser.add_argument("--only", nargs="+", help="labels to measure beside auto")
+    parser.add_argument("--ablation", action="store_true", help="every gain rule on either side")
+    parser.add_argument("--out", type=Path, help="append results to this jsonl file")
+    parser.add_argument("--score", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.model is None:
+        from vllm_fibquant.demo_model import ensure_demo_model
+
+        args.model = str(ensure_demo_model())
+    if args.score:
+        score(args)
+        return
+
+    config = json.loads((Path(args.model) / "config.json").read_text())
+    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    rows = [r for r in formats(args.ablation) if not args.only or r[0] in ("auto", *args.only)]
+    print("| format | bits / value | perplexity | relative to auto | same next token |")
+    print("|---|---|---|---|---|")
+    truth: dict = {}
+    for label, dtype, options in tqdm(rows, disable=None, leave=False):
+        command = [sys.executable, "-m", "benchmarks.bench_quality", "--model", args.model]
+        command += ["--length", str(args.length), "--chunks", str(args.chunks)]
+        command += ["--score", json.dumps([label, dtype, options])]
+        run = subprocess.run(command, capture_output=True, text=True)
+        lines = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
+        if not lines:
+            sys.exit(f"bench_quality: {label} failed:\n{run.stdout[-3000:]}\n{run.stderr[-3000:]}")
+        result = json.loads(lines[0].removeprefix("RESULT "))
+        truth = truth or result
+        row = summarise(label, dtype, result, truth, head_dim)
+        tqdm.write("| {format} | {effective_rate:.2f} | {perplexity:.2f} | {relative:.3f} ± "
+                   "{relative_error:.3f} | {agreement:.1%} |".format(**row))  # fmt: skip
+        if args.out:
+            with args.out.open("a") as file:
+                file.write(json.dumps({"bench": "quality", "model": args.model, **row}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
