@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Encode-and-store beside vLLM's own store of uncompressed keys and values.
+
+Reported: microseconds per token of one layer, for a prefill chunk and for a single decode token.
+
+    python -m benchmarks.bench_encode --out results.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from vllm_fibquant import ops
+from vllm_fibquant.codec import KVCodec
+from vllm_fibquant.config import PRESETS
+
+BLOCK_SIZE = 128
+SHAPES = ((64, 3), (128, 8))  # head_dim, num_kv_heads
+PRESET_NAMES = ("fibquant_4bit", "fibquant_3bit", "fibquant_2bit", "fibquant_1bit")
+
+
+def stores(head_dim: int, num_kv_heads: int, num_tokens: int) -> dict[str, Callable[[], None]]:
+    """One call per format that stores `num_tokens` tokens of one layer."""
+    from vllm import _custom_ops as vllm_ops
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    key, value = torch.randn(2, num_tokens, num_kv_heads, head_dim)
+    num_blocks = num_tokens // BLOCK_SIZE + 2
+    slots = torch.randperm(num_blocks * BLOCK_SIZE)[:num_tokens]
+    plain = torch.empty(num_blocks, num_kv_heads, BLOCK_SIZE * 2, head_dim)
+    key_cache, value_cache = plain.chunk(2, dim=2)
+    isa = _get_attn_isa(torch.float32, BLOCK_SIZE, head_dim, "auto")
+    calls: dict[str, Callable[[], None]] = {
+        "vllm_float32": lambda: vllm_ops.cpu_attn_reshape_and_cache(
+            key, value, key_cache, value_cache, slots, isa
+        )
+    }
+    for name in PRESET_NAMES:
+        codec = KVCodec.from_preset(PRESETS[name], head_dim)
+        shape = (num_blocks, num_kv_heads, BLOCK_SIZE, codec.layout.record_bytes)
+        cache = torch.zeros(shape, dtype=torch.uint8)
+        calls[name] = lambda cache=cache, codec=codec: ops.encode_kv(  # type: ignore[misc]
+            key, value, cache, slots, codec
+        )
+    return calls
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 512])
+    parser.add_argument("--repetitions", type=int, default=15)
+    parser.add_argument("--one-thread", action="store_true",
+                        help="one thread, timed by its own CPU time: for shared machines")  # fmt: skip
+    parser.add_argument("--out", type=Path, help="append results to this jsonl file")
+    args = parser.parse_args()
+    clock = time.perf_counter
+    if args.one_thread:
+        torch.set_num_threads(1)
+        clock = time.thread_time
+
+    print(f"kernel {ops.kernel_name()}, {torch.get_num_threads()} threads")
+    print("| d, kv heads | tokens | format | us / token and layer |")
+    print("|---|---|---|---|")
+    for head_dim, num_kv_heads in SHAPES:
+        for num_tokens in args.tokens:
+            calls = stores(head_dim, num_kv_heads, num_tokens)
+            times: dict[str, list[float]] = {name: [] for name in calls}
+            for repetition in range(args.repetitions + 2):
+                for name, call in calls.items():
+                    begin = clock()
+                    call()
+                    if repetition >= 2:
+                        times[name].append((clock() - begin) / num_tokens)
+            for name, seconds in times.items():
+                median = statistics.median(seconds)
+                print(f"| {head_dim}, {num_kv_heads} | {num_tokens} | {name} | {median * 1e6:.2f} |")
+                if args.out:
+                    row = dict(
+                        bench="encode", head_dim=head_dim, num_kv_heads=num_kv_heads,
+                        tokens=num_tokens, format=name, seconds_per_token=seconds, median=median,
+                        kernel=ops.kernel_name(), threads=torch.get_num_threads(),
+                    )  # fmt: skip
+                    with args.out.open("a") as file:
+                        file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
