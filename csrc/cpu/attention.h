@@ -21,6 +21,7 @@
 namespace fq::FQ_ISA {
 
 constexpr int kSplit = 512;
+constexpr int64_t kMinParallelWork = 2048;  // rows times tokens, about 10 us: less is one thread's
 constexpr int kMaxRows = 48;  // rows that share a decoded tile; their queries and outputs fit L2
 
 struct RowBlock {
@@ -333,8 +334,11 @@ static int paged_attention(const FqCodec& codec, const FqPages& pages, const FqA
   const size_t block_bytes = ((size_t)num_blocks * sizeof(RowBlock) + 63) & ~(size_t)63;
   RowBlock* blocks = static_cast<RowBlock*>(call_scratch(block_bytes));
   list_blocks(call, blocks);
-  int64_t total_splits = 0;
-  for (int64_t i = 0; i < num_blocks; ++i) total_splits += blocks[i].num_splits;
+  int64_t total_splits = 0, work = 0;
+  for (int64_t i = 0; i < num_blocks; ++i) {
+    total_splits += blocks[i].num_splits;
+    work += (int64_t)rows_of(call, blocks[i]) * (blocks[i].end - blocks[i].begin);
+  }
   int64_t per_job = total_splits / (4 * (int64_t)num_threads);
   if (num_threads == 1) per_job = total_splits;
   per_job = per_job > 1 ? per_job : 1;
@@ -365,7 +369,7 @@ static int paged_attention(const FqCodec& codec, const FqPages& pages, const FqA
   }
 
   const int max_rows = call.group_size > kMaxRows ? call.group_size : kMaxRows;
-#pragma omp parallel num_threads(num_threads)
+#pragma omp parallel num_threads(num_threads) if (work >= kMinParallelWork || args.raw_key)
   {
     const Scratch scratch = make_scratch(max_rows, head_dim);
 #pragma omp for schedule(dynamic, 1)
@@ -390,7 +394,7 @@ static int64_t encode_kv(const FqCodec& codec, const FqPages& pages, const FqEnc
   const int64_t num_slots = pages.num_blocks * pages.block_size;
   int64_t nonfinite = 0, outside = 0;
 #pragma omp parallel for schedule(static) num_threads(args.num_threads) collapse(2) \
-    reduction(+ : nonfinite, outside)
+    reduction(+ : nonfinite, outside) if (args.num_tokens * pages.num_kv_heads >= 8)
   for (int64_t token = 0; token < args.num_tokens; ++token) {
     for (int head = 0; head < pages.num_kv_heads; ++head) {
       const int64_t slot = args.slot_mapping[token];

@@ -159,23 +159,28 @@ struct Codes {
     return x;
   }
 
-  // Sign bits of vector c of the unit. Two indices fill three bytes, each 8 bits of magnitude below
-  // 4 bits of sign; each lane's sign is shifted to the top.
-  static vi signs(const Word& w, [[maybe_unused]] int c) {
-    vi shift;
+  // Sign bits of vector c of the unit. An index is 8 bits of magnitude below 4 bits of sign, two
+  // indices fill three bytes; each lane's sign is shifted to the top.
+  static vi signs(const Word& w, int c) {
+    vi word, shift;
+#if defined(FQ_AVX512) || defined(FQ_AVX2)
     for (int j = 0; j < kLanes; ++j) shift[j] = j % 8 < 4 ? 23 - j % 4 : 11 - j % 4;
-#if defined(__AVX512F__)
-    const __m512i word = _mm512_inserti64x4(_mm512_set1_epi32((int32_t)w.bits),
-                                            _mm256_set1_epi32((int32_t)(w.bits >> 24)), 1);
-#elif defined(__AVX2__)
+#if defined(FQ_AVX512)
+    word = (vi)_mm512_inserti64x4(_mm512_set1_epi32((int32_t)w.bits),
+                                  _mm256_set1_epi32((int32_t)(w.bits >> 24)), 1);
+    (void)c;  // a unit is one vector here
+#else
     int32_t bits;
     memcpy(&bits, w.field + 3 * c, 4);
-    const __m256i word = _mm256_set1_epi32(bits);
-#else
-    const int32_t bits = (int32_t)(w.bits >> (12 * c));
-    const vi word = {bits, bits, bits, bits};
+    word = (vi)_mm256_set1_epi32(bits);
 #endif
-    return ((vi)word << shift) & INT32_MIN;
+#else
+    for (int j = 0; j < kLanes; ++j) {
+      word[j] = (int32_t)(w.bits >> (12 * ((c * kLanes + j) / 4)));
+      shift[j] = 23 - j % 4;
+    }
+#endif
+    return (word << shift) & INT32_MIN;
   }
 };
 

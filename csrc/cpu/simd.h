@@ -14,9 +14,14 @@
 
 namespace fq::FQ_ISA {
 
-#if defined(__AVX512F__)
+// FQ_LANES, for tests, sets the width of the portable code: 16 runs AVX-512's blocking anywhere.
+#if defined(FQ_LANES)
+constexpr int kLanes = FQ_LANES;
+#elif defined(__AVX512F__)
+#define FQ_AVX512
 constexpr int kLanes = 16;
 #elif defined(__AVX2__)
+#define FQ_AVX2
 constexpr int kLanes = 8;
 #else
 constexpr int kLanes = 4;
@@ -34,34 +39,38 @@ constexpr float kMinusInf = -__builtin_inff();
 static inline vf load(const float* p) { return *reinterpret_cast<const vf_any*>(p); }
 static inline void store(float* p, vf x) { *reinterpret_cast<vf_any*>(p) = x; }
 static inline vf splat(float x) {
-#if defined(__AVX512F__)
+#if defined(FQ_AVX512)
   return _mm512_set1_ps(x);
-#elif defined(__AVX2__)
+#elif defined(FQ_AVX2)
   return _mm256_set1_ps(x);
 #else
-  return vf{x, x, x, x};
+  vf v;
+  for (int i = 0; i < kLanes; ++i) v[i] = x;
+  return v;
 #endif
 }
 
 // kLanes / 4 quads side by side.
 static inline vf join(const v4* quad) {
-#if defined(__AVX512F__)
+#if defined(FQ_AVX512)
   __m512 x = _mm512_castps128_ps512(quad[0]);
   x = _mm512_insertf32x4(x, quad[1], 1);
   x = _mm512_insertf32x4(x, quad[2], 2);
   return _mm512_insertf32x4(x, quad[3], 3);
-#elif defined(__AVX2__)
+#elif defined(FQ_AVX2)
   return _mm256_insertf128_ps(_mm256_castps128_ps256(quad[0]), quad[1], 1);
 #else
-  return quad[0];
+  vf x;
+  memcpy(&x, quad, sizeof(x));
+  return x;
 #endif
 }
 
 // a * b + c, fused where the instruction set can.
 static inline vf madd(vf a, vf b, vf c) {
-#if defined(__AVX512F__)
+#if defined(FQ_AVX512)
   return _mm512_fmadd_ps(a, b, c);
-#elif defined(__FMA__)
+#elif defined(FQ_AVX2)
   return _mm256_fmadd_ps(a, b, c);
 #else
   return a * b + c;
@@ -71,9 +80,9 @@ static inline vf madd(vf a, vf b, vf c) {
 static inline vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
 
 static inline vf vmax(vf a, vf b) {
-#if defined(__AVX512F__)
+#if defined(FQ_AVX512)
   return _mm512_max_ps(a, b);
-#elif defined(__AVX2__)
+#elif defined(FQ_AVX2)
   return _mm256_max_ps(a, b);
 #else
   return a > b ? a : b;
@@ -84,32 +93,46 @@ static inline float fmax2(float a, float b) { return a > b ? a : b; }
 
 // Sums of four vectors, each in the same fixed order: pairs within 16-byte lanes, then lanes.
 static inline v4 sum4(vf a, vf b, vf c, vf d) {
-#if defined(__AVX512F__)
+#if defined(FQ_AVX512)
   const __m512 t0 = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x88), _mm512_shuffle_ps(a, b, 0xDD));
   const __m512 t1 = _mm512_add_ps(_mm512_shuffle_ps(c, d, 0x88), _mm512_shuffle_ps(c, d, 0xDD));
   const __m512 t = _mm512_add_ps(_mm512_shuffle_ps(t0, t1, 0x88), _mm512_shuffle_ps(t0, t1, 0xDD));
   const __m256 h = _mm256_add_ps(_mm512_castps512_ps256(t), _mm512_extractf32x8_ps(t, 1));
   return (v4)_mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
-#elif defined(__AVX2__)
+#elif defined(FQ_AVX2)
   const __m256 t = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
   return (v4)_mm_add_ps(_mm256_castps256_ps128(t), _mm256_extractf128_ps(t, 1));
 #else
-  return v4{(a[0] + a[1]) + (a[2] + a[3]), (b[0] + b[1]) + (b[2] + b[3]),
-            (c[0] + c[1]) + (c[2] + c[3]), (d[0] + d[1]) + (d[2] + d[3])};
+  const vf all[4] = {a, b, c, d};
+  v4 out;
+  for (int i = 0; i < 4; ++i) {
+    float quad[kLanes / 4];
+    for (int j = 0; j < kLanes / 4; ++j) {
+      const vf& x = all[i];
+      quad[j] = (x[4 * j] + x[4 * j + 1]) + (x[4 * j + 2] + x[4 * j + 3]);
+    }
+    for (int n = kLanes / 8; n > 0; n /= 2) {
+      for (int j = 0; j < n; ++j) quad[j] += quad[j + n];
+    }
+    out[i] = quad[0];
+  }
+  return out;
 #endif
 }
 
 static inline float sum(vf a) { return sum4(a, vf{}, vf{}, vf{})[0]; }
 
 static inline float max_lane(vf a) {
-#if defined(__AVX512F__)
+#if defined(FQ_AVX512)
   return _mm512_reduce_max_ps(a);
-#elif defined(__AVX2__)
+#elif defined(FQ_AVX2)
   __m128 x = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   x = _mm_max_ps(x, _mm_movehl_ps(x, x));
   return _mm_cvtss_f32(_mm_max_ss(x, _mm_shuffle_ps(x, x, 1)));
 #else
-  return fmax2(fmax2(a[0], a[1]), fmax2(a[2], a[3]));
+  float best = a[0];
+  for (int i = 1; i < kLanes; ++i) best = fmax2(best, a[i]);
+  return best;
 #endif
 }
 
