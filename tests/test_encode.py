@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from vllm_fibquant import native, ops, reference
-from vllm_fibquant.codec import KVCodec
-from vllm_fibquant.config import HEAD_DIMS, PRESETS
+from vllm_fibquant.codebook import make_codebook
+from vllm_fibquant.codec import KVCodec, VectorCodec, unpack_indices
+from vllm_fibquant.config import HEAD_DIMS, PRESETS, CodeSpec
+from vllm_fibquant.rotation import make_rotation
 from vllm_fibquant.selfcheck import run_self_check
 
 PRESET_NAMES = [name for name in PRESETS if name != "fibquant"]
@@ -106,6 +109,24 @@ def test_every_instruction_set(isa: str, name: str) -> None:
             check_records(codec, got, expected)
     finally:
         native.select_isa(None)
+
+
+@pytest.mark.parametrize("code", [CodeSpec(2, 64), CodeSpec(4, 256), CodeSpec(8, 64), CodeSpec(16, 32)],
+                         ids=lambda c: c.name)  # fmt: skip
+def test_ties_go_to_the_lowest_index(code: CodeSpec) -> None:
+    """In a codebook whose rows all occur twice or more, the first of them is stored."""
+    first = np.random.default_rng(0).integers(-127, 128, (code.num_rows // 4, code.subvec_dim))
+    order = np.random.default_rng(1).permutation(np.tile(np.arange(len(first)), 4))
+    book, _ = make_codebook(code, 64, first[order], 1 / 512, {})
+    side = VectorCodec(code, 64, book, make_rotation(64))
+    codec = KVCodec(side, side)
+    key, value = torch.randn(2, 40, 2, 64, generator=torch.Generator().manual_seed(5))
+    got, expected, *_ = encode_both(codec, key, value)
+    assert torch.equal(got, expected)
+    packed = got[1:-1, ..., : code.index_bytes(64)]
+    stored = unpack_indices(packed, side.num_subvecs, code.index_bits).unique().tolist()
+    lowest = {int(np.flatnonzero(order == row)[0]) for row in range(len(first))}
+    assert len(stored) > 4 and set(stored) <= lowest
 
 
 SPECIAL = {
