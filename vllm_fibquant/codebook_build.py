@@ -22,9 +22,9 @@ from vllm_fibquant.source_law import initial_codebook, sample_source
 Progress = Callable[[int, int, float], None]
 """Called after every Lloyd step with (steps done, steps in all, MSE on the training samples)."""
 
-# 128 KiB of float32 scores stay in cache, and products this small keep BLAS on one thread, whose
-# threads would only spin on a busy machine.
-_SCORES_PER_CHUNK = 1 << 15
+# Products of so few multiply-adds leave scores in cache and keep OpenBLAS on one thread: its
+# threads spin for longer than such a product takes, which on a busy machine costs minutes.
+_PRODUCT_SIZE = 1 << 18
 _CONVERGED = 1e-6  # relative fall of the MSE below which Lloyd stops
 
 
@@ -78,7 +78,7 @@ def nearest(x: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     table = np.concatenate((rows, bias), 1).T
     padded = np.concatenate((x, np.ones((len(x), 1), np.float32)), 1)
     index = np.empty(len(x), np.int64)
-    step = max(16, _SCORES_PER_CHUNK // len(rows))
+    step = max(8, _PRODUCT_SIZE // table.size)
     for start in range(0, len(x), step):
         index[start : start + step] = (padded[start : start + step] @ table).argmax(1)
     return index, np.square(x - rows[index]).sum(1)
