@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from vllm_fibquant.config import PRESETS
 from vllm_fibquant.layout import preset_layout
+from vllm_fibquant.options import parse_options
 
 GAIN_RULES = ("norm", "preserve", "mse", "unbiased")
 
@@ -75,7 +76,9 @@ def score(args: argparse.Namespace) -> None:
     print("RESULT " + json.dumps({"logprobs": logprobs, "top1": top1}))
 
 
-def summarise(label: str, dtype: str, result: dict, truth: dict, head_dim: int) -> dict[str, Any]:
+def summarise(
+    label: str, dtype: str, options: dict, result: dict, truth: dict, head_dim: int
+) -> dict[str, Any]:
     """Perplexity with its standard error over chunks, its ratio to the truth's, and agreement."""
     per_chunk = [-statistics.fmean(c) for c in result["logprobs"]]
     ratios = [-statistics.fmean(c) for c in truth["logprobs"]]
@@ -85,7 +88,10 @@ def summarise(label: str, dtype: str, result: dict, truth: dict, head_dim: int) 
         for x, y in zip(result["top1"], truth["top1"], strict=True)
         for a, b in zip(x, y, strict=True)
     ]
-    rate = 16.0 if dtype == "auto" else preset_layout(PRESETS[dtype], head_dim).effective_rate
+    rate = 16.0
+    if dtype != "auto":
+        preset = parse_options(dtype, {"fibquant": options}).preset
+        rate = preset_layout(preset, head_dim).effective_rate
     error = statistics.stdev(loss) / math.sqrt(len(loss)) if len(loss) > 1 else 0.0
     return {
         "format": label,
@@ -104,6 +110,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024, help="tokens per chunk")
     parser.add_argument("--chunks", type=int, default=8)
     parser.add_argument("--only", nargs="+", help="labels to measure beside auto")
+    parser.add_argument("--custom", nargs=3, action="append", default=[],
+                        metavar=("LABEL", "PRESET", "OPTIONS"),
+                        help="also measure a preset with these fibquant options (JSON)")  # fmt: skip
     parser.add_argument("--ablation", action="store_true", help="every gain rule on either side")
     parser.add_argument("--out", type=Path, help="append results to this jsonl file")
     parser.add_argument("--score", help=argparse.SUPPRESS)
@@ -119,6 +128,7 @@ def main() -> None:
     config = json.loads((Path(args.model) / "config.json").read_text())
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     rows = [r for r in formats(args.ablation) if not args.only or r[0] in ("auto", *args.only)]
+    rows += [(label, preset, json.loads(options)) for label, preset, options in args.custom]
     print("| format | bits / value | perplexity | relative to auto | same next token |")
     print("|---|---|---|---|---|")
     truth: dict = {}
@@ -132,7 +142,7 @@ def main() -> None:
             sys.exit(f"bench_quality: {label} failed:\n{run.stdout[-3000:]}\n{run.stderr[-3000:]}")
         result = json.loads(lines[0].removeprefix("RESULT "))
         truth = truth or result
-        row = summarise(label, dtype, result, truth, head_dim)
+        row = summarise(label, dtype, options, result, truth, head_dim)
         tqdm.write("| {format} | {effective_rate:.2f} | {perplexity:.2f} | {relative:.3f} ± "
                    "{relative_error:.3f} | {agreement:.1%} |".format(**row))  # fmt: skip
         if args.out:

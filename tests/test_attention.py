@@ -262,7 +262,7 @@ def isa(request):
     native.select_isa(None)
 
 
-@pytest.mark.parametrize("name", ["fibquant_4bit", "fibquant_3bit", "fibquant_2bit", "fibquant_1bit"])
+@pytest.mark.parametrize("name", ["fibquant_k5v3", "fibquant_4bit", "fibquant_2bit", "fibquant_1bit"])
 @pytest.mark.parametrize("head_dim", [64, 80, 256])
 def test_every_instruction_set(isa: str, name: str, head_dim: int) -> None:
     assert ops.kernel_name() == f"cpu-{isa}"

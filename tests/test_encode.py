@@ -95,7 +95,7 @@ def test_model_dtypes_and_strided_inputs(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
-@pytest.mark.parametrize("name", ["fibquant_4bit", "fibquant_3bit", "fibquant_2bit", "fibquant_1bit"])
+@pytest.mark.parametrize("name", ["fibquant_k5v3", "fibquant_4bit", "fibquant_2bit", "fibquant_1bit"])
 def test_every_instruction_set(isa: str, name: str) -> None:
     try:
         native.select_isa(isa)

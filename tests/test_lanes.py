@@ -55,7 +55,7 @@ def lanes(request, tmp_path_factory):
 
 @pytest.mark.parametrize("head_dim", [64, 80, 256])
 @pytest.mark.parametrize(
-    "name", ["fibquant_4bit", "fibquant_3bit", "fibquant_2bit", "fibquant_1bit"]
+    "name", ["fibquant_k5v3", "fibquant_4bit", "fibquant_2bit", "fibquant_1bit"]
 )
 def test_wide_kernels(lanes: int, name: str, head_dim: int) -> None:
     for group_size in (1, 2, 3, 4, 7):

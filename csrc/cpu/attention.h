@@ -124,12 +124,6 @@ static inline Run find_run(Call& call, const RowBlock& b, int position, int end)
           count};
 }
 
-static inline uint16_t read_u16(const uint8_t* p) {
-  uint16_t x;
-  memcpy(&x, p, 2);
-  return x;
-}
-
 // Attends positions [begin, end) of one split from codes into `state`, which it clears first.
 static void attend_split(Call& call, const RowBlock& b, int begin, int end, int first_position,
                          const Scratch& s, const State& state) {
@@ -167,8 +161,8 @@ static void attend_split(Call& call, const RowBlock& b, int begin, int end, int 
         const uint8_t* norms = record + layout.key_norm_offset;
         key_fields[t] = record + layout.key_index_offset;
         value_fields[t] = record + layout.value_index_offset;
-        s.key_factor[t] = half_to_float(read_u16(norms)) * call.args.scale;
-        s.value_factor[t] = half_to_float(read_u16(norms + kNormBytes));
+        s.key_factor[t] = half_to_float(read<uint16_t>(norms)) * call.args.scale;
+        s.value_factor[t] = half_to_float(read<uint16_t>(norms + kNormBytes));
       }
     }
     for (int j = 0; j < tile; ++j) {

@@ -2,6 +2,8 @@
 // The codec's inner loops: rotation, nearest codeword, packing, and codes back to floats.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/params.h"
 #include "cpu/simd.h"
 
@@ -103,34 +105,60 @@ typedef double double_any __attribute__((may_alias));
 constexpr int kUnit = 16;                    // coordinates decoded from one word of indices
 constexpr int kPerUnit = kUnit / kLanes;     // vectors in a unit
 
-// The codes of one side of the cache, read a unit at a time. kDim, kBits and kFolded fix
-// subvec_dim, index_bits and folded; these are the combinations with a fast path.
+template <class T>
+static inline T read(const uint8_t* p) {
+  T x;
+  memcpy(&x, p, sizeof(x));
+  return x;
+}
+
+// The codes of one side of the cache, read a unit at a time. kDim and kFolded fix subvec_dim and
+// folded; codebooks with a fast path have 256 rows, so an index is a byte, or in a folded code a
+// byte of magnitude below kDim sign bits.
 //
-// Loads are what decoding runs out of first: indices come as one word per unit, and shifts and
-// masks turn them into byte offsets.
-template <int kDim, int kBits, bool kFolded>
+// Loads are what decoding runs out of first: indices come as one or two words per unit, and shifts
+// and masks turn them into byte offsets.
+template <int kDim, bool kFolded>
 struct Codes {
-  static_assert(kBits == 8 || (kBits == 12 && kDim == 4 && kFolded));
-  static constexpr size_t kWordBytes = kUnit * kBits / kDim / 8;
+  static_assert(kDim == 2 || kDim == 4 || (kDim == 8 && !kFolded));
+  static constexpr int kBits = kFolded ? 8 + kDim : 8;
+  static constexpr size_t kHalfBytes = kBits / kDim;  // bytes of the indices of 8 coordinates
+  static constexpr bool kSpills = kFolded && kDim == 2;  // leaves few registers to its callers
   const float* rows;
 
-  struct Word {
-    uint64_t bits;
+  struct PlainWord {
+    uint64_t low;  // indices of 16 coordinates
     const uint8_t* field;
   };
+  struct FoldedWord {
+    uint64_t low, high;  // indices of 8 coordinates each
+    const uint8_t* field;
+  };
+  using Word = std::conditional_t<kFolded, FoldedWord, PlainWord>;
 
   // The indices of coordinates i to i + 15 of a vector, i a multiple of 16.
   Word word(const uint8_t* field, size_t i) const {
-    Word w = {0, field + i / kUnit * kWordBytes};
-    memcpy(&w.bits, w.field, kWordBytes == 6 ? 8 : kWordBytes);  // 6: the norms follow, see above
-    return w;
+    field += i / 8 * kHalfBytes;
+    if constexpr (kFolded) {
+      // May read past the indices by up to 3 bytes, which the norms behind them keep in the record.
+      using T = std::conditional_t<kDim == 2, uint64_t, uint32_t>;
+      return {read<T>(field), read<T>(field + kHalfBytes), field};
+    } else {
+      Word w = {0, field};
+      memcpy(&w.low, field, 2 * kHalfBytes);
+      return w;
+    }
   }
 
-  // `count` floats at a byte offset that bits [shift, shift + 8) of the word give in codewords.
+  // The start of the unit's codeword number n, as a T.
   template <class T>
-  T row(const Word& w, int shift) const {
+  T row(const Word& w, int n) const {
     constexpr int kScale = kDim == 2 ? 3 : kDim == 4 ? 4 : 5;  // log2 of the bytes of a codeword
-    const uint64_t scaled = shift >= kScale ? w.bits >> (shift - kScale) : w.bits << (kScale - shift);
+    constexpr int kPerHalf = 8 / kDim;
+    uint64_t bits = w.low;
+    if constexpr (kFolded) bits = n < kPerHalf ? w.low : w.high;
+    const int shift = kBits * (kFolded ? n % kPerHalf : n);
+    const uint64_t scaled = shift >= kScale ? bits >> (shift - kScale) : bits << (kScale - shift);
     const char* at = reinterpret_cast<const char*>(rows) + (scaled & (0xFFu << kScale));
     return *reinterpret_cast<const T*>(at);
   }
@@ -138,20 +166,20 @@ struct Codes {
   // Coordinates 4 * q to 4 * q + 3 of the unit, signs of folded codes aside.
   v4 quad(const Word& w, int q) const {
     if constexpr (kDim == 2) {
-      return (v4)v2d{row<double_any>(w, 16 * q), row<double_any>(w, 16 * q + 8)};
+      return (v4)v2d{row<double_any>(w, 2 * q), row<double_any>(w, 2 * q + 1)};
     } else if constexpr (kDim == 4) {
-      return row<v4>(w, kBits * q);
+      return row<v4>(w, q);
     } else {
       struct Pair {
         v4 half[2];
       };
-      return row<Pair>(w, q / 2 * 8).half[q % 2];
+      return row<Pair>(w, q / 2).half[q % 2];
     }
   }
 
   // Vector c of the unit: coordinates c * kLanes to (c + 1) * kLanes - 1.
   vf at(const Word& w, int c) const {
-    if constexpr (kDim == 8 && kLanes == 8) return row<vf_any>(w, 8 * c);
+    if constexpr (kDim == 8 && kLanes == 8) return row<vf_any>(w, c);
     v4 quads[kLanes / 4];
     for (int j = 0; j < kLanes / 4; ++j) quads[j] = quad(w, c * (kLanes / 4) + j);
     vf x = join(quads);
@@ -159,28 +187,41 @@ struct Codes {
     return x;
   }
 
-  // Sign bits of vector c of the unit. An index is 8 bits of magnitude below 4 bits of sign, two
-  // indices fill three bytes; each lane's sign is shifted to the top.
-  static vi signs(const Word& w, int c) {
-    vi word, shift;
-#if defined(FQ_AVX512) || defined(FQ_AVX2)
-    for (int j = 0; j < kLanes; ++j) shift[j] = j % 8 < 4 ? 23 - j % 4 : 11 - j % 4;
-#if defined(FQ_AVX512)
-    word = (vi)_mm512_inserti64x4(_mm512_set1_epi32((int32_t)w.bits),
-                                  _mm256_set1_epi32((int32_t)(w.bits >> 24)), 1);
-    (void)c;  // a unit is one vector here
-#else
-    int32_t bits;
-    memcpy(&bits, w.field + 3 * c, 4);
-    word = (vi)_mm256_set1_epi32(bits);
-#endif
-#else
-    for (int j = 0; j < kLanes; ++j) {
-      word[j] = (int32_t)(w.bits >> (12 * ((c * kLanes + j) / 4)));
-      shift[j] = 23 - j % 4;
+#if defined(FQ_AVX2) || defined(FQ_AVX512)
+  // Sign bits of 8 coordinates, each shifted to the top of its lane.
+  static __m256i signs8(const Word& w, int half) {
+    const uint8_t* field = w.field + half * kHalfBytes;
+    __m256i bits;
+    if constexpr (kDim == 4) {
+      const int32_t word = read<int32_t>(field);
+      const __m256i shift = _mm256_setr_epi32(23, 22, 21, 20, 11, 10, 9, 8);
+      bits = _mm256_sllv_epi32(_mm256_set1_epi32(word), shift);
+    } else {
+      // 64-bit lane n holds codeword n: its second sign goes to bit 63, its first to bit 62, 31.
+      const int64_t word = read<int64_t>(field);
+      const __m256i shift = _mm256_setr_epi64x(54, 44, 34, 24);
+      const __m256i second = _mm256_sllv_epi64(_mm256_set1_epi64x(word), shift);
+      bits = _mm256_blend_epi32(_mm256_srli_epi64(second, 31), second, 0xAA);
     }
+    return _mm256_and_si256(bits, _mm256_set1_epi32(INT32_MIN));
+  }
 #endif
-    return (word << shift) & INT32_MIN;
+
+  // Sign bits of vector c of the unit.
+  static vi signs(const Word& w, int c) {
+#if defined(FQ_AVX512)
+    (void)c;  // a unit is one vector
+    return (vi)_mm512_inserti64x4(_mm512_castsi256_si512(signs8(w, 0)), signs8(w, 1), 1);
+#elif defined(FQ_AVX2)
+    return (vi)signs8(w, c);
+#else
+    vi bits;
+    for (int j = 0; j < kLanes; ++j) {
+      const int i = c * kLanes + j;
+      bits[j] = (int32_t)((i < 8 ? w.low : w.high) >> (i % 8 / kDim * kBits + 8 + i % kDim) << 31);
+    }
+    return bits;
+#endif
   }
 };
 

@@ -54,6 +54,7 @@ static inline void merge(const State& into, const State& from, int rows, int hea
 
 // A tile of keys or values as floats, [tokens, head_dim].
 struct DenseTile {
+  static constexpr bool kSpills = false;
   const float* base;
   int head_dim;
   const float* word(int t, size_t i) const { return base + (int64_t)t * head_dim + i; }
@@ -63,6 +64,7 @@ struct DenseTile {
 // A tile of keys or values as codes: fields[t] are the packed indices of token t.
 template <class C>
 struct CodeTile {
+  static constexpr bool kSpills = C::kSpills;
   C codes;
   const uint8_t* const* fields;
   typename C::Word word(int t, size_t i) const { return codes.word(fields[t], i); }
@@ -88,11 +90,11 @@ static inline void dot_block(const float* q, const Tile& k, int head_dim, int nu
       }
     }
     if constexpr (kTokens == 2) {
-      static_assert(kRows % 2 == 0);
       for (int r = 0; r < kRows; r += 2) {
-        const v4 s = sum4(acc[r][0], acc[r][1], acc[r + 1][0], acc[r + 1][1]);
+        const int next = r + 1 < kRows ? r + 1 : r;
+        const v4 s = sum4(acc[r][0], acc[r][1], acc[next][0], acc[next][1]);
         memcpy(scores + r * kMaxTile + t, &s, 8);
-        memcpy(scores + (r + 1) * kMaxTile + t, reinterpret_cast<const char*>(&s) + 8, 8);
+        memcpy(scores + next * kMaxTile + t, reinterpret_cast<const char*>(&s) + 8, 8);
       }
     } else {
       for (int r = 0; r < kRows; ++r) {
@@ -161,7 +163,7 @@ static void dot_tile(const float* q, int rows, const Tile& k, int head_dim, int 
   }
   q += r * head_dim;
   scores += r * kMaxTile;
-  if (rows - r == 3) dot_block<3, 4>(q, k, head_dim, num_tokens, scores);
+  if (rows - r == 3) dot_block<3, Tile::kSpills ? 2 : 4>(q, k, head_dim, num_tokens, scores);
   if (rows - r == 2) dot_block<2, 4>(q, k, head_dim, num_tokens, scores);
   if (rows - r == 1) dot_block<1, 4>(q, k, head_dim, num_tokens, scores);
 }
@@ -232,11 +234,11 @@ template <class C>
 constexpr CodeKernels kFast = {dot_codes<C>, axpy_codes<C>};
 
 static CodeKernels code_kernels(const FqCode& code) {
-  const int dim = code.subvec_dim, bits = code.index_bits;
-  if (!code.folded && bits == 8 && dim == 2) return kFast<Codes<2, 8, false>>;
-  if (!code.folded && bits == 8 && dim == 4) return kFast<Codes<4, 8, false>>;
-  if (!code.folded && bits == 8 && dim == 8) return kFast<Codes<8, 8, false>>;
-  if (code.folded && bits == 12 && dim == 4) return kFast<Codes<4, 12, true>>;
+  if (code.num_rows == 256) {
+    if (code.subvec_dim == 2) return code.folded ? kFast<Codes<2, true>> : kFast<Codes<2, false>>;
+    if (code.subvec_dim == 4) return code.folded ? kFast<Codes<4, true>> : kFast<Codes<4, false>>;
+    if (code.subvec_dim == 8 && !code.folded) return kFast<Codes<8, false>>;
+  }
   return {dot_any, axpy_any};
 }
 
