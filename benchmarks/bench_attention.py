@@ -6,7 +6,7 @@ every format once, in turn, over enough layers that the KV of uncompressed forma
 the caches of the CPU, as in a model. Reported: median microseconds per layer, the ratio of medians
 to vLLM's own attention in the model's dtype, and the bytes read per second.
 
-    python benchmarks/bench_attention.py --out results.jsonl
+    python -m benchmarks.bench_attention --out results.jsonl
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ from vllm_fibquant.config import PRESETS
 BLOCK_SIZE = 128  # vLLM's default on CPUs
 COLD_BYTES = 192 << 20  # several times the last-level cache of a desktop or a small server
 SHAPES = ((64, 3, 3), (128, 8, 4), (128, 8, 1))  # head_dim, num_kv_heads, group_size
-PRESET_NAMES = ("fibquant_4bit", "fibquant_3bit", "fibquant_2bit", "fibquant_1bit")
+PRESET_NAMES = (
+    "fibquant_k5v3", "fibquant_4bit", "fibquant_3bit", "fibquant_2bit", "fibquant_1bit",
+)  # fmt: skip
 
 
 def block_tables(num_reqs: int, context: int) -> tuple[torch.Tensor, int]:

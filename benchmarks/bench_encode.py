@@ -23,7 +23,9 @@ from vllm_fibquant.config import PRESETS
 
 BLOCK_SIZE = 128
 SHAPES = ((64, 3), (128, 8))  # head_dim, num_kv_heads
-PRESET_NAMES = ("fibquant_4bit", "fibquant_3bit", "fibquant_2bit", "fibquant_1bit")
+PRESET_NAMES = (
+    "fibquant_k5v3", "fibquant_4bit", "fibquant_3bit", "fibquant_2bit", "fibquant_1bit",
+)  # fmt: skip
 
 
 def stores(head_dim: int, num_kv_heads: int, num_tokens: int) -> dict[str, Callable[[], None]]:

@@ -33,13 +33,13 @@ GAIN_RULES = ("norm", "preserve", "mse", "unbiased")
 def formats(ablation: bool) -> list[tuple[str, str, dict[str, Any]]]:
     """(label, --kv-cache-dtype, fibquant options) of everything measured; the first is the truth."""
     rows: list[tuple[str, str, dict[str, Any]]] = [("auto", "auto", {})]
+    published = {"key": {"gain": "norm"}, "value": {"gain": "norm"}}
     for name in PRESETS:
         if name == "fibquant":
             continue
         rows.append((name, name, {}))
-        rows.append((f"{name}, prefill raw", name, {"prefill": "raw"}))
-        published = {"key": {"gain": "norm"}, "value": {"gain": "norm"}}
-        rows.append((f"{name}, published gains", name, published))
+        if name.endswith("bit"):
+            rows.append((f"{name}, published gains", name, published))
         if ablation:
             for side in ("key", "value"):
                 rows += [
@@ -108,7 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", help="folder of a model; the demo model when left out")
     parser.add_argument("--length", type=int, default=1024, help="tokens per chunk")
-    parser.add_argument("--chunks", type=int, default=8)
+    parser.add_argument("--chunks", type=int, default=4)
     parser.add_argument("--only", nargs="+", help="labels to measure beside auto")
     parser.add_argument("--custom", nargs=3, action="append", default=[],
                         metavar=("LABEL", "PRESET", "OPTIONS"),

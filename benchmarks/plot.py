@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Draws the results of the benchmarks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+COLOURS = {
+    "fibquant_4bit": "#1f77b4",
+    "fibquant_k5v3": "#17becf",
+    "fibquant_3bit": "#2ca02c",
+    "fibquant_2bit": "#ff7f0e",
+    "fibquant_1bit": "#d62728",
+    "auto": "#555555",
+}
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def draw_all(results: Path, images: Path) -> Iterator[Path]:
+    """Draws every plot whose results exist; yields the files written."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    images.mkdir(parents=True, exist_ok=True)
+    for name, draw in (("attention", attention), ("engine", engine), ("quality", quality)):
+        rows = rows_of(results / f"{name}.jsonl")
+        if rows:
+            target = images / f"{name}.png"
+            draw(rows).savefig(target, dpi=120, bbox_inches="tight")
+            yield target
+
+
+def attention(rows: list[dict[str, Any]]):
+    """Speed of decode attention relative to vLLM's own, by context, one panel per shape."""
+    import matplotlib.pyplot as plt
+
+    shapes = list(dict.fromkeys(tuple(r["shape"]) for r in rows))
+    figure, axes = plt.subplots(1, len(shapes), figsize=(4.2 * len(shapes), 3.6), sharey=True)
+    for axis, shape in zip(axes, shapes, strict=True):
+        mine = [r for r in rows if tuple(r["shape"]) == shape and r["batch"] == 1]
+        for name in COLOURS:
+            points = sorted((r["context"], r["vs_vllm"]) for r in mine if r["format"] == name)
+            if points:
+                axis.plot(*zip(*points, strict=True), "o-", color=COLOURS[name], label=name)
+        axis.axhline(1, color="#555555", linestyle="--", label=f"vLLM, {mine[0]['model_dtype']} KV")
+        axis.set_xscale("log", base=2)
+        axis.set_title("d={}, {} KV heads x {} queries".format(*shape))
+        axis.set_xlabel("context (tokens)")
+    axes[0].set_ylabel("speed of decode attention vs vLLM")
+    axes[0].legend(fontsize=8)
+    return figure
+
+
+def engine(rows: list[dict[str, Any]]):
+    """Milliseconds of one decode step of the engine, by context."""
+    import matplotlib.pyplot as plt
+
+    steps = [r for r in rows if r["bench"] == "decode_step"]
+    batches = sorted({r["batch"] for r in steps})
+    figure, axes = plt.subplots(1, len(batches), figsize=(4.2 * len(batches), 3.6), squeeze=False)
+    for axis, batch in zip(axes[0], batches, strict=True):
+        for name in COLOURS:
+            points = sorted(
+                (r["context"], r["median"] * 1e3)
+                for r in steps
+                if r["format"] == name and r["batch"] == batch
+            )
+            if points:
+                axis.plot(*zip(*points, strict=True), "o-", color=COLOURS[name], label=name)
+        axis.set_title(f"batch {batch}")
+        axis.set_xlabel("context (tokens)")
+        axis.set_ylim(bottom=0)
+    axes[0][0].set_ylabel("ms per decode step")
+    axes[0][0].legend(fontsize=8)
+    return figure
+
+
+def quality(rows: list[dict[str, Any]]):
+    """Perplexity relative to the uncompressed cache against bits per value."""
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 4))
+    for row in rows:
+        if row["format"] == "auto" or "," in row["format"]:
+            continue
+        uniform = row["format"].endswith("bit")
+        axis.errorbar(
+            row["effective_rate"], row["relative"], yerr=row["relative_error"],
+            fmt="s" if uniform else "o", color="#1f77b4" if uniform else "#d62728",
+        )  # fmt: skip
+        axis.annotate(
+            row["format"].removeprefix("fibquant_"), (row["effective_rate"], row["relative"]),
+            xytext=(5, 4), textcoords="offset points", fontsize=8,
+        )  # fmt: skip
+    axis.set_yscale("log")
+    axis.set_xlabel("bits per value, norms included")
+    axis.set_ylabel("perplexity relative to auto")
+    axis.set_title("squares: one rate for keys and values; circles: mixed")
+    axis.grid(alpha=0.3, which="both")
+    return figure
