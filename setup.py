@@ -32,7 +32,9 @@ COMPILE_FLAGS = shlex.split(
 ISA_FLAGS: dict[str, list[str]] = {"portable": []}
 if X86:
     ISA_FLAGS["avx2"] = shlex.split("-mavx2 -mfma -mf16c -mbmi -mbmi2")
-    ISA_FLAGS["avx512"] = shlex.split("-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mbmi -mbmi2")
+    ISA_FLAGS["avx512"] = shlex.split(
+        "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mbmi -mbmi2"
+    )
     # GCC 12 warns about its own AVX-512 headers.
     ISA_FLAGS["avx512"].append("-Wno-maybe-uninitialized")
 
