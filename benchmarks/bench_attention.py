@@ -43,7 +43,9 @@ def block_tables(num_reqs: int, context: int) -> tuple[torch.Tensor, int]:
 class Case:
     """One shape, context and batch; `formats` maps a name to (bytes per layer, run one layer)."""
 
-    def __init__(self, shape: tuple[int, int, int], context: int, num_reqs: int, dtype: torch.dtype):
+    def __init__(
+        self, shape: tuple[int, int, int], context: int, num_reqs: int, dtype: torch.dtype
+    ):
         self.head_dim, self.num_kv_heads, self.group_size = shape
         self.context, self.num_reqs, self.dtype = context, num_reqs, dtype
         self.block_table, self.num_blocks = block_tables(num_reqs, context)
@@ -99,9 +101,7 @@ class Case:
 
         self.formats[name] = (caches[0].nbytes, run)
 
-    def measure(
-        self, repetitions: int, clock: Callable[[], float]
-    ) -> dict[str, list[float]]:
+    def measure(self, repetitions: int, clock: Callable[[], float]) -> dict[str, list[float]]:
         """Seconds per layer of every repetition, by format."""
         times: dict[str, list[float]] = {name: [] for name in self.formats}
         for repetition in range(repetitions + 1):
@@ -124,7 +124,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32", "float16"])
     parser.add_argument("--repetitions", type=int, default=9)
     parser.add_argument("--one-thread", action="store_true",
-                        help="one thread, timed by its own CPU time: for shared machines")  # fmt: skip
+                        help="one thread, timed by its CPU time: for shared machines")  # fmt: skip
     parser.add_argument("--out", type=Path, help="append results to this jsonl file")
     args = parser.parse_args()
 

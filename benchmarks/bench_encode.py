@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 512])
     parser.add_argument("--repetitions", type=int, default=15)
     parser.add_argument("--one-thread", action="store_true",
-                        help="one thread, timed by its own CPU time: for shared machines")  # fmt: skip
+                        help="one thread, timed by its CPU time: for shared machines")  # fmt: skip
     parser.add_argument("--out", type=Path, help="append results to this jsonl file")
     args = parser.parse_args()
     clock = time.perf_counter
@@ -82,7 +82,9 @@ def main() -> None:
                         times[name].append((clock() - begin) / num_tokens)
             for name, seconds in times.items():
                 median = statistics.median(seconds)
-                print(f"| {head_dim}, {num_kv_heads} | {num_tokens} | {name} | {median * 1e6:.2f} |")
+                print(
+                    f"| {head_dim}, {num_kv_heads} | {num_tokens} | {name} | {median * 1e6:.2f} |"
+                )
                 if args.out:
                     row = dict(
                         bench="encode", head_dim=head_dim, num_kv_heads=num_kv_heads,

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 PREFILL_TOKENS = 1024
 BLOCK_SIZE = 128
+FORMATS = ("auto", "fibquant_k5v3", "fibquant_4bit", "fibquant_2bit")
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -84,8 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", help="folder of a model; the demo model when left out")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--formats", nargs="+",
-                        default=["auto", "fibquant_k5v3", "fibquant_4bit", "fibquant_2bit"])  # fmt: skip
+    parser.add_argument("--formats", nargs="+", default=FORMATS)
     parser.add_argument("--contexts", type=int, nargs="+", default=[128, 1024, 4096, 8000])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--steps", type=int, default=20)

@@ -31,7 +31,7 @@ GAIN_RULES = ("norm", "preserve", "mse", "unbiased")
 
 
 def formats(ablation: bool) -> list[tuple[str, str, dict[str, Any]]]:
-    """(label, --kv-cache-dtype, fibquant options) of everything measured; the first is the truth."""
+    """(label, --kv-cache-dtype, fibquant options) of all that is measured; the truth first."""
     rows: list[tuple[str, str, dict[str, Any]]] = [("auto", "auto", {})]
     published = {"key": {"gain": "norm"}, "value": {"gain": "norm"}}
     for name in PRESETS:
@@ -53,6 +53,7 @@ def score(args: argparse.Namespace) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
     from pydoc_data import topics
+
     from vllm import LLM, SamplingParams
 
     _, dtype, options = json.loads(args.score)
@@ -112,7 +113,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", help="labels to measure beside auto")
     parser.add_argument("--custom", nargs=3, action="append", default=[],
                         metavar=("LABEL", "PRESET", "OPTIONS"),
-                        help="also measure a preset with these fibquant options (JSON)")  # fmt: skip
+                        help="also a preset with these fibquant options (JSON)")  # fmt: skip
     parser.add_argument("--ablation", action="store_true", help="every gain rule on either side")
     parser.add_argument("--out", type=Path, help="append results to this jsonl file")
     parser.add_argument("--score", help=argparse.SUPPRESS)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A small paged cache full of traps: shuffled blocks, ragged requests, poison where nobody wrote."""
+"""A small paged cache full of traps: shuffled blocks, ragged requests, poison in free slots."""
 
 from __future__ import annotations
 

@@ -86,7 +86,9 @@ def test_lengths_around_a_block(block_size: int, delta: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("raw", [False, True])
 def test_model_dtypes(dtype: torch.dtype, raw: bool) -> None:
-    paged = make_paged(codec_of("fibquant_4bit", 128), [200, 77], [1, 50], group_size=4, dtype=dtype)
+    paged = make_paged(
+        codec_of("fibquant_4bit", 128), [200, 77], [1, 50], group_size=4, dtype=dtype
+    )
     check_against_oracle(paged, **(paged.raw if raw else {}))
 
 
@@ -131,8 +133,10 @@ def test_codes_without_a_fast_path(code: CodeSpec) -> None:
 LENGTH = 1100  # three splits
 
 
-@pytest.fixture(params=[("fibquant_3bit", 64, 3), ("fibquant_4bit", 128, 1), ("fibquant_2bit", 80, 8)],
-                ids=str)  # fmt: skip
+LONG = [("fibquant_3bit", 64, 3), ("fibquant_4bit", 128, 1), ("fibquant_2bit", 80, 8)]
+
+
+@pytest.fixture(params=LONG, ids=str)
 def long_request(request):
     name, head_dim, group_size = request.param
     return make_paged(codec_of(name, head_dim), [LENGTH], [LENGTH], group_size=group_size)
@@ -262,7 +266,9 @@ def isa(request):
     native.select_isa(None)
 
 
-@pytest.mark.parametrize("name", ["fibquant_k5v3", "fibquant_4bit", "fibquant_2bit", "fibquant_1bit"])
+@pytest.mark.parametrize(
+    "name", ["fibquant_k5v3", "fibquant_4bit", "fibquant_2bit", "fibquant_1bit"]
+)
 @pytest.mark.parametrize("head_dim", [64, 80, 256])
 def test_every_instruction_set(isa: str, name: str, head_dim: int) -> None:
     assert ops.kernel_name() == f"cpu-{isa}"

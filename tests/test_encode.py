@@ -95,7 +95,9 @@ def test_model_dtypes_and_strided_inputs(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
-@pytest.mark.parametrize("name", ["fibquant_k5v3", "fibquant_4bit", "fibquant_2bit", "fibquant_1bit"])
+@pytest.mark.parametrize(
+    "name", ["fibquant_k5v3", "fibquant_4bit", "fibquant_2bit", "fibquant_1bit"]
+)
 def test_every_instruction_set(isa: str, name: str) -> None:
     try:
         native.select_isa(isa)
@@ -111,8 +113,11 @@ def test_every_instruction_set(isa: str, name: str) -> None:
         native.select_isa(None)
 
 
-@pytest.mark.parametrize("code", [CodeSpec(2, 64), CodeSpec(4, 256), CodeSpec(8, 64), CodeSpec(16, 32)],
-                         ids=lambda c: c.name)  # fmt: skip
+@pytest.mark.parametrize(
+    "code",
+    [CodeSpec(2, 64), CodeSpec(4, 256), CodeSpec(8, 64), CodeSpec(16, 32)],
+    ids=lambda c: c.name,
+)
 def test_ties_go_to_the_lowest_index(code: CodeSpec) -> None:
     """In a codebook whose rows all occur twice or more, the first of them is stored."""
     first = np.random.default_rng(0).integers(-127, 128, (code.num_rows // 4, code.subvec_dim))
@@ -229,7 +234,10 @@ def test_self_check_refuses_a_damaged_kernel(damage: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(native, "paged_attention", damaged_attend)
     monkeypatch.setattr(native, "encode_kv", damaged_encode)
     if damage == "codebook":
-        other = KVCodec.from_preset(PRESETS["fibquant_2bit"].with_overrides({"rotation_seed": 1}), 64)
-        monkeypatch.setattr(native, "codec_struct", lambda _, s=native.codec_struct(other): s)
+        other = KVCodec.from_preset(
+            PRESETS["fibquant_2bit"].with_overrides({"rotation_seed": 1}), 64
+        )
+        struct = native.codec_struct(other)
+        monkeypatch.setattr(native, "codec_struct", lambda _: struct)
     with pytest.raises(RuntimeError, match="refusing to serve"):
         run_self_check(codec, torch.float32, 9, 3, 16)

@@ -39,7 +39,7 @@ SHIPPED_DIR = Path(__file__).parent / "codebooks"
 
 _PREFIX = struct.Struct("<8sII")
 _DIGEST_BYTES = 32
-_DTYPES = {"int8": np.dtype("i1"), "float16": np.dtype("<f2")}
+_DTYPES: dict[str, np.dtype[Any]] = {"int8": np.dtype("i1"), "float16": np.dtype("<f2")}
 
 
 @dataclass(frozen=True, eq=False)

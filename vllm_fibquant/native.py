@@ -97,7 +97,9 @@ def library() -> ctypes.CDLL:
     try:
         lib = ctypes.CDLL(str(LIBRARY_PATH))
     except OSError as error:
-        raise RuntimeError(f"native.library: {LIBRARY_PATH} does not load ({error}); {advice}")
+        raise RuntimeError(
+            f"native.library: {LIBRARY_PATH} does not load ({error}); {advice}"
+        ) from error
     sizes = (c_int64 * 4)()
     try:
         lib.fq_abi(sizes)
@@ -228,7 +230,7 @@ def paged_attention(
 ) -> int:
     """See `ops.paged_attention`. Returns the library's error number, 0 for none."""
     raw_pointers: tuple[int | None, int | None] = (None, None)
-    raw_strides = (0, 0, 0, 0)
+    raw_strides: tuple[int, ...] = (0, 0, 0, 0)
     if raw_key is not None and raw_value is not None:
         raw_pointers = (raw_key.data_ptr(), raw_value.data_ptr())
         raw_strides = (*raw_key.stride()[:2], *raw_value.stride()[:2])

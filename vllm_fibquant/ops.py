@@ -125,7 +125,7 @@ def paged_attention(
 
     A row's result depends only on its own query and on the tokens it sees: it is bit-equal
     whatever else is in the batch, however its prompt was cut into chunks, and for any number of
-    threads. With raw_key it depends on which tokens are new, but still on nothing of other requests.
+    threads. With raw_key it depends on which tokens are new, but never on other requests.
 
     Args:
         query: float32, bfloat16 or float16 [num_tokens, num_q_heads, head_dim], last axis

@@ -71,7 +71,7 @@ def run_self_check(
     order = torch.randperm(num_blocks, generator=generator, dtype=torch.int64)
     block_table = torch.zeros(len(_SEQ_LENS), max(blocks_of), dtype=torch.int32)
     slots = []
-    for req, (seq_len, count) in enumerate(zip(_SEQ_LENS, blocks_of)):
+    for req, (seq_len, count) in enumerate(zip(_SEQ_LENS, blocks_of, strict=True)):
         begin = sum(blocks_of[:req])
         block_table[req, :count] = order[begin : begin + count].to(torch.int32)
         positions = torch.arange(seq_len, dtype=torch.int64)

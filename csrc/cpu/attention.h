@@ -27,11 +27,11 @@ constexpr int kMaxRows = 48;  // rows that share a decoded tile; their queries a
 struct RowBlock {
   int32_t req;
   int32_t kv_head;
-  int32_t token;         // first new token of the block, counted within the request
-  int32_t num_tokens;    // new tokens in the block
-  int32_t begin, end;    // cached positions attended from codes, [begin, end)
-  int32_t num_splits;    // splits that [begin, end) touches
-  int64_t partial;       // offset of the stored states of its splits, -1 when one job does all
+  int32_t token;       // first new token of the block, counted within the request
+  int32_t num_tokens;  // new tokens in the block
+  int32_t begin, end;  // cached positions attended from codes, [begin, end)
+  int32_t num_splits;  // splits that [begin, end) touches
+  int64_t partial;     // offset of the stored states of its splits, -1 when one job does all
 };
 
 struct Job {
@@ -61,7 +61,8 @@ static inline int64_t padded(int64_t floats) { return (floats + 15) & ~int64_t{1
 static inline Scratch make_scratch(int rows, int head_dim) {
   const int64_t block = padded((int64_t)rows * head_dim), tile = kMaxTile * (int64_t)head_dim;
   const int64_t state = padded(state_floats(rows, head_dim));
-  const int64_t total = 2 * block + tile + rows * kMaxTile + 2 * kMaxTile + padded(rows) + 3 * state;
+  const int64_t total =
+      2 * block + tile + rows * kMaxTile + 2 * kMaxTile + padded(rows) + 3 * state;
   float* p = static_cast<float*>(thread_scratch((size_t)total * 4));
   Scratch s;
   s.query = p;
@@ -151,8 +152,8 @@ static void attend_split(Call& call, const RowBlock& b, int begin, int end, int 
       }
     }
 
-    // Indices and norms of every token. Those nobody may see borrow a neighbour's indices, which are
-    // harmless: their scores are masked and their factors are zero.
+    // Indices and norms of every token. Those nobody may see borrow a neighbour's indices, which
+    // are harmless: their scores are masked and their factors are zero.
     const uint8_t *key_fields[kMaxTile], *value_fields[kMaxTile];
     int t = lead;
     for (int i = 0; i < num_runs; ++i) {
@@ -174,8 +175,8 @@ static void attend_split(Call& call, const RowBlock& b, int begin, int end, int 
     }
     call.key.dot(codec.key, key_fields, s.query, rows, head_dim, rounded, s.tile, s.scores);
     const Mask mask = {t0, count, first_position, call.group_size, call.args.window};
-    softmax_tile(s.scores, rows, tile, s.key_factor, s.value_factor, mask, call.args.soft_cap, state,
-                 s.alpha);
+    softmax_tile(s.scores, rows, tile, s.key_factor, s.value_factor, mask, call.args.soft_cap,
+                 state, s.alpha);
     call.value.axpy(codec.value, value_fields, s.scores, s.alpha, rows, head_dim, count, s.tile,
                     state.o);
   }
@@ -197,13 +198,15 @@ static void attend_raw(const Call& call, const RowBlock& b, const Scratch& s) {
       s.value_factor[t] = t < count ? 1.0f : 0.0f;
     }
     for (int t = 0; t < count; ++t) {
-      const int64_t at = (first + t0 + t) * a.stride_raw_key_token + b.kv_head * a.stride_raw_key_head;
+      const int64_t at =
+          (first + t0 + t) * a.stride_raw_key_token + b.kv_head * a.stride_raw_key_head;
       load_row(a.raw_key, at, a.dtype, head_dim, s.tile + (int64_t)t * head_dim);
     }
     memset(s.tile + (int64_t)count * head_dim, 0, (size_t)(rounded - count) * head_dim * 4);
     dot_tile(s.query_raw, rows, DenseTile{s.tile, head_dim}, head_dim, rounded, s.scores);
     const Mask mask = {t0, count, b.token, call.group_size, a.window};
-    softmax_tile(s.scores, rows, tile, s.key_factor, s.value_factor, mask, a.soft_cap, s.raw, s.alpha);
+    softmax_tile(s.scores, rows, tile, s.key_factor, s.value_factor, mask, a.soft_cap, s.raw,
+                 s.alpha);
     for (int t = 0; t < count; ++t) {
       const int64_t at =
           (first + t0 + t) * a.stride_raw_value_token + b.kv_head * a.stride_raw_value_head;
@@ -298,8 +301,8 @@ static int64_t list_blocks(const Call& call, RowBlock* out) {
         b.kv_head = head;
         b.token = token;
         b.num_tokens = query_len - token < per_block ? query_len - token : per_block;
-        b.begin = a.window > 0 && context + token - a.window + 1 > 0
-                      ? context + token - a.window + 1 : 0;
+        b.begin =
+            a.window > 0 && context + token - a.window + 1 > 0 ? context + token - a.window + 1 : 0;
         b.end = a.raw_key ? context : context + token + b.num_tokens;
         b.num_splits = b.end > b.begin ? (b.end - 1) / kSplit - b.begin / kSplit + 1 : 0;
         b.partial = -1;
@@ -312,11 +315,11 @@ static int64_t list_blocks(const Call& call, RowBlock* out) {
 // Returns 0, or 1 when a block table entry lies outside the cache, or check_lengths' error.
 static int paged_attention(const FqCodec& codec, const FqPages& pages, const FqAttend& args) {
   const int head_dim = codec.head_dim;
-  Call call = {codec, pages, args, {}, code_kernels(codec.key), code_kernels(codec.value),
-               nullptr, 0, false};
-  call.layout = record_layout(
-      index_bytes(head_dim / codec.key.subvec_dim, codec.key.index_bits),
-      index_bytes(head_dim / codec.value.subvec_dim, codec.value.index_bits));
+  Call call = {codec,   pages, args, {}, code_kernels(codec.key), code_kernels(codec.value),
+               nullptr, 0,     false};
+  call.layout =
+      record_layout(index_bytes(head_dim / codec.key.subvec_dim, codec.key.index_bits),
+                    index_bytes(head_dim / codec.value.subvec_dim, codec.value.index_bits));
   call.group_size = args.num_q_heads / pages.num_kv_heads;
   const int num_threads = args.num_threads;
 
@@ -347,7 +350,8 @@ static int paged_attention(const FqCodec& codec, const FqPages& pages, const FqA
     num_jobs += jobs;
   }
   const size_t job_bytes = ((size_t)num_jobs * sizeof(Job) + 63) & ~(size_t)63;
-  char* memory = static_cast<char*>(call_scratch(block_bytes + job_bytes + (size_t)partial_floats * 4));
+  char* memory =
+      static_cast<char*>(call_scratch(block_bytes + job_bytes + (size_t)partial_floats * 4));
   blocks = reinterpret_cast<RowBlock*>(memory);  // call_scratch keeps what it held when it grows
   Job* jobs = reinterpret_cast<Job*>(memory + block_bytes);
   call.partials = reinterpret_cast<float*>(memory + block_bytes + job_bytes);
@@ -382,9 +386,9 @@ static int paged_attention(const FqCodec& codec, const FqPages& pages, const FqA
 // when a slot lies outside the cache (that token is not written).
 static int64_t encode_kv(const FqCodec& codec, const FqPages& pages, const FqEncode& args) {
   const int head_dim = codec.head_dim;
-  const RecordLayout layout = record_layout(
-      index_bytes(head_dim / codec.key.subvec_dim, codec.key.index_bits),
-      index_bytes(head_dim / codec.value.subvec_dim, codec.value.index_bits));
+  const RecordLayout layout =
+      record_layout(index_bytes(head_dim / codec.key.subvec_dim, codec.key.index_bits),
+                    index_bytes(head_dim / codec.value.subvec_dim, codec.value.index_bits));
   const int64_t num_slots = pages.num_blocks * pages.block_size;
   int64_t nonfinite = 0, outside = 0;
 #pragma omp parallel for schedule(static) num_threads(args.num_threads) collapse(2) \

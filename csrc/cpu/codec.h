@@ -50,7 +50,8 @@ static inline void hadamard(float* x, int dim) {
 static inline void multiply_transposed(const float* matrix, int dim, const float* src, float* dst) {
   for (int i = 0; i < dim; i += kLanes) {
     vf acc = vf{};
-    for (int j = 0; j < dim; ++j) acc = madd(splat(src[j]), load(matrix + (int64_t)j * dim + i), acc);
+    for (int j = 0; j < dim; ++j)
+      acc = madd(splat(src[j]), load(matrix + (int64_t)j * dim + i), acc);
     store(dst + i, acc);
   }
 }
@@ -61,7 +62,8 @@ static inline void rotate(const FqCodec& codec, float* x, bool inverse) {
   if (codec.rotation_signs) {
     const vf scale = splat(1.0f / __builtin_sqrtf((float)dim));
     if (!inverse) {
-      for (int i = 0; i < dim; i += kLanes) store(x + i, load(x + i) * load(codec.rotation_signs + i));
+      for (int i = 0; i < dim; i += kLanes)
+        store(x + i, load(x + i) * load(codec.rotation_signs + i));
     }
     hadamard(x, dim);
     for (int i = 0; i < dim; i += kLanes) {
@@ -102,8 +104,8 @@ typedef int32_t v4i __attribute__((vector_size(16)));
 typedef double v2d __attribute__((vector_size(16)));
 typedef double double_any __attribute__((may_alias));
 
-constexpr int kUnit = 16;                    // coordinates decoded from one word of indices
-constexpr int kPerUnit = kUnit / kLanes;     // vectors in a unit
+constexpr int kUnit = 16;                 // coordinates decoded from one word of indices
+constexpr int kPerUnit = kUnit / kLanes;  // vectors in a unit
 
 template <class T>
 static inline T read(const uint8_t* p) {
@@ -122,7 +124,7 @@ template <int kDim, bool kFolded>
 struct Codes {
   static_assert(kDim == 2 || kDim == 4 || (kDim == 8 && !kFolded));
   static constexpr int kBits = kFolded ? 8 + kDim : 8;
-  static constexpr size_t kHalfBytes = kBits / kDim;  // bytes of the indices of 8 coordinates
+  static constexpr size_t kHalfBytes = kBits / kDim;     // bytes of the indices of 8 coordinates
   static constexpr bool kSpills = kFolded && kDim == 2;  // leaves few registers to its callers
   const float* rows;
 
@@ -227,8 +229,8 @@ struct Codes {
 
 // Writes the unit-norm rotated vectors of `count` records, [count, head_dim] floats.
 template <class C>
-static void decode_records(const FqCode& code, int head_dim, const uint8_t* const* fields, int count,
-                           float* dst) {
+static void decode_records(const FqCode& code, int head_dim, const uint8_t* const* fields,
+                           int count, float* dst) {
   const C codes = {code.rows};
   for (int t = 0; t < count; ++t) {
     for (size_t i = 0; i < (size_t)head_dim; i += kUnit, dst += kUnit) {
@@ -298,7 +300,8 @@ static inline void nearest(const FqCode& code, const float* y, uint32_t* index) 
 }
 
 template <int kDim>
-static inline void nearest_all(const FqCode& code, int num_subvecs, const float* y, uint32_t* index) {
+static inline void nearest_all(const FqCode& code, int num_subvecs, const float* y,
+                               uint32_t* index) {
   const int dim = kDim ? kDim : code.subvec_dim;
   int s = 0;
   for (; s + 4 <= num_subvecs; s += 4) nearest<kDim, 4>(code, y + s * dim, index + s);

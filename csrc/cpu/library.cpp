@@ -70,7 +70,8 @@ int best_isa() {
 
 const Kernels* const* table() {
 #if defined(__x86_64__)
-  static const Kernels* const all[kNumIsas] = {&portable::kernels, &avx2::kernels, &avx512::kernels};
+  static const Kernels* const all[kNumIsas] = {&portable::kernels, &avx2::kernels,
+                                               &avx512::kernels};
 #else
   static const Kernels* const all[kNumIsas] = {&portable::kernels, nullptr, nullptr};
 #endif

@@ -25,9 +25,9 @@ struct FqCode {
 
 // Both codes and the rotation they share.
 struct FqCodec {
-  int32_t head_dim;              // a multiple of 16, at most 512
-  int32_t record_bytes;          // must equal record_layout(...).record_bytes
-  const float* rotation_signs;   // [head_dim] of +-1 for a Hadamard rotation, else null
+  int32_t head_dim;                // a multiple of 16, at most 512
+  int32_t record_bytes;            // must equal record_layout(...).record_bytes
+  const float* rotation_signs;     // [head_dim] of +-1 for a Hadamard rotation, else null
   const float* rotation_matrix;    // [head_dim, head_dim] row-major, y = M x; null for Hadamard
   const float* rotation_matrix_t;  // its transpose; null for Hadamard
   FqCode key;

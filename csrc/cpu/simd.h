@@ -225,7 +225,8 @@ static inline uint16_t float_to_bfloat(float x) {
 }
 
 // Loads `count` elements of a model's dtype (FqDtype) as floats, and stores floats as that dtype.
-static inline void load_row(const void* base, int64_t offset, int32_t dtype, int count, float* dst) {
+static inline void load_row(const void* base, int64_t offset, int32_t dtype, int count,
+                            float* dst) {
   if (dtype == kFqFloat32) {
     memcpy(dst, static_cast<const float*>(base) + offset, (size_t)count * 4);
   } else if (dtype == kFqBFloat16) {
@@ -237,7 +238,8 @@ static inline void load_row(const void* base, int64_t offset, int32_t dtype, int
   }
 }
 
-static inline void store_row(void* base, int64_t offset, int32_t dtype, int count, const float* src) {
+static inline void store_row(void* base, int64_t offset, int32_t dtype, int count,
+                             const float* src) {
   if (dtype == kFqFloat32) {
     memcpy(static_cast<float*>(base) + offset, src, (size_t)count * 4);
   } else if (dtype == kFqBFloat16) {

@@ -23,7 +23,9 @@ struct State {
   float* o;  // [rows, head_dim] sum of exp(score - m) * value
 };
 
-static inline int64_t state_floats(int rows, int head_dim) { return (int64_t)rows * (head_dim + 2); }
+static inline int64_t state_floats(int rows, int head_dim) {
+  return (int64_t)rows * (head_dim + 2);
+}
 
 static inline State state_at(float* base, int rows, int head_dim) {
   return {base + (int64_t)rows * head_dim, base + (int64_t)rows * (head_dim + 1), base};
@@ -174,7 +176,7 @@ static void axpy_tile(const float* p, const float* alpha, int rows, const Tile& 
   int r = 0;
   for (; r + 4 <= rows; r += 4) {
     axpy<4, units(2 * kScale)>(p + r * kMaxTile, alpha + r, v, head_dim, num_tokens,
-                                   o + r * head_dim);
+                               o + r * head_dim);
   }
   p += r * kMaxTile;
   alpha += r;
@@ -246,9 +248,9 @@ static CodeKernels code_kernels(const FqCode& code) {
 struct Mask {
   int begin;
   int count;
-  int first_position;   // position of row 0
-  int rows_per_token;   // rows r and r + 1 share a position unless r + 1 is a multiple of this
-  int window;           // 0 = none
+  int first_position;  // position of row 0
+  int rows_per_token;  // rows r and r + 1 share a position unless r + 1 is a multiple of this
+  int window;          // 0 = none
 };
 
 // Turns scores [rows, tile] into weights exp(score - m) * value_factor and updates m and l.
