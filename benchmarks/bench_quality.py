@@ -148,7 +148,7 @@ def main() -> None:
                    "{relative_error:.3f} | {agreement:.1%} |".format(**row))  # fmt: skip
         if args.out:
             with args.out.open("a") as file:
-                file.write(json.dumps({"bench": "quality", "model": args.model, **row}) + "\n")
+                file.write(json.dumps({"bench": "quality", "model": Path(args.model).name, **row}) + "\n")
 
 
 if __name__ == "__main__":
