@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vllm_fibquant import ops
 from vllm_fibquant.codec import KVCodec
 from vllm_fibquant.config import PRESETS
 from vllm_fibquant.options import Options, parse_options
@@ -39,7 +40,7 @@ def head_dim_problem(options: Options, head_dim: int) -> str | None:
         KVCodec.from_preset(options.preset, head_dim)
     except (ValueError, OSError) as error:
         return str(error)
-    return None
+    return ops.unsupported_head_dim(head_dim)
 
 
 def config_problems(vllm_config: VllmConfig) -> list[str]:

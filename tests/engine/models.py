@@ -108,7 +108,23 @@ def make_model(shape: str, folder: Path) -> str:
             elif parameter.dim() > 1:
                 parameter.normal_(0, 0.08)
     model.save_pretrained(path)
+    _write_tokenizer(path)
     return str(path)
+
+
+def _write_tokenizer(path: Path) -> None:
+    """One word per token id, so that a server can be asked in token ids and in words."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{number}": number for number in range(VOCAB_SIZE)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="w0", eos_token="w1", unk_token="w0"
+    ).save_pretrained(path)
 
 
 def make_config_only(name: str, config: dict, folder: Path) -> str:

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""API server, engine core and workers as processes; tensor, pipeline and data parallel."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from .harness import Answer, largest_difference, varied_prompts
+from .models import VOCAB_SIZE, make_model
+
+pytestmark = pytest.mark.slow
+
+START_S = 300.0
+PRESET = "fibquant_2bit"
+
+
+@contextlib.contextmanager
+def server(model: str, *flags: str, threads: str = "0"):
+    """vLLM's own API server; yields its URL. `threads` has the cores of each rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model,
+        "--served-model-name", "tiny", "--host", "127.0.0.1", "--port", str(port),
+        "--kv-cache-dtype", PRESET, "--dtype", "float32", "--max-model-len", "512",
+        "--max-num-seqs", "8", "--block-size", "32",
+        "--kv-cache-memory-bytes", str(64 << 20), *flags,
+    ]  # fmt: skip
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_CPU_KVCACHE_SPACE")
+    }
+    environment["VLLM_CPU_OMP_THREADS_BIND"] = threads
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    lines: list[str] = []
+    reader = ThreadPoolExecutor(1)
+    reader.submit(lambda: lines.extend(process.stdout))
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + START_S
+        while True:
+            assert process.poll() is None, "".join(lines)[-4000:]
+            assert time.monotonic() < deadline, "".join(lines)[-4000:]
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"{url}/health", timeout=2)
+                break
+            time.sleep(0.5)
+        yield url
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.send_signal(signal.SIGINT)
+        try:
+            process.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+        reader.shutdown()
+
+
+def ask(url: str, prompt: list[int], num_tokens: int = 6) -> Answer:
+    body = {
+        "model": "tiny", "prompt": prompt, "max_tokens": num_tokens, "temperature": 0,
+        "logprobs": 1, "ignore_eos": True, "return_token_ids": True,
+    }  # fmt: skip
+    request = urllib.request.Request(
+        f"{url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=120) as response:
+        choice = json.load(response)["choices"][0]
+    return Answer(tuple(choice["token_ids"]), tuple(choice["logprobs"]["token_logprobs"]))
+
+
+def ask_all(url: str, prompts: list[list[int]], at_once: int = 4) -> list[Answer]:
+    with ThreadPoolExecutor(at_once) as pool:
+        return list(pool.map(lambda prompt: ask(url, prompt), prompts))
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    return varied_prompts(32, VOCAB_SIZE)
+
+
+@pytest.fixture(scope="module")
+def one_process(model_folder, prompts) -> list[Answer]:
+    with server(make_model("llama", model_folder), "--enforce-eager") as url:
+        return ask_all(url, prompts)
+
+
+def test_tensor_parallel(model_folder, prompts, one_process):
+    """Each rank holds one of the two KV heads. Sums over ranks round differently, no more."""
+    flags = ("--enforce-eager", "--tensor-parallel-size", "2")
+    with server(make_model("llama", model_folder), *flags, threads="0|1") as url:
+        answers = ask_all(url, prompts)
+    figures = largest_difference(one_process, answers)
+    print("\ntensor parallel 2:", figures)
+    assert figures[0] == 0
+    assert figures[2] < 0.05
+
+
+def test_pipeline_parallel(model_folder, prompts, one_process):
+    """Compiled, as stock vLLM 0.32.0 needs for pipeline parallelism on CPUs."""
+    flags = ("--pipeline-parallel-size", "2")
+    with server(make_model("llama", model_folder), *flags, threads="0|1") as url:
+        answers = ask_all(url, prompts)
+    figures = largest_difference(one_process, answers)
+    print("\npipeline parallel 2:", figures)
+    assert figures[0] == 0
+    assert figures[2] < 0.05
+
+
+def test_data_parallel(model_folder, prompts, one_process):
+    """Two engines, each with its own cache: whichever answers, the bits are the same."""
+    flags = ("--enforce-eager", "--data-parallel-size", "2")
+    with server(make_model("llama", model_folder), *flags, threads="0|1") as url:
+        answers = ask_all(url, prompts)
+    print("\ndata parallel 2:", largest_difference(one_process, answers))
+    assert [a.bits for a in answers] == [a.bits for a in one_process]

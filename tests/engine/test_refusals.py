@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user is told who asks for something we do not serve."""
+
+from __future__ import annotations
+
+import pytest
+
+from vllm_fibquant import codec
+
+from .harness import engine
+from .models import VOCAB_SIZE, make_config_only, make_model
+
+MLA_MODEL = {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "model_type": "deepseek_v2",
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 64,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 32,
+    "v_head_dim": 32,
+    "max_position_embeddings": 512,
+    "first_k_dense_replace": 1,
+}
+ALIBI_MODEL = {
+    "architectures": ["BloomForCausalLM"],
+    "model_type": "bloom",
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 256,
+    "n_layer": 1,
+    "n_head": 4,
+}
+EMBEDDING_MODEL = {
+    "architectures": ["BertModel"],
+    "model_type": "bert",
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 256,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "intermediate_size": 256,
+    "max_position_embeddings": 512,
+}
+
+
+def refusal_of(model: str, kv_cache_dtype: str = "fibquant_2bit", **settings) -> str:
+    """What the user is told, before any process is started."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    settings = {"skip_tokenizer_init": True, "max_model_len": 512, **settings}
+    with pytest.raises(ValueError) as caught:
+        EngineArgs(model=model, kv_cache_dtype=kv_cache_dtype, **settings).create_engine_config()
+    return str(caught.value)
+
+
+def test_unknown_preset(model_folder):
+    told = refusal_of(make_model("llama", model_folder), "fibquant_5bit")
+    assert "fibquant_2bit" in told
+    assert "fibquant_5bit" in told
+
+
+def test_latent_attention(model_folder):
+    told = refusal_of(make_config_only("mla", MLA_MODEL, model_folder))
+    assert "--kv-cache-dtype fibquant_2bit cannot be used here" in told
+    assert "multi-head latent attention (MLA); use --kv-cache-dtype auto" in told
+
+
+def test_embedding_model(model_folder):
+    told = refusal_of(make_config_only("bert", EMBEDDING_MODEL, model_folder))
+    assert "runner: must be generate, got pooling" in told
+
+
+def test_head_dim_without_a_codebook(model_folder):
+    told = refusal_of(make_model("llama-d48", model_folder))
+    assert "48" in told
+    assert "codebook build" in told
+
+
+def test_head_dim_that_cannot_be_cut(model_folder):
+    told = refusal_of(make_model("llama-d62", model_folder))
+    assert "subvec_dim must divide head_dim, got subvec_dim 4 and head_dim 62" in told
+
+
+def test_unknown_option(model_folder):
+    told = refusal_of(
+        make_model("llama", model_folder), additional_config={"fibquant": {"window": 64}}
+    )
+    assert "got 'window'" in told
+    assert "prefill" in told
+
+
+def test_every_reason_is_given_at_once(model_folder):
+    told = refusal_of(
+        make_config_only("mla", MLA_MODEL, model_folder),
+        kv_sharing_fast_prefill=True,
+        kv_transfer_config={"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"},
+    )
+    for part in ("MLA", "--kv-sharing-fast-prefill", "LMCacheConnectorV1"):
+        assert part in told
+    assert told.count("\n  - ") == 3
+
+
+def test_damaged_codebook(model_folder, tmp_path, monkeypatch):
+    """A flipped bit in a codebook is found before anything is started."""
+    from vllm_fibquant import codebook
+
+    name = next(p for p in codebook.SHIPPED_DIR.iterdir() if p.name.startswith("d64-k4n256-"))
+    content = bytearray(name.read_bytes())
+    content[-40] ^= 1
+    (tmp_path / name.name).write_bytes(content)
+    monkeypatch.setattr(codebook, "SHIPPED_DIR", tmp_path)
+    codec._kv_codec.cache_clear()
+    try:
+        told = refusal_of(make_model("llama", model_folder))
+    finally:
+        codec._kv_codec.cache_clear()
+    assert name.name in told
+    assert "cannot be used here" in told
+
+
+def test_alibi_is_refused_when_the_layer_is_built(model_folder):
+    """Known of the layer alone; the message still names what to do."""
+    model = make_config_only("alibi", ALIBI_MODEL, model_folder)
+    with (
+        pytest.raises(ValueError, match="must be in the keys .such as RoPE., got ALiBi"),
+        engine(model, "fibquant_2bit", load_format="dummy"),
+    ):
+        pass
+
+
+def test_not_enough_memory_for_one_sequence(model_folder):
+    """vLLM's own message, with our page size in it: it names a length that would fit."""
+    model = make_model("llama", model_folder)
+    with (
+        pytest.raises(ValueError, match="(?s)max seq len .512.*estimated maximum model length"),
+        engine(model, "fibquant_2bit", kv_cache_memory_bytes=50_000),
+    ):
+        pass
