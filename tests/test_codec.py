@@ -29,6 +29,15 @@ PRESET_SPECS = sorted(
 GAINS = ("norm", "preserve", "mse", "unbiased")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Threads cost these small tensors more than they bring, and seconds on a busy machine."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
 def make_codec(spec: CodeSpec, head_dim: int = 64) -> VectorCodec:
     return VectorCodec(spec, head_dim, load_codebook(spec, head_dim), make_rotation(head_dim))
 
@@ -127,7 +136,7 @@ def test_a_zero_coordinate_is_not_negative():
 def test_error_is_the_codebooks(spec, head_dim):
     """Codec and codebook agree on the MSE: the whole path loses nothing beside the search."""
     codec = make_codec(spec, head_dim)
-    x = randn(128000 // head_dim, head_dim)
+    x = randn(40000 // head_dim, head_dim)
     decoded = codec.decode(*codec.encode(x))
     mse = ((decoded - x).square().sum(1) / x.square().sum(1)).mean().item()
     assert mse == pytest.approx(codec.codebook.provenance["mse_rounded"], rel=0.04)
