@@ -102,21 +102,22 @@ def in_batches(llm, prompts, num_tokens: int = 8, batch: int = 8) -> list[Answer
 
 
 def varied_prompts(
-    count: int, vocab_size: int, longest: int = 200, seed: int = 0
+    count: int, vocab_size: int, longest: int = 200, shortest: int = 1, seed: int = 0
 ) -> list[list[int]]:
-    """Prompts of 1 to `longest` tokens; every third begins like an earlier one.
+    """Prompts of `shortest` to `longest` tokens; every third begins like an earlier one.
 
-    Lengths around the block size (31, 32, 33, 64, 65) are always among them.
+    Lengths around the block size (31, 32, 33, 64, 65), if in range, are always among them.
     """
     generator = torch.Generator().manual_seed(seed)
 
     def draw(low: int, high: int, size: int) -> list[int]:
         return torch.randint(low, high, (size,), generator=generator).tolist()
 
-    corners = [1, 31, 32, 33, 64, 65, 96, longest]
+    corners = [n for n in (1, 31, 32, 33, 64, 65, 96, longest) if shortest <= n <= longest]
     prompts: list[list[int]] = []
     for number in range(count):
-        length = corners[number] if number < len(corners) else draw(1, longest + 1, 1)[0]
+        few = number < len(corners)
+        length = corners[number] if few else draw(shortest, longest + 1, 1)[0]
         prompt = draw(2, vocab_size, length)
         if number % 3 == 2:
             shared = prompts[draw(0, number, 1)[0]]

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 VOCAB_SIZE = 512
-MAX_LEN = 512
+MAX_LEN = 2048
 
 _COMMON = {
     "vocab_size": VOCAB_SIZE,

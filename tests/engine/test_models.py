@@ -10,10 +10,18 @@ from vllm_fibquant import ops, reference
 from .harness import engine, generate, in_batches, largest_difference, varied_prompts
 from .models import VOCAB_SIZE, make_model
 
-SHAPES = ["llama", "llama-mha80", "llama-mqa128", "gemma2", "gemma3", "gpt-oss"]
+SHAPES = ("llama", "llama-mha80", "llama-mqa128", "gemma2", "gemma3", "gpt-oss")
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+def shapes(*quick: str):
+    """Every shape; those not in `quick` are for the slow run."""
+    return pytest.mark.parametrize(
+        "shape",
+        [s if s in quick else pytest.param(s, marks=pytest.mark.slow) for s in SHAPES],
+    )
+
+
+@shapes("llama-mha80", "gemma2", "gpt-oss")
 def test_raw_prefill_is_stock_attention(model_folder, shape):
     """A fresh prompt in `raw` mode never reads a code, so it must give what stock vLLM gives.
 
@@ -30,7 +38,7 @@ def test_raw_prefill_is_stock_attention(model_folder, shape):
     assert (other_tokens, largest < 1e-4) == (0, True), largest
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@shapes("llama-mqa128", "gemma3")
 def test_kernels_equal_the_oracle_through_the_engine(model_folder, shape, monkeypatch):
     """The same engine on the plain PyTorch oracle: same tokens, nearly the same bits."""
     prompts = varied_prompts(6, VOCAB_SIZE, longest=150)
