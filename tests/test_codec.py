@@ -205,6 +205,9 @@ def test_gain_is_guarded_where_the_code_is_poor(coarse_codec):
     assert (unbiased.float() <= bound * 1.001).all()
     assert (unbiased.float() >= bound * 0.999).any(), "the guard never came into play"
     assert (mse >= 0).all()
+    # Here a gain of 0 meets lengths beyond float32.
+    huge = coarse_codec["mse"].encode(3e38 * x.sign())[1]
+    assert (huge == 0).any() and (huge == 65504).any() and torch.isfinite(huge).all()
 
 
 # ---- hostile input -----------------------------------------------------------------------------
