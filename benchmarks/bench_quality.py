@@ -148,7 +148,8 @@ def main() -> None:
                    "{relative_error:.3f} | {agreement:.1%} |".format(**row))  # fmt: skip
         if args.out:
             with args.out.open("a") as file:
-                file.write(json.dumps({"bench": "quality", "model": Path(args.model).name, **row}) + "\n")
+                row = {"bench": "quality", "model": Path(args.model).name, **row}
+                file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":
