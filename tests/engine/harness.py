@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import gc
 import os
 from collections.abc import Iterator, Sequence
@@ -57,7 +56,6 @@ def engine(
     }
     if fibquant is not None:
         settings["additional_config"] = {"fibquant": fibquant}
-    _bind_kernels_once()
     llm = LLM(model, kv_cache_dtype=kv_cache_dtype, **{**defaults, **settings})
     try:
         yield llm
@@ -67,21 +65,6 @@ def engine(
         gc.collect()
         with contextlib.suppress(Exception):
             cleanup_dist_env_and_memory()
-
-
-@functools.cache
-def _bind_kernels_once() -> None:
-    """Binds vLLM's C++ stand-ins for Triton kernels now, and keeps later engines from doing it again.
-
-    vLLM 0.32.0 walks over the attributes of every module when it binds them, and fails on those of
-    llvmlite, which n-gram speculation imports: without this, no engine could start in this process
-    after one with speculation.
-    """
-    from vllm.platforms import current_platform
-
-    current_platform.register_triton_kernel_overrides()
-    platform = type(current_platform)
-    platform.register_triton_kernel_overrides = classmethod(lambda cls: None)
 
 
 def generate(llm, prompts: Sequence[Sequence[int]], num_tokens: int = 8) -> list[Answer]:
