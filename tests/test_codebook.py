@@ -80,7 +80,7 @@ def test_mse_table(k, num_codewords, head_dim):
     samples, iterations = (max(1 << 17, 1024 * num_codewords), 60) if k <= 4 else (1 << 16, 40)
     if (k, num_codewords) == (8, 256):
         samples = 1 << 18
-    restarts = 6 if num_codewords <= 16 else 4 if k == 2 else 2 if num_codewords / k < 16 else 1
+    restarts = 4 if num_codewords == 16 else 2 if num_codewords == 64 else 1
     options = BuildOptions(restarts=restarts, samples=samples, iterations=iterations)
     check_against_table(FAST_TABLE, k, num_codewords, head_dim, options)
 
