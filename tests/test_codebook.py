@@ -68,7 +68,8 @@ def check_against_table(table, k, num_codewords, head_dim, options):
     )
     initial, refined = table[k, num_codewords][head_dim]
     assert made["mse_initial"] == pytest.approx(initial, rel=0.01)
-    assert made["mse_refined"] == pytest.approx(refined, rel=0.01)
+    # More samples than the table's author had make a slightly better book.
+    assert 0.98 * refined < made["mse_refined"] < 1.01 * refined
     assert made["mse_rounded"] == pytest.approx(made["mse_refined"], rel=2e-4)  # float16
 
 

@@ -189,6 +189,30 @@ def test_gain_rules_share_indices_and_mse_is_least(spec):
     assert min(errors, key=errors.get) == "mse" and len(set(errors.values())) == 4
 
 
+# (MSE, <x, decoded> / |x|^2 - 1) per rule at head_dim 64; docs/method.md shows these.
+GAIN_TABLE = {
+    "k2n1024f": [(0.0019, -0.002), (0.0019, -0.001), (0.0019, -0.002), (0.0019, 0.0)],
+    "k2n256": [(0.0075, -0.008), (0.0073, -0.004), (0.0073, -0.007), (0.0074, 0.0)],
+    "k4n4096f": [(0.0257, -0.026), (0.0253, -0.013), (0.0251, -0.025), (0.0258, 0.0)],
+    "k4n256": [(0.0947, -0.094), (0.0956, -0.048), (0.0933, -0.093), (0.1031, 0.0)],
+    "k8n256": [(0.3168, -0.315), (0.3464, -0.173), (0.3161, -0.316), (0.4648, 0.0)],
+}
+
+
+@pytest.mark.parametrize("spec", PRESET_SPECS, ids=lambda s: s.name)
+def test_gain_table(spec):
+    x = randn(4000, 64)
+    length_sq = x.square().sum(1)
+    for gain, (mse, bias) in zip(GAINS, GAIN_TABLE[spec.name], strict=True):
+        codec = make_codec(replace(spec, gain=gain))
+        decoded = codec.decode(*codec.encode(x))
+        got_mse = ((decoded - x).square().sum(1) / length_sq).mean().item()
+        got_bias = ((decoded * x).sum(1) / length_sq).mean().item() - 1
+        print(f"\n| {spec.name} | {gain} | {got_mse:.4f} | {got_bias:+.3f} |", end="")
+        assert got_mse == pytest.approx(mse, rel=0.02, abs=1e-4)
+        assert got_bias == pytest.approx(bias, rel=0.02, abs=1e-3)
+
+
 @pytest.fixture(scope="module")
 def coarse_codec() -> dict[str, VectorCodec]:
     """A code so poor that <y, v> is below MIN_COSINE and sometimes negative."""
