@@ -134,8 +134,11 @@ def test_layers_we_cannot_serve_are_refused_with_every_reason():
         attention.FibQuantImpl.__init__(
             object.__new__(attention.FibQuantImpl), 4, 64, 0.125, 2,
             alibi_slopes=[0.5] * 4, attn_type="encoder_only", chunk_lookback=3,
+            kv_sharing_target_layer_name="layers.3.attn",
         )  # fmt: skip
-    for part in ("ALiBi", "encoder_only", "chunk_lookback", "--kv-cache-dtype auto"):
+    for part in (
+        "ALiBi", "encoder_only", "chunk_lookback", "cache of layers.3.attn", "--kv-cache-dtype auto",
+    ):  # fmt: skip
         assert part in str(caught.value)
 
 

@@ -218,6 +218,11 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
             problems.append("position encoding: must be in the keys (such as RoPE), got ALiBi")
         if attn_type != AttentionType.DECODER:
             problems.append(f"attention type: must be decoder, got {attn_type}")
+        if kv_sharing_target_layer_name is not None:
+            problems.append(
+                "layers: must each have a KV cache, got one that shares the cache of "
+                f"{kv_sharing_target_layer_name}, which has not been verified"
+            )
         if problems:
             problems[-1] += "; use --kv-cache-dtype auto for this model"
             raise ValueError(refusal(kv_cache_dtype, problems))
@@ -229,11 +234,9 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
         self.kv_cache_dtype = kv_cache_dtype
         self.window = sliding_window or 0
         self.soft_cap = float(logits_soft_cap or 0.0)
-        self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.options = run_options(get_current_vllm_config(), kv_cache_dtype)
         self.codec = KVCodec.from_preset(self.options.preset, head_size)
-        # A layer that shares another's cache is not given that layer's raw keys and values.
-        self.attends_raw = self.options.prefill == "raw" and kv_sharing_target_layer_name is None
+        self.attends_raw = self.options.prefill == "raw"
         self._sinks_param = sinks
         self._sinks: torch.Tensor | None = None
 
