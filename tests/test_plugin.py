@@ -137,7 +137,7 @@ def test_layers_we_cannot_serve_are_refused_with_every_reason():
             kv_sharing_target_layer_name="layers.3.attn",
         )  # fmt: skip
     for part in (
-        "ALiBi", "encoder_only", "chunk_lookback", "cache of layers.3.attn", "--kv-cache-dtype auto",
+        "ALiBi", "encoder_only", "chunk_lookback", "of layers.3.attn", "--kv-cache-dtype auto",
     ):  # fmt: skip
         assert part in str(caught.value)
 
