@@ -59,7 +59,7 @@ def score(args: argparse.Namespace) -> None:
     _, dtype, options = json.loads(args.score)
     llm = LLM(
         args.model, dtype="float32", enforce_eager=True, kv_cache_dtype=dtype,
-        max_model_len=args.length + 8, max_num_batched_tokens=args.length // 4, max_num_seqs=1,
+        max_model_len=args.length + 8, max_num_batched_tokens=args.chunk, max_num_seqs=1,
         kv_cache_memory_bytes=256 << 20, enable_prefix_caching=False,
         additional_config={"fibquant": options} if options else {},
     )  # fmt: skip
@@ -110,6 +110,7 @@ def main() -> None:
     parser.add_argument("--model", help="folder of a model; the demo model when left out")
     parser.add_argument("--length", type=int, default=1024, help="tokens per chunk")
     parser.add_argument("--chunks", type=int, default=4)
+    parser.add_argument("--chunk", type=int, default=256, help="tokens prefilled in one step")
     parser.add_argument("--only", nargs="+", help="labels to measure beside auto")
     parser.add_argument("--custom", nargs=3, action="append", default=[],
                         metavar=("LABEL", "PRESET", "OPTIONS"),
@@ -136,6 +137,7 @@ def main() -> None:
     for label, dtype, options in tqdm(rows, disable=None, leave=False):
         command = [sys.executable, "-m", "benchmarks.bench_quality", "--model", args.model]
         command += ["--length", str(args.length), "--chunks", str(args.chunks)]
+        command += ["--chunk", str(args.chunk)]
         command += ["--score", json.dumps([label, dtype, options])]
         run = subprocess.run(command, capture_output=True, text=True)
         lines = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]

@@ -17,9 +17,9 @@ PACKAGE = ROOT / "vllm_fibquant"
 # A module imports from its own layer and those below. A new module must be entered here.
 LAYERS = {
     0: ["config", "codebook", "codebook_build", "source_law", "rotation", "codec", "options"],
-    1: ["layout"],
+    1: ["layout", "copies"],
     2: ["reference", "native", "ops", "selfcheck"],
-    3: ["support", "attention"],
+    3: ["support", "metadata", "attention"],
     4: ["compat", "plugin"],
     5: ["__init__", "__main__", "cli", "codebook_cli", "demo_model", "info", "launcher", "plan"],
 }

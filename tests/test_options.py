@@ -45,3 +45,30 @@ def test_the_section_must_be_an_object():
 def test_an_unknown_preset_lists_those_there_are():
     with pytest.raises(ValueError, match="fibquant_2bit.*got 'fibquant_5bit'"):
         parse_options("fibquant_5bit")
+
+
+def test_modes_and_what_overrides_them() -> None:
+    def parsed(**given):
+        options = parse_options("fibquant", {"fibquant": given})
+        return options.prefill, options.recent_window, options.num_copies
+
+    assert parsed() == parsed(mode="exact") == ("codes", 0, 0)
+    assert parsed(mode="quality") == ("raw", 64, 68)
+    assert parsed(mode="quality", prefill="codes") == ("codes", 0, 0)
+    assert parsed(mode="quality", recent_window=32, first_tokens=1) == ("raw", 32, 33)
+    assert parsed(prefill="raw") == ("raw", 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"mode": "best"}, "mode must be"),
+        ({"recent_window": 64}, "recent_window must be 0 when prefill"),
+        ({"recent_window": -1, "prefill": "raw"}, "recent_window must be an integer"),
+        ({"recent_window": True, "mode": "quality"}, "recent_window must be an integer"),
+        ({"first_tokens": 65}, "first_tokens must be an integer from 0 to 64"),
+    ],
+)
+def test_bad_windows_are_refused(given: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_options("fibquant", {"fibquant": given})

@@ -4,6 +4,8 @@
 write:  `FibQuantImpl.do_kv_cache_update` -> `ops.encode_kv`
 read:   `FibQuantImpl.forward`            -> `ops.paged_attention`
 
+With a recent window `forward` also copies the newest tokens, where `copies.CopyPool` says.
+
 Both get the layer's cache as vLLM allocated it, uint8 [num_blocks, num_kv_heads, block_size,
 record_bytes]; its size follows from `customize_spec`, so vLLM itself computes how many blocks fit.
 """
@@ -12,34 +14,34 @@ from __future__ import annotations
 
 import functools
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
+from vllm.config import VllmConfig, get_current_vllm_config
 from vllm.logger import init_logger
-from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionImpl,
-    AttentionMetadata,
-    AttentionMetadataBuilder,
     AttentionType,
-    CommonAttentionMetadata,
     MultipleOf,
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
-from vllm_fibquant import ops, selfcheck
+from vllm_fibquant import ops
 from vllm_fibquant.codec import KVCodec
 from vllm_fibquant.config import PRESETS
 from vllm_fibquant.layout import preset_layout
+from vllm_fibquant.metadata import FibQuantMetadata, FibQuantMetadataBuilder, StepCopies
 from vllm_fibquant.options import Options
+from vllm_fibquant.reference import TokenCopies
 from vllm_fibquant.support import BACKEND_NAME, DTYPES, head_dim_problem, refusal, run_options
 
 logger = init_logger(f"vllm.{__name__}")
 
 WARN_EVERY_S = 60.0
+MAX_COPY_SHARE = 0.1
+"""Most of the memory for pages that copies of tokens may take."""
 
 
 class FibQuantBackend(AttentionBackend):
@@ -117,82 +119,9 @@ def __getattr__(name: str) -> type[FibQuantBackend]:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-@dataclass
-class FibQuantMetadata(AttentionMetadata):
-    """One step's batch, as the ops want it.
-
-    Attributes:
-        num_tokens: new tokens of all requests, without padding.
-        query_start_loc: int32 [num_reqs + 1].
-        seq_lens: int32 [num_reqs], new tokens included.
-        block_table: int32 [num_reqs, max_blocks].
-    """
-
-    num_tokens: int
-    query_start_loc: torch.Tensor
-    seq_lens: torch.Tensor
-    block_table: torch.Tensor
-
-
-class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
-    """Builds the metadata of one group of layers; checks the kernels when it is made."""
-
-    def __init__(
-        self,
-        kv_cache_spec: AttentionSpec,
-        layer_names: list[str],
-        vllm_config: VllmConfig,
-        device: torch.device,
-    ) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        dtype = vllm_config.model_config.dtype
-        layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
-        for impl in (layer.impl for layer in layers.values()):
-            if impl.options.self_check:
-                _check_kernels(
-                    impl.codec, dtype, impl.num_heads, impl.num_kv_heads, kv_cache_spec.block_size
-                )
-
-    def build(
-        self,
-        common_prefix_len: int,
-        common_attn_metadata: CommonAttentionMetadata,
-        fast_build: bool = False,
-    ) -> FibQuantMetadata:
-        common = common_attn_metadata
-        if common.causal is not True:
-            raise ValueError(
-                f"build: causal must be True, got {common.causal}; "
-                "use --kv-cache-dtype auto for this model"
-            )
-        return FibQuantMetadata(
-            num_tokens=common.num_actual_tokens,
-            query_start_loc=common.query_start_loc,
-            seq_lens=common.seq_lens,
-            block_table=common.block_table_tensor,
-        )
-
-
-@functools.cache
-def _check_kernels(
-    codec: KVCodec, dtype: torch.dtype, num_q_heads: int, num_kv_heads: int, block_size: int
-) -> None:
-    """Runs the self-check once per process and combination.
-
-    Raises:
-        RuntimeError: the kernel of this machine disagrees with the oracle.
-    """
-    result = selfcheck.run_self_check(codec, dtype, num_q_heads, num_kv_heads, block_size)
-    logger.info(
-        "FibQuant self-check passed: kernel %s, %s, head_dim %d, %d/%d heads, error %.1e of %.1e",
-        result.kernel,
-        dtype,
-        codec.head_dim,
-        num_q_heads,
-        num_kv_heads,
-        result.error,
-        result.tolerance,
-    )
+def copy_dtype(model_dtype: torch.dtype) -> torch.dtype:
+    """The 16-bit dtype of copies of a model's keys and values."""
+    return torch.bfloat16 if model_dtype == torch.float32 else model_dtype
 
 
 class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
@@ -239,6 +168,24 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
         self.attends_raw = self.options.prefill == "raw"
         self._sinks_param = sinks
         self._sinks: torch.Tensor | None = None
+        self._copy_key = self._copy_value = torch.empty(0)
+
+    @property
+    def num_copy_rows(self) -> int:
+        """Rows of this layer's copies, 0 without a recent window."""
+        return self._copy_key.shape[0]
+
+    def copy_row_bytes(self, model_dtype: torch.dtype) -> int:
+        """Bytes of one token's copy in this layer, 0 without a recent window."""
+        if not self.options.recent_window:
+            return 0
+        return 2 * self.num_kv_heads * self.head_size * copy_dtype(model_dtype).itemsize
+
+    def allocate_copies(self, num_rows: int, model_dtype: torch.dtype) -> None:
+        """Allocates the copies; to be called once, before vLLM allocates pages."""
+        shape = (num_rows, self.num_kv_heads, self.head_size)
+        self._copy_key = torch.zeros(shape, dtype=copy_dtype(model_dtype))
+        self._copy_value = torch.zeros_like(self._copy_key)
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         if self._sinks_param is not None:
@@ -322,8 +269,55 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
             sinks=self._sinks,
             raw_key=key[:num_tokens] if self.attends_raw else None,
             raw_value=value[:num_tokens] if self.attends_raw else None,
+            copies=self._copies(attn_metadata.copies),
         )
+        if attn_metadata.copies is not None:
+            # Only now: a row may change hands in this step, and its old owner has just read it.
+            tokens, rows = attn_metadata.copies.tokens, attn_metadata.copies.rows
+            for buffer, x in ((self._copy_key, key), (self._copy_value, value)):
+                new = x[tokens]
+                finite = torch.isfinite(new).all(-1, keepdim=True)
+                buffer[rows] = torch.where(finite, new, 0.0).to(buffer.dtype)
         return output
+
+    def _copies(self, step: StepCopies | None) -> TokenCopies | None:
+        if step is None:
+            return None
+        return TokenCopies(
+            self._copy_key, self._copy_value, step.table, self.options.num_copied_first
+        )
+
+
+def allocate_copies(
+    vllm_config: VllmConfig, layers: list[FibQuantImpl], available_bytes: int
+) -> int:
+    """Gives every layer its copies, as many as full batches need but few beside the pages.
+
+    Args:
+        layers: all layers of this process that keep codes.
+        available_bytes: what copies and pages may take together.
+
+    Returns:
+        Bytes taken.
+    """
+    dtype = vllm_config.model_config.dtype
+    row_bytes = sum(layer.copy_row_bytes(dtype) for layer in layers)
+    if row_bytes == 0:
+        return 0
+    wanted = vllm_config.scheduler_config.max_num_seqs * layers[0].options.num_copies
+    num_rows = max(1, min(wanted, int(available_bytes * MAX_COPY_SHARE) // row_bytes))
+    for layer in layers:
+        layer.allocate_copies(num_rows, dtype)
+    logger.info(
+        "FibQuant keeps copies of up to %d tokens (%.1f MiB): the newest %d and first %d of %d "
+        "requests; others are read from codes",
+        num_rows,
+        num_rows * row_bytes / 2**20,
+        layers[0].options.recent_window,
+        layers[0].options.num_copied_first,
+        num_rows // layers[0].options.num_copies,
+    )
+    return num_rows * row_bytes
 
 
 class _NonFiniteCounter:

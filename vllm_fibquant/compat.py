@@ -152,3 +152,31 @@ def select_backend(
     # Callers that reset the selection between configurations use this.
     get_backend.cache_clear = original.cache_clear  # type: ignore[attr-defined]
     selector._cached_get_attn_backend = get_backend
+
+
+def before_pages_are_allocated(prepare: Callable[[Any, int], int]) -> None:
+    """Has `prepare` called in every worker between loading the model and allocating pages.
+
+    What: wraps `determine_available_memory` of the CPU worker; `prepare` gets the worker and the
+        bytes found, and what it returns is what is left for pages.
+    Why: memory of our own beside the pages must be counted, and vLLM asks no attention backend.
+    Range: 0.32.0 and, as read, 0.33.0.
+    Delete when: a backend can reserve memory beside its pages.
+    """
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
+    original = CPUWorker.determine_available_memory
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def determine_available_memory(self: Any) -> int:
+        return prepare(self, original(self))
+
+    setattr(determine_available_memory, _MARK, True)
+    CPUWorker.determine_available_memory = determine_available_memory
+
+
+def attention_layers(vllm_config: VllmConfig) -> dict[str, Any]:
+    """The attention layers of this process by name: `static_forward_context`, as vLLM keeps it."""
+    return dict(vllm_config.compilation_config.static_forward_context)

@@ -2,10 +2,14 @@
 """What a user can ask for: a preset's name and the object given as additional_config["fibquant"].
 
     vllm serve MODEL --kv-cache-dtype fibquant_2bit \\
-        --additional-config '{"fibquant": {"prefill": "raw", "value": {"num_codewords": 1024}}}'
+        --additional-config '{"fibquant": {"mode": "quality", "recent_window": 128}}'
 
     name            value                            meaning
-    prefill         "codes" (default) or "raw"       what a step's own new tokens are read from
+    mode            "exact" or "quality"             defaults of the next three, see docs/engine.md
+    prefill         "codes" or "raw"                 what a step's own new tokens are read from
+    recent_window   integer from 0 to 4096           newest tokens of a request also kept in 16 bits
+    first_tokens    integer from 0 to 64             first tokens treated apart: coded as they are,
+                                                     and kept in 16 bits with a recent_window
     key, value      object with fields of CodeSpec   replaces parts of the preset's code
     rotation_seed   integer of at least 0            seed of the rotation
     self_check      true (default) or false          compare kernel and oracle at start
@@ -15,14 +19,22 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from vllm_fibquant.config import PrefillMode, Preset, get_preset
 
 SECTION = "fibquant"
-DEFAULT_PREFILL: PrefillMode = "codes"
+Mode = Literal["exact", "quality"]
+DEFAULT_MODE: Mode = "exact"
+MAX_RECENT_WINDOW = 4096
+MAX_FIRST_TOKENS = 64
 
-_OWN_NAMES = ("prefill", "self_check")
+# prefill, recent_window, first_tokens
+_MODES: dict[Mode, tuple[PrefillMode, int, int]] = {
+    "exact": ("codes", 0, 4),
+    "quality": ("raw", 64, 4),
+}
+_OWN_NAMES = ("mode", "prefill", "recent_window", "first_tokens", "self_check")
 _PRESET_NAMES = ("key", "value", "rotation_seed")
 
 
@@ -31,8 +43,20 @@ class Options:
     """Everything that decides what is stored and how it is read; hashable and comparable."""
 
     preset: Preset
-    prefill: PrefillMode = DEFAULT_PREFILL
+    prefill: PrefillMode = _MODES[DEFAULT_MODE][0]
+    recent_window: int = _MODES[DEFAULT_MODE][1]
+    first_tokens: int = _MODES[DEFAULT_MODE][2]
     self_check: bool = True
+
+    @property
+    def num_copied_first(self) -> int:
+        """First tokens of a request that are also kept in 16 bits."""
+        return self.first_tokens if self.recent_window else 0
+
+    @property
+    def num_copies(self) -> int:
+        """Tokens of a request that are also kept in 16 bits, at most."""
+        return self.num_copied_first + self.recent_window
 
     @property
     def digest(self) -> str:
@@ -68,7 +92,17 @@ def parse_options(preset_name: str, additional_config: Any = None) -> Options:
         problems.append(
             f"names must be among {', '.join(known)}, got {', '.join(unknown)}; remove them"
         )
-    prefill = given.get("prefill", DEFAULT_PREFILL)
+    mode = given.get("mode", DEFAULT_MODE)
+    if mode not in get_args(Mode):
+        problems.append(
+            f'mode must be "exact" or "quality", got {mode!r}; use "exact" for results that do '
+            'not depend on what was cached, "quality" for better text at low rates'
+        )
+        mode = DEFAULT_MODE
+    prefill, recent_window, first_tokens = _MODES[mode]
+    prefill = given.get("prefill", prefill)
+    if "prefill" in given and prefill == "codes":
+        recent_window = 0  # what the mode would add contradicts what was asked for
     if prefill not in get_args(PrefillMode):
         problems.append(
             f'prefill must be "codes" or "raw", got {prefill!r}; use "codes" for results that do '
@@ -77,6 +111,21 @@ def parse_options(preset_name: str, additional_config: Any = None) -> Options:
     self_check = given.get("self_check", True)
     if not isinstance(self_check, bool):
         problems.append(f"self_check must be true or false, got {self_check!r}; leave it out")
+    recent_window = given.get("recent_window", recent_window)
+    first_tokens = given.get("first_tokens", first_tokens)
+    for name, number, most in (
+        ("recent_window", recent_window, MAX_RECENT_WINDOW),
+        ("first_tokens", first_tokens, MAX_FIRST_TOKENS),
+    ):
+        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number <= most:
+            problems.append(
+                f"{name} must be an integer from 0 to {most}, got {number!r}; leave it out"
+            )
+    if prefill == "codes" and recent_window:
+        problems.append(
+            f'recent_window must be 0 when prefill is "codes", got {recent_window!r}; '
+            'give "mode": "quality" or "prefill": "raw" with it'
+        )
     overrides = {name: given[name] for name in _PRESET_NAMES if name in given}
     try:
         preset = preset.with_overrides(overrides)
@@ -84,4 +133,4 @@ def parse_options(preset_name: str, additional_config: Any = None) -> Options:
         problems.append(str(error).removeprefix("fibquant options: "))
     if problems:
         raise ValueError("fibquant options: " + "\n  also: ".join(problems))
-    return Options(preset, prefill, self_check)
+    return Options(preset, prefill, recent_window, first_tokens, self_check)

@@ -33,6 +33,7 @@ def register() -> None:
             _register_backend()
             compat.store_as_bytes(list(PRESETS))
             compat.select_backend(list(PRESETS), support.BACKEND_NAME, _choose_backend)
+            compat.before_pages_are_allocated(_prepare)
         compat.accept_names(list(PRESETS))
     except Exception as error:
         logger.warning(
@@ -91,3 +92,18 @@ def _choose_backend(vllm_config: VllmConfig, layer: dict[str, Any]) -> type:
             )
         )
     return backend
+
+
+def _prepare(worker: Any, available_bytes: int) -> int:
+    """What is done in a worker once its model is loaded. Returns the bytes left for pages."""
+    from vllm_fibquant import attention
+
+    layers = compat.attention_layers(worker.vllm_config)
+    ours = [layer.impl for layer in layers.values() if _is_ours(layer)]
+    return available_bytes - attention.allocate_copies(worker.vllm_config, ours, available_bytes)
+
+
+def _is_ours(layer: Any) -> bool:
+    from vllm_fibquant.attention import FibQuantImpl
+
+    return isinstance(getattr(layer, "impl", None), FibQuantImpl)

@@ -151,6 +151,13 @@ def config_problems(vllm_config: VllmConfig) -> list[str]:
         ", ".join(refused),
         "LMCache sizes its buffers wrongly for packed pages; use another connector",
     )
+    require(
+        not options.recent_window or not (connectors or cache.kv_offloading_size),
+        "recent_window",
+        "0 with a KV connector or KV offloading, which write pages behind the copies' back",
+        options.recent_window,
+        'give "mode": "exact" or "recent_window": 0 with it',
+    )
     return problems
 
 

@@ -248,9 +248,9 @@ static CodeKernels code_kernels(const FqCode& code) {
 struct Mask {
   int begin;
   int count;
-  int first_position;  // position of row 0
-  int rows_per_token;  // rows r and r + 1 share a position unless r + 1 is a multiple of this
-  int window;          // 0 = none
+  int first_position;   // position of row 0
+  int rows_per_token;   // rows r and r + 1 share a position unless r + 1 is a multiple of this
+  int window;           // 0 = none
   const float* hidden;  // [tile] of 0 or -inf, added to every row's scores; null = all 0
 };
 
@@ -267,8 +267,7 @@ static inline void softmax_tile(float* scores, int rows, int tile, const float* 
     const int position = mask.first_position + r / mask.rows_per_token;
     const int oldest = mask.window > 0 ? position - mask.window + 1 : 0;
     const int newest = position < last ? position : last;
-    const bool whole =
-        newest - mask.begin == tile - 1 && oldest <= mask.begin && !mask.hidden;
+    const bool whole = newest - mask.begin == tile - 1 && oldest <= mask.begin && !mask.hidden;
     vf largest = splat(kMinusInf);
     for (int i = 0; i < tile; i += kLanes) {
       vf x = load(s + i) * load(key_factor + i);

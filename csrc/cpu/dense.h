@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention over tokens that are read as they were, not from codes: a request's new tokens in
+// prefill mode `raw`, and copies of its first and newest cached tokens.
+#pragma once
+
+#include "cpu/job.h"
+
+namespace fq::FQ_ISA {
+
+// The row of copy_key that holds the cached token at `position`, -1 when there is none.
+static inline int copy_row(const Call& call, int req, int position) {
+  const FqAttend& a = call.args;
+  const int recent = position - context_len(call, req) + a.num_recent;
+  if (position >= a.num_first && recent < 0) return -1;
+  const int column = position < a.num_first ? position : a.num_first + recent;
+  return a.copy_table[req * (int64_t)(a.num_first + a.num_recent) + column];
+}
+
+// Hides the tokens [t0, t0 + count) of a tile that are read from copies. Returns how many.
+static inline int hide_copies(const Call& call, int req, int t0, int count, float* hidden) {
+  int num_hidden = 0;
+  for (int j = 0; j < kMaxTile; ++j) {
+    const bool hide = j < count && copy_row(call, req, t0 + j) >= 0;
+    hidden[j] = hide ? kMinusInf : 0.0f;
+    num_hidden += hide;
+  }
+  return num_hidden;
+}
+
+// Vectors in the model's basis: raw new tokens, or copies of cached ones.
+struct Dense {
+  const void *key, *value;
+  int64_t stride_key_token, stride_key_head, stride_value_token, stride_value_head;
+  int dtype;
+};
+
+// Adds tokens at positions [begin, end) to s.raw. Token i of them is row rows[i] of `dense`, a
+// negative one being left out, or row first_row + i where rows is null.
+static void attend_dense(const Call& call, const RowBlock& b, const Dense& dense, int begin,
+                         int end, const int32_t* table, int64_t first_row, const Scratch& s) {
+  const FqAttend& a = call.args;
+  const int head_dim = call.codec.head_dim, rows = rows_of(call, b), tile = tile_tokens(head_dim);
+  const int first_position = context_len(call, b.req) + b.token;
+  for (int t0 = begin; t0 < end; t0 += tile) {
+    const int count = end - t0 < tile ? end - t0 : tile, rounded = (count + 7) & ~7;
+    int64_t row[kMaxTile];
+    bool any = false;
+    for (int t = 0; t < tile; ++t) {
+      const int i = t0 - begin + t;
+      row[t] = t >= count ? -1 : table ? table[i] : first_row + i;
+      any |= row[t] >= 0;
+      s.key_factor[t] = row[t] >= 0 ? a.scale : 0.0f;
+      s.value_factor[t] = row[t] >= 0 ? 1.0f : 0.0f;
+      s.hidden[t] = t < count && row[t] < 0 ? kMinusInf : 0.0f;
+    }
+    if (!any) continue;
+    const auto load_tile = [&](const void* base, int64_t stride_token, int64_t stride_head) {
+      for (int t = 0; t < rounded; ++t) {
+        float* dst = s.tile + (int64_t)t * head_dim;
+        if (row[t] < 0) {
+          memset(dst, 0, (size_t)head_dim * 4);
+        } else {
+          load_row(base, row[t] * stride_token + b.kv_head * stride_head, dense.dtype, head_dim,
+                   dst);
+        }
+      }
+    };
+    load_tile(dense.key, dense.stride_key_token, dense.stride_key_head);
+    dot_tile(s.query_raw, rows, DenseTile{s.tile, head_dim}, head_dim, rounded, s.scores);
+    const Mask mask = {
+        t0, count, first_position, call.group_size, a.window, table ? s.hidden : nullptr};
+    softmax_tile(s.scores, rows, tile, s.key_factor, s.value_factor, mask, a.soft_cap, s.raw,
+                 s.alpha);
+    load_tile(dense.value, dense.stride_value_token, dense.stride_value_head);
+    axpy_tile(s.scores, s.alpha, rows, DenseTile{s.tile, head_dim}, head_dim, count, s.raw.o);
+  }
+}
+
+// Attends what the request reads without codes into s.raw: copies of its first and newest cached
+// tokens, then its own new tokens.
+static void attend_raw(const Call& call, const RowBlock& b, const Scratch& s) {
+  const FqAttend& a = call.args;
+  const int context = context_len(call, b.req), tile = tile_tokens(call.codec.head_dim);
+  const int oldest = b.window_begin;
+  clear(s.raw, rows_of(call, b), call.codec.head_dim);
+  if (a.copy_key) {
+    const Dense copies = {a.copy_key,         a.copy_value,      a.stride_copy_row,
+                          a.stride_copy_head, a.stride_copy_row, a.stride_copy_head,
+                          a.copy_dtype};
+    const int32_t* table = a.copy_table + b.req * (int64_t)(a.num_first + a.num_recent);
+    const int first = a.num_first < context ? a.num_first : context;
+    if (oldest < first) attend_dense(call, b, copies, 0, first, table, 0, s);
+    int begin = context - a.num_recent > first ? context - a.num_recent : first;
+    begin = oldest > begin ? oldest : begin;
+    attend_dense(call, b, copies, begin, context,
+                 table + a.num_first + (begin - (context - a.num_recent)), 0, s);
+  }
+  const Dense fresh = {a.raw_key,
+                       a.raw_value,
+                       a.stride_raw_key_token,
+                       a.stride_raw_key_head,
+                       a.stride_raw_value_token,
+                       a.stride_raw_value_head,
+                       a.dtype};
+  int begin = oldest > context ? (oldest - context) / tile * tile : 0;
+  attend_dense(call, b, fresh, context + begin, context + b.token + b.num_tokens, nullptr,
+               a.query_start_loc[b.req] + begin, s);
+}
+
+}  // namespace fq::FQ_ISA

@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a thread of paged attention works on and with: row blocks, jobs, scratch.
+#pragma once
+
+#include "cpu/codec.h"
+#include "cpu/params.h"
+#include "cpu/tile.h"
+#include "cpu/workspace.h"
+#include "page_layout.h"
+
+namespace fq::FQ_ISA {
+
+constexpr int kSplit = 512;
+constexpr int64_t kMinParallelWork = 2048;  // rows times tokens, about 10 us: less is one thread's
+constexpr int kMaxRows = 48;  // rows that share a decoded tile; their queries and outputs fit L2
+
+struct RowBlock {
+  int32_t req;
+  int32_t kv_head;
+  int32_t token;         // first new token of the block, counted within the request
+  int32_t num_tokens;    // new tokens in the block
+  int32_t window_begin;  // oldest position that any row of the block sees
+  int32_t begin, end;    // cached positions attended from codes, [begin, end)
+  int32_t num_splits;    // splits that [begin, end) touches
+  int64_t partial;       // offset of the stored states of its splits, -1 when one job does all
+};
+
+struct Job {
+  int32_t block;
+  int32_t split_begin, split_end;  // counted from the block's first split
+};
+
+struct Call {
+  const FqCodec& codec;
+  const FqPages& pages;
+  const FqAttend& args;
+  RecordLayout layout;
+  CodeKernels key, value;
+  float* partials;
+  int group_size;
+  bool bad_block;  // a block table entry outside the cache was met
+};
+
+// Scratch of one thread.
+struct Scratch {
+  float *query, *query_raw, *tile, *scores, *key_factor, *value_factor, *hidden, *alpha;
+  State split, total, raw;
+};
+
+static inline int64_t padded(int64_t floats) { return (floats + 15) & ~int64_t{15}; }
+
+static inline Scratch make_scratch(int rows, int head_dim) {
+  const int64_t block = padded((int64_t)rows * head_dim), tile = kMaxTile * (int64_t)head_dim;
+  const int64_t state = padded(state_floats(rows, head_dim));
+  const int64_t total =
+      2 * block + tile + rows * kMaxTile + 3 * kMaxTile + padded(rows) + 3 * state;
+  float* p = static_cast<float*>(thread_scratch((size_t)total * 4));
+  Scratch s;
+  s.query = p;
+  s.query_raw = s.query + block;
+  s.tile = s.query_raw + block;
+  s.scores = s.tile + tile;
+  s.key_factor = s.scores + rows * kMaxTile;
+  s.value_factor = s.key_factor + kMaxTile;
+  s.hidden = s.value_factor + kMaxTile;
+  s.alpha = s.hidden + kMaxTile;
+  p = s.alpha + padded(rows);
+  s.split = state_at(p, rows, head_dim);
+  s.total = state_at(p + state, rows, head_dim);
+  s.raw = state_at(p + 2 * state, rows, head_dim);
+  return s;
+}
+
+static inline int rows_of(const Call& call, const RowBlock& b) {
+  return b.num_tokens * call.group_size;
+}
+
+// First new token's position in its sequence.
+static inline int context_len(const Call& call, int req) {
+  const FqAttend& a = call.args;
+  return a.seq_lens[req] - (a.query_start_loc[req + 1] - a.query_start_loc[req]);
+}
+
+// The queries of a row block, [rows, head_dim], rotated unless `raw`.
+static void load_queries(const Call& call, const RowBlock& b, bool raw, float* dst) {
+  const FqAttend& a = call.args;
+  const int head_dim = call.codec.head_dim, group = call.group_size;
+  const int64_t token = a.query_start_loc[b.req] + b.token;
+  for (int r = 0; r < rows_of(call, b); ++r) {
+    const int head = b.kv_head * group + r % group;
+    float* q = dst + (int64_t)r * head_dim;
+    const int64_t at = (token + r / group) * a.stride_query_token + head * a.stride_query_head;
+    load_row(a.query, at, a.dtype, head_dim, q);
+    if (!raw) rotate(call.codec, q, false);
+  }
+}
+
+}  // namespace fq::FQ_ISA

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tokens also have a copy in 16 bits, and in which row of the layers' buffers.
+
+Attention depends most on a request's newest tokens and on its first ones. Their codes are written
+like everybody's, so pages stay complete, shareable and movable; beside them a small pool of rows
+holds exact copies, found by physical slot. A copy that is missing costs quality, never correctness:
+its token is read from its code.
+
+A slot's copy is dropped whenever the slot is written again, so a copy always holds what its slot's
+code encodes. When the pool is full, the rows whose copies have been read least recently are taken.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+_NEVER = -1
+
+
+@dataclass(frozen=True)
+class CopyPlan:
+    """What one step reads from copies and what it copies.
+
+    Attributes:
+        table: int32 [num_reqs, num_first + num_recent], as `reference.TokenCopies.table`.
+        tokens: int64 [n], new tokens of this step to be copied once attention has been computed.
+        rows: int64 [n], where to; distinct.
+    """
+
+    table: npt.NDArray[np.int32]
+    tokens: npt.NDArray[np.int64]
+    rows: npt.NDArray[np.int64]
+
+
+class CopyPool:
+    """The rows of one group of layers, which share block tables and so slots.
+
+    Args:
+        num_rows: rows of each layer's buffer, at least 1.
+        num_first: first tokens of a request to be copied.
+        num_recent: newest tokens of a request to be copied.
+        block_size: tokens of a block.
+    """
+
+    def __init__(self, num_rows: int, num_first: int, num_recent: int, block_size: int) -> None:
+        self.num_rows = num_rows
+        self.num_first = num_first
+        self.num_recent = num_recent
+        self.block_size = block_size
+        self._row_of_slot = np.full(0, -1, np.int64)  # grows to the highest slot seen
+        self._slot_of_row = np.full(num_rows, -1, np.int64)
+        self._last_read = np.full(num_rows, _NEVER, np.int64)
+        self._now = 0
+
+    @property
+    def num_used(self) -> int:
+        """Rows that hold a copy."""
+        return int((self._slot_of_row >= 0).sum())
+
+    def step(
+        self,
+        query_start_loc: npt.NDArray[np.int32],
+        seq_lens: npt.NDArray[np.int32],
+        block_table: npt.NDArray[np.int32],
+        slot_mapping: npt.NDArray[np.int64],
+    ) -> CopyPlan:
+        """Plans one step; what it returns must be carried out.
+
+        Args:
+            query_start_loc: [num_reqs + 1].
+            seq_lens: [num_reqs], new tokens included.
+            block_table: [num_reqs, max_blocks].
+            slot_mapping: [num_tokens] of the new tokens; -1 is copied nowhere.
+        """
+        self._now += 1
+        query_lens = np.diff(query_start_loc).astype(np.int64)
+        context = seq_lens - query_lens
+        table = self._lookup(context, block_table)
+        # Rows that the next step will read again are the last to be taken.
+        staying = table.copy()
+        columns = np.arange(self.num_recent)
+        staying[:, self.num_first :][columns < query_lens[:, None]] = -1
+        self._last_read[staying[staying >= 0]] = self._now
+
+        # The new tokens' positions, counted from the end of their request.
+        begin = query_start_loc[0]
+        index = np.arange(query_start_loc[-1] - begin)
+        req = np.repeat(np.arange(len(query_lens)), query_lens)
+        position = context[req] + index - (query_start_loc[:-1] - begin)[req]
+        wanted = (position < self.num_first) | (position >= seq_lens[req] - self.num_recent)
+        slots = slot_mapping[begin : begin + len(index)]
+        self._reach(int(slots.max(initial=-1)))
+        written = slots >= 0
+        self._drop(slots[written & ~wanted])
+        tokens = index[written & wanted] + begin
+        rows = self._assign(slots[written & wanted])
+        kept = rows >= 0
+        return CopyPlan(table.astype(np.int32), tokens[kept], rows[kept])
+
+    def _lookup(
+        self, context: npt.NDArray[np.int64], block_table: npt.NDArray[np.int32]
+    ) -> npt.NDArray[np.int64]:
+        """Rows of the cached tokens a step reads, -1 for none."""
+        first = np.broadcast_to(np.arange(self.num_first), (len(context), self.num_first))
+        recent = context[:, None] - self.num_recent + np.arange(self.num_recent)
+        positions = np.concatenate((first, recent), axis=1)
+        # A recent token that is also a first one counts once.
+        exists = positions < context[:, None]
+        exists[:, self.num_first :] &= recent >= self.num_first
+        positions = np.where(exists, positions, 0)
+        blocks = np.take_along_axis(block_table, positions // self.block_size, axis=1)
+        slots = blocks.astype(np.int64) * self.block_size + positions % self.block_size
+        known = exists & (slots < len(self._row_of_slot)) & (slots >= 0)
+        rows = np.full(positions.shape, -1, np.int64)
+        rows[known] = self._row_of_slot[slots[known]]
+        return rows
+
+    def _reach(self, slot: int) -> None:
+        """Makes room for `slot` in the map."""
+        size = len(self._row_of_slot)
+        if slot >= size:
+            grown = np.full(max(slot + 1, 2 * size), -1, np.int64)
+            grown[:size] = self._row_of_slot
+            self._row_of_slot = grown
+
+    def _drop(self, slots: npt.NDArray[np.int64]) -> None:
+        """Forgets the copies of slots."""
+        rows = self._row_of_slot[slots]
+        rows = rows[rows >= 0]
+        self._slot_of_row[rows] = -1
+        self._last_read[rows] = _NEVER
+        self._row_of_slot[slots] = -1
+
+    def _assign(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Rows for slots: those they have, else the least recently read; -1 where none is left."""
+        rows = self._row_of_slot[slots]
+        has_row = rows >= 0
+        self._last_read[rows[has_row]] = self._now + 1  # not to be taken below
+        missing = np.flatnonzero(~has_row)
+        missing = missing[max(0, len(missing) - (self.num_rows - int(has_row.sum()))) :]
+        count = len(missing)
+        if count:
+            taken = np.argpartition(self._last_read, count - 1)[:count]
+            previous = self._slot_of_row[taken]
+            self._row_of_slot[previous[previous >= 0]] = -1
+            self._slot_of_row[taken] = slots[missing]
+            self._row_of_slot[slots[missing]] = taken
+            rows[missing] = taken
+        self._last_read[rows[rows >= 0]] = self._now
+        return rows

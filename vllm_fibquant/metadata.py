@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One step's batch as the ops want it, and what is planned once for all layers of a group."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import (
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from vllm_fibquant import selfcheck
+from vllm_fibquant.codec import KVCodec
+from vllm_fibquant.copies import CopyPool
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+@dataclass
+class FibQuantMetadata(AttentionMetadata):
+    """One step's batch, as the ops want it.
+
+    Attributes:
+        num_tokens: new tokens of all requests, without padding.
+        query_start_loc: int32 [num_reqs + 1].
+        seq_lens: int32 [num_reqs], new tokens included.
+        block_table: int32 [num_reqs, max_blocks].
+        copies: what the step reads from copies and what it copies; None without a recent window.
+    """
+
+    num_tokens: int
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    copies: StepCopies | None = None
+
+
+@dataclass
+class StepCopies:
+    """`copies.CopyPlan` as tensors: table int32 [num_reqs, columns], tokens and rows int64 [n]."""
+
+    table: torch.Tensor
+    tokens: torch.Tensor
+    rows: torch.Tensor
+
+
+class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
+    """Builds the metadata of one group of layers; checks the kernels when it is made."""
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        dtype = vllm_config.model_config.dtype
+        layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+        for impl in (layer.impl for layer in layers.values()):
+            if impl.options.self_check:
+                _check_kernels(
+                    impl.codec, dtype, impl.num_heads, impl.num_kv_heads, kv_cache_spec.block_size
+                )
+        # The layers of a group share block tables, and so one pool.
+        rows = {impl.num_copy_rows for impl in (layer.impl for layer in layers.values())}
+        self._pool: CopyPool | None = None
+        if max(rows, default=0):
+            options = next(iter(layers.values())).impl.options
+            self._pool = CopyPool(
+                min(rows), options.num_copied_first, options.recent_window, kv_cache_spec.block_size
+            )
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> FibQuantMetadata:
+        common = common_attn_metadata
+        if common.causal is not True:
+            raise ValueError(
+                f"build: causal must be True, got {common.causal}; "
+                "use --kv-cache-dtype auto for this model"
+            )
+        return FibQuantMetadata(
+            num_tokens=common.num_actual_tokens,
+            query_start_loc=common.query_start_loc,
+            seq_lens=common.seq_lens,
+            block_table=common.block_table_tensor,
+            copies=_plan_copies(self._pool, common) if self._pool else None,
+        )
+
+
+def _plan_copies(pool: CopyPool, common: CommonAttentionMetadata) -> StepCopies:
+    plan = pool.step(
+        common.query_start_loc.numpy(),
+        common.seq_lens.numpy(),
+        common.block_table_tensor.numpy(),
+        common.slot_mapping.numpy(),
+    )
+    return StepCopies(*map(torch.from_numpy, (plan.table, plan.tokens, plan.rows)))
+
+
+@functools.cache
+def _check_kernels(
+    codec: KVCodec, dtype: torch.dtype, num_q_heads: int, num_kv_heads: int, block_size: int
+) -> None:
+    """Runs the self-check once per process and combination.
+
+    Raises:
+        RuntimeError: the kernel of this machine disagrees with the oracle.
+    """
+    result = selfcheck.run_self_check(codec, dtype, num_q_heads, num_kv_heads, block_size)
+    logger.info(
+        "FibQuant self-check passed: kernel %s, %s, head_dim %d, %d/%d heads, error %.1e of %.1e",
+        result.kernel,
+        dtype,
+        codec.head_dim,
+        num_q_heads,
+        num_kv_heads,
+        result.error,
+        result.tolerance,
+    )
