@@ -30,11 +30,12 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
-from vllm_fibquant import ops, selfcheck
+from vllm_fibquant import ops, rotary, selfcheck
 from vllm_fibquant.codec import KVCodec
 from vllm_fibquant.config import PRESETS
 from vllm_fibquant.layout import preset_layout
-from vllm_fibquant.options import Options
+from vllm_fibquant.options import Options, Retain
+from vllm_fibquant.retention import retention_spec
 from vllm_fibquant.support import BACKEND_NAME, DTYPES, head_dim_problem, refusal, run_options
 
 logger = init_logger(f"vllm.{__name__}")
@@ -99,6 +100,8 @@ class FibQuantBackend(AttentionBackend):
                 f"{spec.head_size}; use --kv-cache-dtype auto for this model"
             )
         layout = preset_layout(cls.options.preset, spec.head_size)
+        if cls.options.retain:
+            return retention_spec(spec, cls.options.retain, layout.record_bytes)
         return replace(spec, state_content_bytes=layout.record_bytes)
 
 
@@ -126,12 +129,15 @@ class FibQuantMetadata(AttentionMetadata):
         query_start_loc: int32 [num_reqs + 1].
         seq_lens: int32 [num_reqs], new tokens included.
         block_table: int32 [num_reqs, max_blocks].
+        num_gone: int64 [num_tokens], how many tokens between a query and the first ones are kept
+            no more; None if none of any query.
     """
 
     num_tokens: int
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
     block_table: torch.Tensor
+    num_gone: torch.Tensor | None = None
 
 
 class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
@@ -146,8 +152,10 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         dtype = vllm_config.model_config.dtype
+        self.retain: Retain | None = None
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         for impl in (layer.impl for layer in layers.values()):
+            self.retain = impl.options.retain
             if impl.options.self_check:
                 _check_kernels(
                     impl.codec, dtype, impl.num_heads, impl.num_kv_heads, kv_cache_spec.block_size
@@ -170,7 +178,22 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
             query_start_loc=common.query_start_loc,
             seq_lens=common.seq_lens,
             block_table=common.block_table_tensor,
+            num_gone=self._num_gone(common),
         )
+
+    def _num_gone(self, common: CommonAttentionMetadata) -> torch.Tensor | None:
+        if self.retain is None or common.max_seq_len <= self.retain.total:
+            return None
+        ends = common.query_start_loc[1:]
+        num_tokens = common.num_actual_tokens
+        # From a token's row to its position it is as far as from its request's end to its length.
+        shift = torch.repeat_interleave(
+            common.seq_lens - ends,
+            ends - common.query_start_loc[:-1],
+            output_size=num_tokens,
+        )
+        num_seen = torch.arange(num_tokens, device=shift.device) + shift + 1
+        return (num_seen - self.retain.total).clamp_min(0)
 
 
 @functools.cache
@@ -223,6 +246,12 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
                 "layers: must each have a KV cache, got one that shares the cache of "
                 f"{kv_sharing_target_layer_name}, which has not been verified"
             )
+        self.options = run_options(get_current_vllm_config(), kv_cache_dtype)
+        self.retain = self.options.retain
+        if self.retain and sliding_window:
+            problems.append(
+                f"retain: must be left out for layers with a sliding window, got {sliding_window}"
+            )
         if problems:
             problems[-1] += "; use --kv-cache-dtype auto for this model"
             raise ValueError(refusal(kv_cache_dtype, problems))
@@ -232,17 +261,25 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
         self.head_size = head_size
         self.scale = float(scale)
         self.kv_cache_dtype = kv_cache_dtype
-        self.window = sliding_window or 0
+        self.window = self.retain.recent if self.retain else sliding_window or 0
+        self.keep_first = self.retain.first if self.retain else 0
         self.soft_cap = float(logits_soft_cap or 0.0)
-        self.options = run_options(get_current_vllm_config(), kv_cache_dtype)
         self.codec = KVCodec.from_preset(self.options.preset, head_size)
         self.attends_raw = self.options.prefill == "raw"
         self._sinks_param = sinks
         self._sinks: torch.Tensor | None = None
+        self._turn_back: rotary.TurnBack | None = None
+        if self.keep_first:
+            self._max_model_len = get_current_vllm_config().model_config.max_model_len
+            rotary.watch(self)
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         if self._sinks_param is not None:
             self._sinks = self._sinks_param.detach().to(torch.float32).contiguous()
+        if self.keep_first:
+            self._turn_back = rotary.turn_back_of(
+                self, self._max_model_len, self.head_size, act_dtype
+            )
 
     def do_kv_cache_update(
         self,
@@ -308,6 +345,9 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
         num_tokens = attn_metadata.num_tokens
         if num_tokens < output.shape[0]:
             output[num_tokens:].zero_()
+        first_query = None
+        if self._turn_back and attn_metadata.num_gone is not None:
+            first_query = self._turn_back(query[:num_tokens], attn_metadata.num_gone)
         ops.paged_attention(
             query[:num_tokens],
             kv_cache,
@@ -322,6 +362,8 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
             sinks=self._sinks,
             raw_key=key[:num_tokens] if self.attends_raw else None,
             raw_value=value[:num_tokens] if self.attends_raw else None,
+            keep_first=self.keep_first,
+            first_query=first_query,
         )
         return output
 

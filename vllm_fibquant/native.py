@@ -76,6 +76,9 @@ class _Attend(Structure):
         *((name, c_int32) for name in ("num_reqs", "num_q_heads", "dtype", "window")),
         *((name, c_float) for name in ("scale", "soft_cap")),
         *((name, c_int32) for name in ("num_threads", "reserved")),
+        ("first_query", c_void_p),
+        *((f"stride_first_query_{name}", c_int64) for name in ("token", "head")),
+        ("keep_first", c_int64),
     ]
 
 
@@ -227,6 +230,8 @@ def paged_attention(
     sinks: torch.Tensor | None,
     raw_key: torch.Tensor | None,
     raw_value: torch.Tensor | None,
+    keep_first: int,
+    first_query: torch.Tensor | None,
 ) -> int:
     """See `ops.paged_attention`. Returns the library's error number, 0 for none."""
     raw_pointers: tuple[int | None, int | None] = (None, None)
@@ -234,6 +239,7 @@ def paged_attention(
     if raw_key is not None and raw_value is not None:
         raw_pointers = (raw_key.data_ptr(), raw_value.data_ptr())
         raw_strides = (*raw_key.stride()[:2], *raw_value.stride()[:2])
+    first = query if first_query is None else first_query
     args = _Attend(
         query.data_ptr(), out.data_ptr(), *raw_pointers,
         query_start_loc.data_ptr(), seq_lens.data_ptr(), block_table.data_ptr(),
@@ -241,6 +247,7 @@ def paged_attention(
         query.stride(0), query.stride(1), out.stride(0), out.stride(1), *raw_strides,
         seq_lens.shape[0], query.shape[1], DTYPES[query.dtype], window,
         scale, soft_cap, torch.get_num_threads(), 0,
+        first.data_ptr(), first.stride(0), first.stride(1), keep_first,
     )  # fmt: skip
     return library().fq_paged_attention(
         byref(codec_struct(codec)), byref(_pages(cache)), byref(args)

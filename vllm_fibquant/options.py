@@ -9,6 +9,8 @@
     key, value      object with fields of CodeSpec   replaces parts of the preset's code
     rotation_seed   integer of at least 0            seed of the rotation
     self_check      true (default) or false          compare kernel and oracle at start
+    retain          {"first": 4, "recent": 1024}     keep a request's first and newest tokens alone;
+                                                     "first" may be left out; default: keep all
 """
 
 from __future__ import annotations
@@ -22,8 +24,23 @@ from vllm_fibquant.config import PrefillMode, Preset, get_preset
 SECTION = "fibquant"
 DEFAULT_PREFILL: PrefillMode = "codes"
 
-_OWN_NAMES = ("prefill", "self_check")
+DEFAULT_FIRST = 4
+"""Tokens at the start of a request that StreamingLLM (arXiv 2309.17453, section 3.2) keeps."""
+
+_OWN_NAMES = ("prefill", "self_check", "retain")
 _PRESET_NAMES = ("key", "value", "rotation_seed")
+
+
+@dataclass(frozen=True)
+class Retain:
+    """Which tokens of a request stay cached: its first, and its newest."""
+
+    recent: int
+    first: int = DEFAULT_FIRST
+
+    @property
+    def total(self) -> int:
+        return self.first + self.recent
 
 
 @dataclass(frozen=True)
@@ -33,6 +50,7 @@ class Options:
     preset: Preset
     prefill: PrefillMode = DEFAULT_PREFILL
     self_check: bool = True
+    retain: Retain | None = None
 
     @property
     def digest(self) -> str:
@@ -77,6 +95,16 @@ def parse_options(preset_name: str, additional_config: Any = None) -> Options:
     self_check = given.get("self_check", True)
     if not isinstance(self_check, bool):
         problems.append(f"self_check must be true or false, got {self_check!r}; leave it out")
+    retain = None
+    try:
+        retain = _parse_retain(given.get("retain"))
+    except ValueError as error:
+        problems.append(str(error))
+    if retain and prefill == "raw":
+        problems.append(
+            'prefill must be "codes" with retain, got "raw"; leave it out: a step\'s new tokens '
+            "would see each other at their distance in the text, not in what is kept"
+        )
     overrides = {name: given[name] for name in _PRESET_NAMES if name in given}
     try:
         preset = preset.with_overrides(overrides)
@@ -84,4 +112,30 @@ def parse_options(preset_name: str, additional_config: Any = None) -> Options:
         problems.append(str(error).removeprefix("fibquant options: "))
     if problems:
         raise ValueError("fibquant options: " + "\n  also: ".join(problems))
-    return Options(preset, prefill, self_check)
+    return Options(preset, prefill, self_check, retain)
+
+
+def _parse_retain(given: Any) -> Retain | None:
+    """What to keep; None means everything.
+
+    Raises:
+        ValueError: naming the value.
+    """
+    if given is None:
+        return None
+
+    def is_count(value: Any, least: int) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+    if (
+        not isinstance(given, dict)
+        or not given.keys() <= {"first", "recent"}
+        or not is_count(given.get("recent"), 1)
+        or not is_count(given.get("first", 0), 0)
+    ):
+        raise ValueError(
+            'retain must be an object with "recent", a number of tokens of at least 1, and '
+            f'optionally "first", one of at least 0, got {given!r}; give for example '
+            '{"first": 4, "recent": 1024}'
+        )
+    return Retain(**given)

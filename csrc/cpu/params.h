@@ -77,6 +77,10 @@ struct FqAttend {
   float soft_cap;  // 0 = none
   int32_t num_threads;
   int32_t reserved;
+  // Positions below keep_first are seen whatever the window, scored with these queries.
+  const void* first_query;  // [num_tokens, num_q_heads, head_dim]; unused if keep_first is 0
+  int64_t stride_first_query_token, stride_first_query_head;
+  int64_t keep_first;  // 0 = none; not with raw_key
 };
 
 }  // extern "C"

@@ -251,6 +251,7 @@ struct Mask {
   int first_position;  // position of row 0
   int rows_per_token;  // rows r and r + 1 share a position unless r + 1 is a multiple of this
   int window;          // 0 = none
+  int hidden;          // positions below this are nobody's
 };
 
 // Turns scores [rows, tile] into weights exp(score - m) * value_factor and updates m and l.
@@ -264,7 +265,8 @@ static inline void softmax_tile(float* scores, int rows, int tile, const float* 
   for (int r = 0; r < rows; ++r) {
     float* s = scores + r * kMaxTile;
     const int position = mask.first_position + r / mask.rows_per_token;
-    const int oldest = mask.window > 0 ? position - mask.window + 1 : 0;
+    const int start = mask.window > 0 ? position - mask.window + 1 : 0;
+    const int oldest = start > mask.hidden ? start : mask.hidden;
     const int newest = position < last ? position : last;
     const bool whole = newest - mask.begin == tile - 1 && oldest <= mask.begin;
     vf largest = splat(kMinusInf);

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests whose cache is bounded to their first and their newest tokens."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+
+from .harness import engine, generate, num_preemptions, one_by_one, varied_prompts
+from .models import VOCAB_SIZE, make_model
+
+BLOCK_SIZE = 32
+RETAIN = {"first": 4, "recent": 70}
+CHUNK = 64
+# First blocks, window and one chunk in flight, and the block the window begins in.
+MOST_BLOCKS = 1 + -(-(70 - 1 + CHUNK) // BLOCK_SIZE) + 1
+LONG = {"max_model_len": 2048, "max_num_batched_tokens": CHUNK}
+
+
+def retaining(model: str, preset: str = "fibquant_3bit", retain=RETAIN, **settings):
+    return engine(model, preset, fibquant={"retain": retain}, **{**LONG, **settings})
+
+
+@contextlib.contextmanager
+def counted_blocks(llm):
+    """Yields a list of one number: the most blocks that were in use at a time."""
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    pool = scheduler.kv_cache_manager.block_pool
+    take, most = pool.get_new_blocks, [0]
+
+    def counted(num_blocks: int):
+        blocks = take(num_blocks)
+        most[0] = max(most[0], pool.num_gpu_blocks - 1 - pool.get_num_free_blocks())
+        return blocks
+
+    pool.get_new_blocks = counted
+    try:
+        yield most
+    finally:
+        pool.get_new_blocks = take
+
+
+def bits(answers) -> list:
+    return [answer.bits for answer in answers]
+
+
+def prompt_logprobs(llm, tokens: list[int]) -> torch.Tensor:
+    """Log-probability of every token but the first, given those before it."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+    (output,) = llm.generate([{"prompt_token_ids": tokens}], params, use_tqdm=False)
+    steps = output.prompt_logprobs[1:]
+    return torch.tensor([s[t].logprob for s, t in zip(steps, tokens[1:], strict=True)])
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+
+def test_memory_is_flat_and_the_cache_smaller_than_the_request(model_folder):
+    """A pool of 12 blocks serves requests of 30 and more, alone and together."""
+    model = make_model("llama", model_folder)
+    prompts = varied_prompts(2, VOCAB_SIZE, longest=900, shortest=890)
+    with retaining(model, num_gpu_blocks_override=13) as llm:
+        with counted_blocks(llm) as most:
+            (short,) = generate(llm, [prompts[0][:300]], 4)
+        assert most[0] <= MOST_BLOCKS
+        with counted_blocks(llm) as longer:
+            (long,) = generate(llm, [prompts[0]], 700)
+        assert longer == most
+        with counted_blocks(llm) as two:
+            together = generate(llm, prompts, 40)
+        assert most[0] < two[0] <= 2 * MOST_BLOCKS
+        alone = one_by_one(llm, prompts, 40)
+        pool = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+        assert pool.get_num_free_blocks() == 12
+    assert len(long.tokens) == 700
+    assert len(short.tokens) == 4
+    assert bits(together) == bits(alone)
+
+
+# ---- exactness -----------------------------------------------------------------------------------
+
+
+def test_nothing_matters(model_folder):
+    """Chunks, batches, preemption and a cached prefix change no bit."""
+    model = make_model("llama", model_folder)
+    prompts = varied_prompts(10, VOCAB_SIZE, longest=400, shortest=20)
+    prompts += [prompts[9] + prompts[0], prompts[9][:200] + prompts[1]]  # share a long prefix
+    with retaining(model) as llm:
+        alone = bits(one_by_one(llm, prompts, 40))
+        assert bits(generate(llm, prompts, 40)) == alone
+    with retaining(model, max_num_batched_tokens=1024) as llm:
+        assert bits(generate(llm, prompts, 40)) == alone
+    with retaining(model, max_num_batched_tokens=48, num_gpu_blocks_override=11) as llm:
+        assert bits(generate(llm, prompts, 40)) == alone
+        assert num_preemptions(llm) > 0
+    with retaining(model, enable_prefix_caching=True) as llm:
+        first = one_by_one(llm, prompts, 40)
+        repeat = one_by_one(llm, prompts, 40)
+        together = generate(llm, prompts, 40)
+    assert bits(first) == bits(repeat) == bits(together) == alone
+    assert sum(answer.num_cached for answer in repeat) > sum(a.num_cached for a in first) > 0
+    # A prefix far longer than what is kept was found: its first blocks and its window were there.
+    assert max(answer.num_cached for answer in repeat) > 5 * BLOCK_SIZE
+
+
+def test_a_prefix_without_its_first_block_is_not_used(model_folder):
+    """Evicting the first block of a cached prefix leaves nothing to find."""
+    model = make_model("llama", model_folder)
+    (prompt,) = varied_prompts(1, VOCAB_SIZE, longest=400, shortest=400)
+    with retaining(model, enable_prefix_caching=True) as llm:
+        pool = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+        with counted_blocks(llm):
+            answers = generate(llm, [prompt], 8)
+        answers += generate(llm, [prompt], 8)
+        assert answers[1].num_cached >= 384 - BLOCK_SIZE
+        # vLLM hands out blocks from 1 on, so the first request's first block is number 1.
+        pool.evict_blocks({1})
+        answers += generate(llm, [prompt], 8)
+        assert answers[2].num_cached == 0
+    assert len(set(bits(answers))) == 1
+
+
+def test_short_requests_are_as_without(model_folder):
+    """What fits is attended as ever; only the split of the first tokens' sums differs."""
+    model = make_model("llama", model_folder)
+    prompts = varied_prompts(8, VOCAB_SIZE, longest=60)
+    with retaining(model) as llm:
+        kept = one_by_one(llm, prompts, 4)
+    with engine(model, "fibquant_3bit", **LONG) as llm:
+        plain = one_by_one(llm, prompts, 4)
+    assert [a.tokens for a in kept] == [a.tokens for a in plain]
+    for a, b in zip(kept, plain, strict=True):
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-3)
+
+
+# ---- the method ----------------------------------------------------------------------------------
+
+
+def truth(model: str, tokens: list[int], first: int, recent: int, turn_back: bool) -> torch.Tensor:
+    """StreamingLLM in transformers on keys and values in full precision, as `prompt_logprobs`."""
+    from transformers import AutoModelForCausalLM
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    def attend(module, query, key, value, attention_mask, scaling, **_):
+        group = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(group, 1).double() for x in (key, value))
+        query, head_dim = query.double(), query.shape[-1]
+        position = torch.arange(query.shape[2])
+        gone = (position + 1 - first - recent).clamp_min(0)
+        theta = module.config.rope_parameters["rope_theta"]
+        rate = theta ** (-torch.arange(0, head_dim, 2).double() / head_dim)
+        angle = gone[:, None] * rate
+        a, b = query.chunk(2, -1)
+        turned = torch.cat(
+            (a * angle.cos() + b * angle.sin(), b * angle.cos() - a * angle.sin()), -1
+        )
+        scores = query @ key.transpose(-1, -2)
+        if turn_back:
+            scores[..., :first] = (turned @ key.transpose(-1, -2))[..., :first]
+        distance = position[:, None] - position
+        seen = (distance >= 0) & ((distance < recent) | (position < first))
+        weights = (scores * scaling).masked_fill(~seen, -torch.inf).softmax(-1)
+        return (weights @ value).float().transpose(1, 2).contiguous(), None
+
+    ALL_ATTENTION_FUNCTIONS.register("fibquant_test_truth", attend)
+    network = AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.float32, attn_implementation="fibquant_test_truth"
+    )
+    with torch.no_grad():
+        logits = network(torch.tensor([tokens])).logits[0, :-1]
+    return logits.log_softmax(-1).gather(-1, torch.tensor(tokens[1:])[:, None])[:, 0]
+
+
+def test_the_method_is_streamingllm(model_folder):
+    """Nearer to the method in full precision than to each of its three near relatives.
+
+    What is left is the coding error, so it is compared with that of a request that fits.
+    """
+    model = make_model("llama", model_folder)
+    (tokens,) = varied_prompts(1, VOCAB_SIZE, longest=600, shortest=600, seed=3)
+    with retaining(model, "fibquant_k5v3", RETAIN) as llm:
+        got = prompt_logprobs(llm, tokens)
+    right = truth(model, tokens, **RETAIN, turn_back=True)
+    coding_error = (got - right)[: RETAIN["recent"]].abs().mean()
+    error = (got - right)[200:].abs().mean()
+    wrong = {
+        "true positions": truth(model, tokens, **RETAIN, turn_back=False),
+        "no first tokens": truth(model, tokens, 0, 70, turn_back=False),
+        "everything": truth(model, tokens, 0, 600, turn_back=False),
+    }
+    errors = {name: float((got - other)[200:].abs().mean()) for name, other in wrong.items()}
+    print(f"\ncoding {coding_error:.4f}, method {error:.4f}, wrong {errors}")
+    assert error < 1.5 * coding_error
+    assert all(other > 3 * error for other in errors.values())
