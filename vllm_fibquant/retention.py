@@ -129,11 +129,10 @@ class RetentionManager(SlidingWindowManager):
         max_length: int,
         kv_cache_group_ids: list[int],
         block_pool: Any,
-        kv_cache_spec: KVCacheSpec,
+        kv_cache_spec: Any,
         *args: Any,
         **kwargs: Any,
     ) -> tuple[tuple[list[Any], ...], int]:
-        assert isinstance(kv_cache_spec, RetentionSpec)
         num_first, block_size = kv_cache_spec.num_first_blocks, kv_cache_spec.block_size
         first = []
         for block_hash in islice(block_hashes, min(num_first, max_length // block_size)):

@@ -204,3 +204,54 @@ def test_the_method_is_streamingllm(model_folder):
     assert error(4, 69, turn_back=True) > 0.05, "one token fewer"
     assert error(3, 70, turn_back=True) > 0.05, "one first token fewer"
     assert error(0, 600) > 0.05, "all tokens"
+
+
+# ---- refusals ------------------------------------------------------------------------------------
+
+
+def refusal_of(model: str, **settings) -> str:
+    from vllm.engine.arg_utils import EngineArgs
+
+    with pytest.raises(ValueError) as caught:
+        EngineArgs(
+            model=model, kv_cache_dtype="fibquant_2bit", skip_tokenizer_init=True,
+            max_model_len=512, additional_config={"fibquant": {"retain": RETAIN}}, **settings,
+        ).create_engine_config()  # fmt: skip
+    return str(caught.value)
+
+
+def test_every_reason_is_given_at_once(model_folder):
+    told = refusal_of(
+        make_model("gemma3", model_folder),
+        kv_cache_dtype_skip_layers=["0"],
+        kv_transfer_config={"kv_connector": "ExampleConnector", "kv_role": "kv_both"},
+        speculative_config={
+            "method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2,
+        },
+    )  # fmt: skip
+    for part in (
+        "retain: model must be one of",
+        "got Gemma3ForCausalLM",
+        "retain: layers must all have full attention",
+        "retain: --kv-cache-dtype-skip-layers must be empty, got 0",
+        "retain: speculative decoding must be off, got ngram",
+        "retain: KV connectors and offloading must be off",
+    ):
+        assert part in told
+    assert told.count("\n  - ") == 5
+
+
+def test_positions_the_model_does_not_know(model_folder):
+    """Found when the model is built, before anything is served: the remedy is in the message."""
+    model = make_model("llama", model_folder)
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(ValueError, match="know all 4096 positions .*got 2048.*hf-overrides"),
+    ):
+        patch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
+        with retaining(model, max_model_len=4096):
+            pass
+    longer = {"max_position_embeddings": 4096}
+    with retaining(model, max_model_len=4096, hf_overrides=longer) as llm:
+        (answer,) = generate(llm, varied_prompts(1, VOCAB_SIZE, longest=2100, shortest=2100), 4)
+    assert len(answer.tokens) == 4
