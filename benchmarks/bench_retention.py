@@ -68,9 +68,11 @@ def score(args: argparse.Namespace) -> None:
         return blocks
 
     pool.get_new_blocks = counted
-    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
 
-    def logprobs(prompt: list[int]) -> list[float]:
+    def logprobs(prompt: list[int], num_tokens: int = 1) -> list[float]:
+        params = SamplingParams(
+            seed=0, max_tokens=num_tokens, prompt_logprobs=0, detokenize=False, ignore_eos=True
+        )
         (output,) = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
         steps = output.prompt_logprobs[1:]
         return [s[t].logprob for s, t in zip(steps, prompt[1:], strict=True)]
@@ -82,13 +84,7 @@ def score(args: argparse.Namespace) -> None:
             for i, value in enumerate(logprobs(tokens[:FIRST] + newest)[-STRIDE:]):
                 scored[begin + i] = value
     else:
-        scored = dict(enumerate(logprobs(tokens), start=1))
-    if args.generate and dtype != "auto":
-        llm.generate(
-            [{"prompt_token_ids": tokens}],
-            SamplingParams(temperature=1.0, seed=0, max_tokens=args.generate, ignore_eos=True),
-            use_tqdm=False,
-        )
+        scored = dict(enumerate(logprobs(tokens, args.generate + 1), start=1))
     print("RESULT " + json.dumps({"scored": scored, "blocks": most}))
 
 
@@ -100,7 +96,7 @@ def main() -> None:
     parser.add_argument("--kept", type=int, default=512, help="tokens a request may keep")
     parser.add_argument("--generate", type=int, default=0, help="tokens to generate after the text")
     parser.add_argument("--every", type=int, default=2, help="recompute every so many-th stride")
-    parser.add_argument("--skip-auto", action="store_true", help="our cache alone")
+    parser.add_argument("--bounded", action="store_true", help="no cache of the whole text")
     parser.add_argument("--out", type=Path, help="append results to this jsonl file")
     parser.add_argument("--score", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -114,7 +110,7 @@ def main() -> None:
 
     results: list[tuple[str, dict[int, float], int]] = []
     for label, dtype, options in formats(args.preset, args.kept):
-        if args.skip_auto and (dtype == "auto" or not options):
+        if args.bounded and "everything" in label:
             continue
         command = [sys.executable, "-m", "benchmarks.bench_retention", *sys.argv[1:]]
         command += ["--model", args.model, "--score", json.dumps([label, dtype, options])]

@@ -45,6 +45,34 @@ def counted_blocks(llm):
         pool.get_new_blocks = take
 
 
+@contextlib.contextmanager
+def checked_promises(llm):
+    """Yields a list with the blocks each allocation took; checks that it took what it announced."""
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    (manager,) = scheduler.kv_cache_manager.coordinator.single_type_managers
+    pool = manager.block_pool
+    ask, finish = manager.get_num_blocks_to_allocate, manager.cache_blocks
+    announced, taken = [], []
+
+    def asked(*args, apply_admission_cap=False, **kwargs):
+        count = ask(*args, apply_admission_cap=apply_admission_cap, **kwargs)
+        if not apply_admission_cap:
+            announced.append((pool.get_num_free_blocks(), count))
+        return count
+
+    def finished(*args, **kwargs):
+        free, count = announced.pop()
+        taken.append(count)
+        assert free - pool.get_num_free_blocks() == count
+        return finish(*args, **kwargs)
+
+    manager.get_num_blocks_to_allocate, manager.cache_blocks = asked, finished
+    try:
+        yield taken
+    finally:
+        manager.get_num_blocks_to_allocate, manager.cache_blocks = ask, finish
+
+
 def bits(answers) -> list:
     return [answer.bits for answer in answers]
 
@@ -101,9 +129,11 @@ def test_nothing_matters(model_folder):
         assert bits(generate(llm, prompts, 40)) == alone
         assert num_preemptions(llm) > 0
     with retaining(model, enable_prefix_caching=True) as llm:
-        first = one_by_one(llm, prompts, 40)
-        repeat = one_by_one(llm, prompts, 40)
-        together = generate(llm, prompts, 40)
+        with checked_promises(llm) as taken:
+            first = one_by_one(llm, prompts, 40)
+            repeat = one_by_one(llm, prompts, 40)
+            together = generate(llm, prompts, 40)
+        assert sum(taken) > 100
     assert bits(first) == bits(repeat) == bits(together) == alone
     assert sum(answer.num_cached for answer in repeat) > sum(a.num_cached for a in first) > 0
     # A prefix far longer than what is kept was found: its first blocks and its window were there.
