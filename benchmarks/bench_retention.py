@@ -71,7 +71,7 @@ def score(args: argparse.Namespace) -> None:
 
     def logprobs(prompt: list[int], num_tokens: int = 1) -> list[float]:
         params = SamplingParams(
-            seed=0, max_tokens=num_tokens, prompt_logprobs=0, detokenize=False, ignore_eos=True
+            max_tokens=num_tokens, prompt_logprobs=0, detokenize=False, ignore_eos=True
         )
         (output,) = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
         steps = output.prompt_logprobs[1:]

@@ -35,7 +35,6 @@ from vllm_fibquant.codec import KVCodec
 from vllm_fibquant.config import PRESETS
 from vllm_fibquant.layout import preset_layout
 from vllm_fibquant.options import Options, Retain
-from vllm_fibquant.retention import retention_spec
 from vllm_fibquant.support import BACKEND_NAME, DTYPES, head_dim_problem, refusal, run_options
 
 logger = init_logger(f"vllm.{__name__}")
@@ -101,6 +100,8 @@ class FibQuantBackend(AttentionBackend):
             )
         layout = preset_layout(cls.options.preset, spec.head_size)
         if cls.options.retain:
+            from vllm_fibquant.retention import retention_spec  # registers a spec with vLLM
+
             return retention_spec(spec, cls.options.retain, layout.record_bytes)
         return replace(spec, state_content_bytes=layout.record_bytes)
 
@@ -185,15 +186,11 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
         if self.retain is None or common.max_seq_len <= self.retain.total:
             return None
         ends = common.query_start_loc[1:]
-        num_tokens = common.num_actual_tokens
+        row = torch.arange(common.num_actual_tokens, dtype=ends.dtype, device=ends.device)
+        req = torch.searchsorted(ends, row, right=True).clamp_max(len(ends) - 1)
         # From a token's row to its position it is as far as from its request's end to its length.
-        shift = torch.repeat_interleave(
-            common.seq_lens - ends,
-            ends - common.query_start_loc[:-1],
-            output_size=num_tokens,
-        )
-        num_seen = torch.arange(num_tokens, device=shift.device) + shift + 1
-        return (num_seen - self.retain.total).clamp_min(0)
+        num_seen = row + 1 + (common.seq_lens - ends)[req]
+        return (num_seen - self.retain.total).clamp_min(0).long()
 
 
 @functools.cache

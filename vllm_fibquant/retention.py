@@ -65,7 +65,13 @@ def retention_spec(spec: AttentionSpec, retain: Retain, state_content_bytes: int
 
 
 class RetentionManager(SlidingWindowManager):
-    """Frees the blocks between a request's first tokens and its window."""
+    """Frees the blocks between a request's first tokens and its window.
+
+    What: overrides what vLLM's manager does with blocks before the window.
+    Why: vLLM's managers keep either a window or all; the registry is made for others.
+    Range: read in 0.32.0; uses two helpers that begin with an underscore.
+    Delete when: vLLM has a spec for a window with kept first tokens.
+    """
 
     kv_cache_spec: RetentionSpec
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 
 import pytest
 import torch
@@ -11,8 +12,16 @@ import torch
 from vllm_fibquant.codec import KVCodec
 from vllm_fibquant.config import PRESETS
 
-from .harness import engine, generate, num_preemptions, one_by_one, varied_prompts
+from .harness import (
+    engine,
+    generate,
+    largest_difference,
+    num_preemptions,
+    one_by_one,
+    varied_prompts,
+)
 from .models import VOCAB_SIZE, make_model
+from .test_parallel import ask_all, server
 
 BLOCK_SIZE = 32
 RETAIN = {"first": 4, "recent": 70}
@@ -234,6 +243,69 @@ def test_the_method_is_streamingllm(model_folder):
     assert error(4, 69, turn_back=True) > 0.05, "one token fewer"
     assert error(3, 70, turn_back=True) > 0.05, "one first token fewer"
     assert error(0, 600) > 0.05, "all tokens"
+
+
+@pytest.mark.slow
+def test_a_real_model_ten_times_longer_than_what_is_kept():
+    """Perplexity stays at that of a fresh prompt of the kept tokens alone; a window's does not."""
+    from pydoc_data import topics
+
+    from transformers import AutoTokenizer
+
+    from vllm_fibquant.demo_model import ensure_demo_model
+
+    model = str(ensure_demo_model())
+    kept, first, stride, length = 256, 4, 64, 2560
+    text = "\n".join(topics.topics[name] for name in sorted(topics.topics))
+    tokens = AutoTokenizer.from_pretrained(model).encode(text[: 8 * length])[:length]
+    settings = {"max_model_len": length + 8, "max_num_batched_tokens": kept}
+    ends = range(kept + stride, length, 2 * stride)
+
+    def mean_perplexity(logprobs: list[torch.Tensor]) -> float:
+        return float((-torch.cat(logprobs).mean()).exp())
+
+    fresh = []
+    with engine(model, "auto", kv_cache_memory_bytes=256 << 20, **settings) as llm:
+        for end in ends:
+            prompt = tokens[:first] + tokens[end - kept + first : end]
+            fresh.append(prompt_logprobs(llm, prompt)[-stride:])
+
+    def perplexity(first: int) -> float:
+        """Of the same tokens, in one request."""
+        retain = {"first": first, "recent": kept - first}
+        with (
+            retaining(model, "fibquant_4bit", retain, **settings) as llm,
+            counted_blocks(llm) as most,
+        ):
+            got = prompt_logprobs(llm, tokens)
+        assert most[0] <= 1 + -(-2 * kept // BLOCK_SIZE) + 1
+        # got[i] is the token i + 1's.
+        return mean_perplexity([got[end - 1 - stride : end - 1] for end in ends])
+
+    expected = mean_perplexity(fresh)
+    kept_first, window_alone = perplexity(first), perplexity(0)
+    print(f"\nfresh {expected:.2f}, kept {kept_first:.2f}, window alone {window_alone:.2f}")
+    assert kept_first < 1.1 * expected
+    assert window_alone > 1.3 * expected
+
+
+@pytest.mark.slow
+def test_two_ranks_and_processes_of_their_own(model_folder):
+    """Specs reach the engine's process by pickle; each rank turns its own heads' queries."""
+    model = make_model("llama", model_folder)
+    prompts = varied_prompts(8, VOCAB_SIZE, longest=480, shortest=300)
+    with retaining(model, "fibquant_2bit", max_model_len=512) as llm:
+        expected = one_by_one(llm, prompts, 6)
+    flags = [
+        "--additional-config", json.dumps({"fibquant": {"retain": RETAIN}}),
+        "--max-num-batched-tokens", str(CHUNK), "--enforce-eager",
+    ]  # fmt: skip
+    with server(model, *flags) as url:
+        assert bits(ask_all(url, prompts)) == bits(expected)
+    with server(model, *flags, "--tensor-parallel-size", "2", threads="0|1") as url:
+        other_tokens, _, largest = largest_difference(expected, ask_all(url, prompts))
+    assert other_tokens == 0
+    assert largest < 0.05
 
 
 # ---- refusals ------------------------------------------------------------------------------------
