@@ -64,9 +64,10 @@ class TurnBack:
             distance: int64 [num_tokens], at least 0.
 
         Returns:
-            As query, contiguous.
+            As query, contiguous; the same bits where distance is 0.
         """
-        return self._rotate(query * self._into_mirror, distance) * self._mirror
+        turned = self._rotate(query * self._into_mirror, distance) * self._mirror
+        return torch.where(distance[:, None, None] > 0, turned, query)
 
     def error(self, num_positions: int) -> float:
         """The largest error of a turned vector's coordinate, on vectors of standard normals."""

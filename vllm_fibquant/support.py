@@ -191,10 +191,11 @@ def retain_problems(vllm_config: VllmConfig) -> list[str]:
             f"{', '.join(cache.kv_cache_dtype_skip_layers)}: their cache would grow without bound; "
             "leave the flag out"
         )
-    if vllm_config.speculative_config is not None:
+    speculation = vllm_config.speculative_config
+    if speculation is not None and speculation.method != "ngram":
         problems.append(
-            f"speculative decoding must be off, got {vllm_config.speculative_config.method}, which "
-            "has not been verified with it; leave --speculative-config out"
+            f"speculative decoding must be off or ngram, got {speculation.method}, whose draft "
+            "model's cache has not been verified with it; leave --speculative-config out"
         )
     if vllm_config.kv_transfer_config is not None or cache.kv_offloading_size is not None:
         problems.append(

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -147,6 +150,34 @@ def test_nothing_matters(model_folder):
     assert sum(answer.num_cached for answer in repeat) > sum(a.num_cached for a in first) > 0
     # A prefix far longer than what is kept was found: its first blocks and its window were there.
     assert max(answer.num_cached for answer in repeat) > 5 * BLOCK_SIZE
+
+
+def check_ngram_speculation(model: str) -> None:
+    prompts = [(prompt[:20] * 10)[:160] for prompt in varied_prompts(6, VOCAB_SIZE, longest=40)]
+    speculation = {
+        "method": "ngram",
+        "num_speculative_tokens": 3,
+        "prompt_lookup_max": 3,
+        "prompt_lookup_min": 1,
+    }
+    with retaining(model) as llm:
+        plain = one_by_one(llm, prompts, 60)
+    with retaining(model, speculative_config=speculation, num_gpu_blocks_override=17) as llm:
+        drafted = generate(llm, prompts, 60)
+        metrics = {m.name: m for m in llm.get_metrics()}
+        assert metrics["vllm:spec_decode_num_draft_tokens"].value > 0
+    assert bits(plain) == bits(drafted)
+
+
+def test_ngram_speculation_does_not_matter(model_folder):
+    """In a process of its own, as in test_features."""
+    model = make_model("llama", model_folder)
+    code = f"from engine.test_retention import check_ngram_speculation as f; f({model!r})"
+    tests = Path(__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tests, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_a_prefix_without_its_first_block_is_not_used(model_folder):
@@ -328,7 +359,9 @@ def test_every_reason_is_given_at_once(model_folder):
         kv_cache_dtype_skip_layers=["0"],
         kv_transfer_config={"kv_connector": "ExampleConnector", "kv_role": "kv_both"},
         speculative_config={
-            "method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2,
+            "method": "draft_model",
+            "model": make_model("llama", model_folder),
+            "num_speculative_tokens": 2,
         },
     )  # fmt: skip
     for part in (
@@ -336,7 +369,7 @@ def test_every_reason_is_given_at_once(model_folder):
         "got Gemma3ForCausalLM",
         "retain: layers must all have full attention",
         "retain: --kv-cache-dtype-skip-layers must be empty, got 0",
-        "retain: speculative decoding must be off, got ngram",
+        "retain: speculative decoding must be off or ngram, got draft_model",
         "retain: KV connectors and offloading must be off",
     ):
         assert part in told

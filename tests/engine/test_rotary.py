@@ -79,6 +79,8 @@ def test_turned_is_rotated_less(parameters, is_neox_style, dtype):
     error = (turned.float() - rotate(position - distance, query).float()).abs().max()
     assert error < (2e-3 if dtype == torch.float32 else 0.1)
     assert (turned.float() - rotated.float()).abs().max() > 1
+    # A row's bits must not depend on whether others of its batch are turned.
+    assert torch.equal(turn_back(rotated, 0 * distance), rotated)
     # The wrong pairing is another rotation, and it is noticed.
     wrong = rotary.TurnBack(embedding, embedding.rotary_dim, not is_neox_style, HEAD_DIM, dtype)
     assert wrong.error(2048) > 0.5
