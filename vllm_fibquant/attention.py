@@ -243,15 +243,14 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
                 "layers: must each have a KV cache, got one that shares the cache of "
                 f"{kv_sharing_target_layer_name}, which has not been verified"
             )
-        self.options = run_options(get_current_vllm_config(), kv_cache_dtype)
-        self.retain = self.options.retain
-        if self.retain and sliding_window:
-            problems.append(
-                f"retain: must be left out for layers with a sliding window, got {sliding_window}"
-            )
         if problems:
             problems[-1] += "; use --kv-cache-dtype auto for this model"
             raise ValueError(refusal(kv_cache_dtype, problems))
+        self.options = run_options(get_current_vllm_config(), kv_cache_dtype)
+        self.retain = self.options.retain
+        if self.retain and sliding_window:
+            problem = f"retain: layers must have full attention, got a window of {sliding_window}"
+            raise ValueError(refusal(kv_cache_dtype, [f"{problem}; leave retain out"]))
 
         self.num_heads = num_heads
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads

@@ -376,6 +376,20 @@ def test_every_reason_is_given_at_once(model_folder):
     assert told.count("\n  - ") == 5
 
 
+def test_a_layer_with_a_window_of_its_own():
+    """Should a model have one that its configuration does not tell of."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    from vllm_fibquant import attention
+
+    config = VllmConfig(additional_config={"fibquant": {"retain": RETAIN}})
+    with (
+        set_current_vllm_config(config),
+        pytest.raises(ValueError, match="full attention, got a window of 64"),
+    ):
+        attention.FibQuantImpl(4, 64, 0.125, 2, sliding_window=64)
+
+
 def test_positions_the_model_does_not_know(model_folder):
     """Found when the model is built, before anything is served: the remedy is in the message."""
     model = make_model("llama", model_folder)
