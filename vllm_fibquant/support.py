@@ -31,7 +31,6 @@ RETAIN_ARCHITECTURES = (
     "GPTJForCausalLM",
     "GemmaForCausalLM",
     "GraniteForCausalLM",
-    "InternLM2ForCausalLM",
     "LlamaForCausalLM",
     "MistralForCausalLM",
     "Qwen2ForCausalLM",
