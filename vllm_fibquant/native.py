@@ -18,6 +18,7 @@ import torch
 
 from vllm_fibquant.codec import KVCodec, VectorCodec
 from vllm_fibquant.config import GainRule
+from vllm_fibquant.reference import TokenCopies
 
 LIBRARY_PATH = Path(__file__).parent / "lib" / "libfibquant_cpu.so"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -75,7 +76,10 @@ class _Attend(Structure):
         *((f"stride_raw_value_{name}", c_int64) for name in ("token", "head")),
         *((name, c_int32) for name in ("num_reqs", "num_q_heads", "dtype", "window")),
         *((name, c_float) for name in ("scale", "soft_cap")),
-        *((name, c_int32) for name in ("num_threads", "reserved")),
+        *((name, c_int32) for name in ("num_threads", "copy_dtype")),
+        *((f"copy_{name}", c_void_p) for name in ("key", "value", "table")),
+        *((f"stride_copy_{name}", c_int64) for name in ("row", "head")),
+        *((name, c_int32) for name in ("num_first", "num_recent")),
         ("first_query", c_void_p),
         *((f"stride_first_query_{name}", c_int64) for name in ("token", "head")),
         ("keep_first", c_int64),
@@ -230,6 +234,7 @@ def paged_attention(
     sinks: torch.Tensor | None,
     raw_key: torch.Tensor | None,
     raw_value: torch.Tensor | None,
+    copies: TokenCopies | None,
     keep_first: int,
     first_query: torch.Tensor | None,
 ) -> int:
@@ -239,6 +244,13 @@ def paged_attention(
     if raw_key is not None and raw_value is not None:
         raw_pointers = (raw_key.data_ptr(), raw_value.data_ptr())
         raw_strides = (*raw_key.stride()[:2], *raw_value.stride()[:2])
+    copied: tuple[int | None, ...] = (0, None, None, None, 0, 0, 0, 0)
+    if copies is not None:
+        copied = (
+            DTYPES[copies.key.dtype], copies.key.data_ptr(), copies.value.data_ptr(),
+            copies.table.data_ptr(), *copies.key.stride()[:2],
+            copies.num_first, copies.table.shape[1] - copies.num_first,
+        )  # fmt: skip
     first = query if first_query is None else first_query
     args = _Attend(
         query.data_ptr(), out.data_ptr(), *raw_pointers,
@@ -246,7 +258,7 @@ def paged_attention(
         None if sinks is None else sinks.data_ptr(), block_table.stride(0),
         query.stride(0), query.stride(1), out.stride(0), out.stride(1), *raw_strides,
         seq_lens.shape[0], query.shape[1], DTYPES[query.dtype], window,
-        scale, soft_cap, torch.get_num_threads(), 0,
+        scale, soft_cap, torch.get_num_threads(), *copied,
         first.data_ptr(), first.stride(0), first.stride(1), keep_first,
     )  # fmt: skip
     return library().fq_paged_attention(

@@ -14,6 +14,7 @@ import torch
 
 from vllm_fibquant import native, reference
 from vllm_fibquant.codec import KVCodec
+from vllm_fibquant.reference import TokenCopies
 
 _forced_reference = False
 
@@ -120,6 +121,7 @@ def paged_attention(
     sinks: torch.Tensor | None = None,
     raw_key: torch.Tensor | None = None,
     raw_value: torch.Tensor | None = None,
+    copies: TokenCopies | None = None,
     keep_first: int = 0,
     first_query: torch.Tensor | None = None,
 ) -> None:
@@ -144,6 +146,7 @@ def paged_attention(
         sinks: float32 [num_q_heads] or None; one extra logit per head that has no value.
         raw_key, raw_value: as query with num_kv_heads heads, or None. When given, a request's new
             tokens are attended from these instead of from their codes.
+        copies: copies of cached tokens, read instead of their codes; they need raw_key.
         keep_first: a query sees positions below this one whatever the window, in a split of their
             own; not together with raw_key.
         first_query: as query, or None for query itself. What positions below keep_first are scored
@@ -173,6 +176,8 @@ def paged_attention(
             _check_vectors(name, raw_name, raw, num_kv_heads, codec.head_dim, query.dtype)
     if (raw_key is None) != (raw_value is None):
         raise ValueError(f"{name}: raw_key and raw_value must be given together")
+    if copies is not None:
+        _check_copies(name, copies, num_kv_heads, codec.head_dim, seq_lens.shape[0], raw_key)
     if keep_first < 0 or (keep_first > 0 and raw_key is not None):
         raise ValueError(
             f"{name}: keep_first must be at least 0, and 0 with raw_key, got {keep_first}"
@@ -222,6 +227,7 @@ def paged_attention(
         sinks=sinks,
         raw_key=raw_key,
         raw_value=raw_value,
+        copies=copies,
         keep_first=keep_first,
         first_query=first_query,
     )
@@ -270,6 +276,33 @@ def _check_vectors(
             f"{' or '.join(str(d) for d in dtypes)} on the CPU with a contiguous last axis, "
             f"got {x.dtype} {list(x.shape)} with strides {x.stride()} on {x.device}"
         )
+
+
+def _check_copies(
+    function: str,
+    copies: TokenCopies,
+    num_kv_heads: int,
+    head_dim: int,
+    num_reqs: int,
+    raw_key: torch.Tensor | None,
+) -> None:
+    for name, x in (("copies.key", copies.key), ("copies.value", copies.value)):
+        _check_vectors(function, name, x, num_kv_heads, head_dim, copies.key.dtype)
+        if not x.is_contiguous():
+            raise ValueError(f"{function}: {name} must be contiguous, got strides {x.stride()}")
+    table = copies.table
+    _check_integers(function, "copies.table", table, torch.int32, 2)
+    if (
+        table.shape[0] != num_reqs
+        or not table.is_contiguous()
+        or not 0 <= copies.num_first <= table.shape[1]
+    ):
+        raise ValueError(
+            f"{function}: copies.table must be contiguous with {num_reqs} rows and at least "
+            f"num_first {copies.num_first} columns, got {list(table.shape)}"
+        )
+    if raw_key is None:
+        raise ValueError(f"{function}: copies need raw_key, got None; give both or neither")
 
 
 def _check_integers(

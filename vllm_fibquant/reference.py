@@ -7,9 +7,40 @@ a time, one gather, one softmax. They also serve as the fallback on devices with
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from vllm_fibquant.codec import KVCodec
+
+
+@dataclass(frozen=True)
+class TokenCopies:
+    """Copies of some cached tokens in 16 bits, read in the place of their codes.
+
+    Attributes:
+        key: float32, bfloat16 or float16 [num_rows, num_kv_heads, head_dim], contiguous.
+        value: as key.
+        table: int32 [num_reqs, num_first + num_recent], contiguous: the row that holds a request's
+            token at position 0, 1, ... num_first - 1, then at the num_recent positions before its
+            first new token; -1 where there is no copy, or no such token.
+        num_first: columns of `table` that belong to a request's first tokens.
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor
+    table: torch.Tensor
+    num_first: int
+
+    def rows(self, req: int, context_len: int) -> torch.Tensor:
+        """Rows of the cached tokens 0 to context_len - 1 of one request, -1 for none: int64."""
+        num_recent = self.table.shape[1] - self.num_first
+        rows = torch.full((context_len,), -1, dtype=torch.int64)
+        recent = max(context_len - num_recent, 0)
+        rows[recent:] = self.table[req, self.table.shape[1] - (context_len - recent) :].long()
+        first = min(self.num_first, context_len)
+        rows[:first] = self.table[req, :first].long()
+        return rows
 
 
 def encode_kv(
@@ -58,6 +89,7 @@ def paged_attention(
     sinks: torch.Tensor | None = None,
     raw_key: torch.Tensor | None = None,
     raw_value: torch.Tensor | None = None,
+    copies: TokenCopies | None = None,
     keep_first: int = 0,
     first_query: torch.Tensor | None = None,
     compute_dtype: torch.dtype = torch.float32,
@@ -78,6 +110,7 @@ def paged_attention(
         sinks: float32 [num_q_heads] or None; one extra logit per head with no value.
         raw_key, raw_value: float [num_tokens, num_kv_heads, head_dim] or None. When given, a
             request's new tokens are attended from these instead of from their codes.
+        copies: copies that stand in for codes of cached tokens, or None; they need raw_key.
         keep_first: positions below it are seen whatever the window.
         first_query: as query, or None for query itself; what positions below keep_first are
             scored with.
@@ -99,6 +132,11 @@ def paged_attention(
         if raw_key is not None and raw_value is not None:
             keys[seq_len - query_len :] = raw_key[begin:end].to(compute_dtype)
             values[seq_len - query_len :] = raw_value[begin:end].to(compute_dtype)
+        if copies is not None:
+            rows = copies.rows(req, seq_len - query_len)
+            copied = torch.nonzero(rows >= 0).squeeze(-1)
+            keys[copied] = copies.key[rows[copied]].to(compute_dtype)
+            values[copied] = copies.value[rows[copied]].to(compute_dtype)
         keys = keys.repeat_interleave(group_size, dim=1)
         values = values.repeat_interleave(group_size, dim=1)
 

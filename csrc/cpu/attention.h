@@ -9,8 +9,8 @@
 // block, from their stored states in a second pass: the same arithmetic either way.
 //
 // Codes are attended in the rotated basis: a job rotates its queries once and un-rotates its output
-// once. Raw new tokens (FqAttend::raw_key) form a state of their own in the model's basis; the two
-// are merged at the end.
+// once. Raw new tokens (FqAttend::raw_key) and copies of cached ones (copy_key) form a state of
+// their own in the model's basis; the two are merged at the end.
 #pragma once
 
 #include "cpu/codec.h"
@@ -28,12 +28,13 @@ constexpr int kMaxRows = 48;  // rows that share a decoded tile; their queries a
 struct RowBlock {
   int32_t req;
   int32_t kv_head;
-  int32_t token;       // first new token of the block, counted within the request
-  int32_t num_tokens;  // new tokens in the block
-  int32_t first_end;   // positions [0, first_end) are the leading split; 0 = there is none
-  int32_t begin, end;  // cached positions attended from codes beside those, [begin, end)
-  int32_t num_splits;  // splits that [begin, end) touches, and the leading one
-  int64_t partial;     // offset of the stored states of its splits, -1 when one job does all
+  int32_t token;         // first new token of the block, counted within the request
+  int32_t num_tokens;    // new tokens in the block
+  int32_t window_begin;  // oldest position that any row of the block sees
+  int32_t first_end;     // positions [0, first_end) are the leading split; 0 = there is none
+  int32_t begin, end;    // cached positions attended from codes beside those, [begin, end)
+  int32_t num_splits;    // splits that [begin, end) touches, and the leading one
+  int64_t partial;       // offset of the stored states of its splits, -1 when one job does all
 };
 
 struct Job {
@@ -54,7 +55,7 @@ struct Call {
 
 // Scratch of one thread.
 struct Scratch {
-  float *query, *query_raw, *tile, *scores, *key_factor, *value_factor, *alpha;
+  float *query, *query_raw, *tile, *scores, *key_factor, *value_factor, *hidden, *alpha;
   State split, total, raw;
 };
 
@@ -64,7 +65,7 @@ static inline Scratch make_scratch(int rows, int head_dim) {
   const int64_t block = padded((int64_t)rows * head_dim), tile = kMaxTile * (int64_t)head_dim;
   const int64_t state = padded(state_floats(rows, head_dim));
   const int64_t total =
-      2 * block + tile + rows * kMaxTile + 2 * kMaxTile + padded(rows) + 3 * state;
+      2 * block + tile + rows * kMaxTile + 3 * kMaxTile + padded(rows) + 3 * state;
   float* p = static_cast<float*>(thread_scratch((size_t)total * 4));
   Scratch s;
   s.query = p;
@@ -73,7 +74,8 @@ static inline Scratch make_scratch(int rows, int head_dim) {
   s.scores = s.tile + tile;
   s.key_factor = s.scores + rows * kMaxTile;
   s.value_factor = s.key_factor + kMaxTile;
-  s.alpha = s.value_factor + kMaxTile;
+  s.hidden = s.value_factor + kMaxTile;
+  s.alpha = s.hidden + kMaxTile;
   p = s.alpha + padded(rows);
   s.split = state_at(p, rows, head_dim);
   s.total = state_at(p + state, rows, head_dim);
@@ -132,15 +134,36 @@ static inline Run find_run(Call& call, const RowBlock& b, int position, int end)
           count};
 }
 
+// The row of copy_key that holds the cached token at `position`, -1 when there is none.
+static inline int copy_row(const Call& call, int req, int position) {
+  const FqAttend& a = call.args;
+  const int recent = position - context_len(call, req) + a.num_recent;
+  if (position >= a.num_first && recent < 0) return -1;
+  const int column = position < a.num_first ? position : a.num_first + recent;
+  return a.copy_table[req * (int64_t)(a.num_first + a.num_recent) + column];
+}
+
+// Hides the tokens [t0, t0 + count) of a tile that are read from copies. Returns how many.
+static inline int hide_copies(const Call& call, int req, int t0, int count, float* hidden) {
+  int num_hidden = 0;
+  for (int j = 0; j < kMaxTile; ++j) {
+    const bool hide = j < count && copy_row(call, req, t0 + j) >= 0;
+    hidden[j] = hide ? kMinusInf : 0.0f;
+    num_hidden += hide;
+  }
+  return num_hidden;
+}
+
 // Attends positions [begin, end) of one split from codes into `state`, which it clears first.
 static void attend_split(Call& call, const RowBlock& b, int begin, int end, int first_position,
                          const Scratch& s, const State& state) {
   const FqCodec& codec = call.codec;
   const RecordLayout& layout = call.layout;
   const int head_dim = codec.head_dim, rows = rows_of(call, b), tile = tile_tokens(head_dim);
+  const int context = context_len(call, b.req);
   const bool is_leading = end <= call.args.keep_first;
   const int window = is_leading ? 0 : call.args.window;
-  const int hidden = is_leading ? 0 : (int)call.args.keep_first;
+  const int oldest = is_leading ? 0 : (int)call.args.keep_first;
   clear(state, rows, head_dim);
   for (int t0 = begin / tile * tile; t0 < end; t0 += tile) {
     const int t1 = t0 + tile < end ? t0 + tile : end;
@@ -148,6 +171,12 @@ static void attend_split(Call& call, const RowBlock& b, int begin, int end, int 
     // Tokens before `begin` are nobody's: a sliding window may have freed their block, or they are
     // the leading split's. They are not read, and zero factors keep them out of every sum.
     const int lead = begin > t0 ? begin - t0 : 0;
+    const float* hidden = nullptr;
+    if (call.args.copy_key && (t0 < call.args.num_first || t1 > context - call.args.num_recent)) {
+      const int num_hidden = hide_copies(call, b.req, t0, count, s.hidden);
+      if (num_hidden == count) continue;
+      if (num_hidden > 0) hidden = s.hidden;
+    }
     Run runs[kMaxTile];
     int num_runs = 0;
     for (int t = t0 + lead; t < t1;) {
@@ -184,7 +213,7 @@ static void attend_split(Call& call, const RowBlock& b, int begin, int end, int 
       s.key_factor[j] = s.value_factor[j] = 0.0f;
     }
     call.key.dot(codec.key, key_fields, s.query, rows, head_dim, rounded, s.tile, s.scores);
-    const Mask mask = {t0, count, first_position, call.group_size, window, hidden};
+    const Mask mask = {t0, count, first_position, call.group_size, window, oldest, hidden};
     softmax_tile(s.scores, rows, tile, s.key_factor, s.value_factor, mask, call.args.soft_cap,
                  state, s.alpha);
     call.value.axpy(codec.value, value_fields, s.scores, s.alpha, rows, head_dim, count, s.tile,
@@ -192,38 +221,84 @@ static void attend_split(Call& call, const RowBlock& b, int begin, int end, int 
   }
 }
 
-// Attends the request's own new tokens from raw keys and values into s.raw.
-static void attend_raw(const Call& call, const RowBlock& b, const Scratch& s) {
+// Vectors in the model's basis: raw new tokens, or copies of cached ones.
+struct Dense {
+  const void *key, *value;
+  int64_t stride_key_token, stride_key_head, stride_value_token, stride_value_head;
+  int dtype;
+};
+
+// Adds tokens at positions [begin, end) to s.raw. Token i of them is row rows[i] of `dense`, a
+// negative one being left out, or row first_row + i where rows is null.
+static void attend_dense(const Call& call, const RowBlock& b, const Dense& dense, int begin,
+                         int end, const int32_t* table, int64_t first_row, const Scratch& s) {
   const FqAttend& a = call.args;
   const int head_dim = call.codec.head_dim, rows = rows_of(call, b), tile = tile_tokens(head_dim);
-  const int64_t first = a.query_start_loc[b.req];
-  const int end = b.token + b.num_tokens;
-  int begin = a.window > 0 ? b.token - a.window + 1 : 0;
-  begin = begin > 0 ? begin / tile * tile : 0;
-  clear(s.raw, rows, head_dim);
+  const int first_position = context_len(call, b.req) + b.token;
   for (int t0 = begin; t0 < end; t0 += tile) {
     const int count = end - t0 < tile ? end - t0 : tile, rounded = (count + 7) & ~7;
+    int64_t row[kMaxTile];
+    bool any = false;
     for (int t = 0; t < tile; ++t) {
-      s.key_factor[t] = t < count ? a.scale : 0.0f;
-      s.value_factor[t] = t < count ? 1.0f : 0.0f;
+      const int i = t0 - begin + t;
+      row[t] = t >= count ? -1 : table ? table[i] : first_row + i;
+      any |= row[t] >= 0;
+      s.key_factor[t] = row[t] >= 0 ? a.scale : 0.0f;
+      s.value_factor[t] = row[t] >= 0 ? 1.0f : 0.0f;
+      s.hidden[t] = t < count && row[t] < 0 ? kMinusInf : 0.0f;
     }
-    for (int t = 0; t < count; ++t) {
-      const int64_t at =
-          (first + t0 + t) * a.stride_raw_key_token + b.kv_head * a.stride_raw_key_head;
-      load_row(a.raw_key, at, a.dtype, head_dim, s.tile + (int64_t)t * head_dim);
-    }
-    memset(s.tile + (int64_t)count * head_dim, 0, (size_t)(rounded - count) * head_dim * 4);
+    if (!any) continue;
+    const auto load_tile = [&](const void* base, int64_t stride_token, int64_t stride_head) {
+      for (int t = 0; t < rounded; ++t) {
+        float* dst = s.tile + (int64_t)t * head_dim;
+        if (row[t] < 0) {
+          memset(dst, 0, (size_t)head_dim * 4);
+        } else {
+          load_row(base, row[t] * stride_token + b.kv_head * stride_head, dense.dtype, head_dim,
+                   dst);
+        }
+      }
+    };
+    load_tile(dense.key, dense.stride_key_token, dense.stride_key_head);
     dot_tile(s.query_raw, rows, DenseTile{s.tile, head_dim}, head_dim, rounded, s.scores);
-    const Mask mask = {t0, count, b.token, call.group_size, a.window, 0};
+    const Mask mask = {
+        t0, count, first_position, call.group_size, a.window, 0, table ? s.hidden : nullptr};
     softmax_tile(s.scores, rows, tile, s.key_factor, s.value_factor, mask, a.soft_cap, s.raw,
                  s.alpha);
-    for (int t = 0; t < count; ++t) {
-      const int64_t at =
-          (first + t0 + t) * a.stride_raw_value_token + b.kv_head * a.stride_raw_value_head;
-      load_row(a.raw_value, at, a.dtype, head_dim, s.tile + (int64_t)t * head_dim);
-    }
+    load_tile(dense.value, dense.stride_value_token, dense.stride_value_head);
     axpy_tile(s.scores, s.alpha, rows, DenseTile{s.tile, head_dim}, head_dim, count, s.raw.o);
   }
+}
+
+// Attends what the request reads without codes into s.raw: copies of its first and newest cached
+// tokens, then its own new tokens.
+static void attend_raw(const Call& call, const RowBlock& b, const Scratch& s) {
+  const FqAttend& a = call.args;
+  const int context = context_len(call, b.req), tile = tile_tokens(call.codec.head_dim);
+  const int oldest = b.window_begin;
+  clear(s.raw, rows_of(call, b), call.codec.head_dim);
+  if (a.copy_key) {
+    const Dense copies = {a.copy_key,         a.copy_value,      a.stride_copy_row,
+                          a.stride_copy_head, a.stride_copy_row, a.stride_copy_head,
+                          a.copy_dtype};
+    const int32_t* table = a.copy_table + b.req * (int64_t)(a.num_first + a.num_recent);
+    const int first = a.num_first < context ? a.num_first : context;
+    if (oldest < first) attend_dense(call, b, copies, 0, first, table, 0, s);
+    int begin = context - a.num_recent > first ? context - a.num_recent : first;
+    begin = oldest > begin ? oldest : begin;
+    attend_dense(call, b, copies, begin, context,
+                 table + a.num_first + (begin - (context - a.num_recent)), 0, s);
+  }
+  const Dense fresh = {a.raw_key,
+                       a.raw_value,
+                       a.stride_raw_key_token,
+                       a.stride_raw_key_head,
+                       a.stride_raw_value_token,
+                       a.stride_raw_value_head,
+                       a.dtype};
+  int begin = oldest > context ? (oldest - context) / tile * tile : 0;
+  attend_dense(call, b, fresh, context + begin, context + b.token + b.num_tokens, nullptr,
+               a.query_start_loc[b.req] + begin, s);
 }
 
 // Un-rotates s.total, adds raw tokens and sinks, and writes the row block's output.
@@ -315,8 +390,9 @@ static int64_t list_blocks(const Call& call, RowBlock* out) {
         b.kv_head = head;
         b.token = token;
         b.num_tokens = query_len - token < per_block ? query_len - token : per_block;
-        b.begin =
+        b.window_begin =
             a.window > 0 && context + token - a.window + 1 > 0 ? context + token - a.window + 1 : 0;
+        b.begin = b.window_begin;
         b.end = a.raw_key ? context : context + token + b.num_tokens;
         b.first_end = (int)(a.keep_first < b.end ? a.keep_first : b.end);
         if (b.begin < b.first_end) b.begin = b.first_end;

@@ -76,7 +76,16 @@ struct FqAttend {
   float scale;
   float soft_cap;  // 0 = none
   int32_t num_threads;
-  int32_t reserved;
+  int32_t copy_dtype;  // FqDtype of copy_key and copy_value
+  // 16-bit copies of a request's first and newest cached tokens, read instead of their codes. Null
+  // without; they need raw_key.
+  const void* copy_key;       // [num_rows, num_kv_heads, head_dim]
+  const void* copy_value;     // as copy_key, with its strides
+  const int32_t* copy_table;  // [num_reqs, num_first + num_recent] rows, -1 = none: positions
+                              // 0 to num_first - 1, then the num_recent before the new tokens
+  int64_t stride_copy_row, stride_copy_head;  // elements
+  int32_t num_first;
+  int32_t num_recent;
   // Positions below keep_first are seen whatever the window, scored with these queries.
   const void* first_query;  // [num_tokens, num_q_heads, head_dim]; unused if keep_first is 0
   int64_t stride_first_query_token, stride_first_query_head;

@@ -248,10 +248,11 @@ static CodeKernels code_kernels(const FqCode& code) {
 struct Mask {
   int begin;
   int count;
-  int first_position;  // position of row 0
-  int rows_per_token;  // rows r and r + 1 share a position unless r + 1 is a multiple of this
-  int window;          // 0 = none
-  int hidden;          // positions below this are nobody's
+  int first_position;   // position of row 0
+  int rows_per_token;   // rows r and r + 1 share a position unless r + 1 is a multiple of this
+  int window;           // 0 = none
+  int oldest;           // positions below this are nobody's
+  const float* hidden;  // [tile] of 0 or -inf, added to every row's scores; null = all 0
 };
 
 // Turns scores [rows, tile] into weights exp(score - m) * value_factor and updates m and l.
@@ -266,15 +267,16 @@ static inline void softmax_tile(float* scores, int rows, int tile, const float* 
     float* s = scores + r * kMaxTile;
     const int position = mask.first_position + r / mask.rows_per_token;
     const int start = mask.window > 0 ? position - mask.window + 1 : 0;
-    const int oldest = start > mask.hidden ? start : mask.hidden;
+    const int oldest = start > mask.oldest ? start : mask.oldest;
     const int newest = position < last ? position : last;
-    const bool whole = newest - mask.begin == tile - 1 && oldest <= mask.begin;
+    const bool whole = newest - mask.begin == tile - 1 && oldest <= mask.begin && !mask.hidden;
     vf largest = splat(kMinusInf);
     for (int i = 0; i < tile; i += kLanes) {
       vf x = load(s + i) * load(key_factor + i);
       if (soft_cap > 0.0f) x = splat(soft_cap) * vtanh(x * splat(1.0f / soft_cap));
       if (!whole) {
         const vi token = lane + (mask.begin + i);
+        if (mask.hidden) x = x + load(mask.hidden + i);
         x = select((token <= newest) & (token >= oldest), x, splat(kMinusInf));
       }
       store(s + i, x);
