@@ -78,6 +78,13 @@ def test_a_written_slot_loses_its_old_copy() -> None:
     assert run.step([([5, 8], 4, 1)]) == [[None, None]]
 
 
+def test_a_block_shared_while_it_is_written_shows_nobody_what_it_held() -> None:
+    run = Run(num_rows=8, num_first=0, num_recent=4)
+    run.step([([5], 0, 4)])
+    found = run.step([([5, 6], 0, 5), ([5, 7], 4, 1)])  # the second found block 5 in the cache
+    assert found[1] == [None] * 4
+
+
 def test_a_shared_prefix_is_found_by_both() -> None:
     run = Run(num_rows=16, num_first=1, num_recent=2)
     run.step([([0, 1], 0, 4)])

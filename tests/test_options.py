@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from vllm_fibquant.config import PRESETS
-from vllm_fibquant.options import Options, parse_options
+from vllm_fibquant.options import Options, Retain, parse_options
 
 
 @pytest.mark.parametrize("additional", [None, {}, {"other": 1}, "text", {"fibquant": {}}])
@@ -72,3 +72,33 @@ def test_modes_and_what_overrides_them() -> None:
 def test_bad_windows_are_refused(given: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_options("fibquant", {"fibquant": given})
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"recent": 1024}, Retain(1024, 4)),
+        ({"first": 0, "recent": 1}, Retain(1, 0)),
+        (None, None),
+    ],
+)
+def test_what_to_keep(given, expected):
+    options = parse_options("fibquant", {"fibquant": {"retain": given}})
+    assert options.retain == expected
+    assert (options.digest == parse_options("fibquant").digest) == (expected is None)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [1024, {}, {"first": 4}, {"recent": 0}, {"recent": True}, {"recent": 1.5},
+     {"recent": 8, "first": -1}, {"recent": 8, "last": 2}],
+)  # fmt: skip
+def test_a_bad_bound_is_refused(given):
+    with pytest.raises(ValueError, match="retain must be an object") as caught:
+        parse_options("fibquant", {"fibquant": {"retain": given}})
+    assert f"got {given!r}" in str(caught.value)
+
+
+def test_a_bound_needs_codes():
+    with pytest.raises(ValueError, match='prefill must be "codes" with retain'):
+        parse_options("fibquant", {"fibquant": {"retain": {"recent": 8}, "prefill": "raw"}})

@@ -28,7 +28,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
-from vllm_fibquant import ops
+from vllm_fibquant import ops, rotary
 from vllm_fibquant.codec import KVCodec
 from vllm_fibquant.config import PRESETS
 from vllm_fibquant.layout import preset_layout
@@ -101,6 +101,10 @@ class FibQuantBackend(AttentionBackend):
                 f"{spec.head_size}; use --kv-cache-dtype auto for this model"
             )
         layout = preset_layout(cls.options.preset, spec.head_size)
+        if cls.options.retain:
+            from vllm_fibquant.retention import retention_spec  # registers a spec with vLLM
+
+            return retention_spec(spec, cls.options.retain, layout.record_bytes)
         return replace(spec, state_content_bytes=layout.record_bytes)
 
 
@@ -155,20 +159,29 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
         if problems:
             problems[-1] += "; use --kv-cache-dtype auto for this model"
             raise ValueError(refusal(kv_cache_dtype, problems))
+        self.options = run_options(get_current_vllm_config(), kv_cache_dtype)
+        self.retain = self.options.retain
+        if self.retain and sliding_window:
+            problem = f"retain: layers must have full attention, got a window of {sliding_window}"
+            raise ValueError(refusal(kv_cache_dtype, [f"{problem}; leave retain out"]))
 
         self.num_heads = num_heads
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.head_size = head_size
         self.scale = float(scale)
         self.kv_cache_dtype = kv_cache_dtype
-        self.window = sliding_window or 0
+        self.window = self.retain.recent if self.retain else sliding_window or 0
+        self.keep_first = self.retain.first if self.retain else 0
         self.soft_cap = float(logits_soft_cap or 0.0)
-        self.options = run_options(get_current_vllm_config(), kv_cache_dtype)
         self.codec = KVCodec.from_preset(self.options.preset, head_size)
         self.attends_raw = self.options.prefill == "raw"
         self._sinks_param = sinks
         self._sinks: torch.Tensor | None = None
         self._copy_key = self._copy_value = torch.empty(0)
+        self._turn_back: rotary.TurnBack | None = None
+        if self.keep_first:
+            self._max_model_len = get_current_vllm_config().model_config.max_model_len
+            rotary.watch(self)
 
     @property
     def num_copy_rows(self) -> int:
@@ -190,6 +203,10 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         if self._sinks_param is not None:
             self._sinks = self._sinks_param.detach().to(torch.float32).contiguous()
+        if self.keep_first:
+            self._turn_back = rotary.turn_back_of(
+                self, self._max_model_len, self.head_size, act_dtype
+            )
 
     def do_kv_cache_update(
         self,
@@ -255,6 +272,9 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
         num_tokens = attn_metadata.num_tokens
         if num_tokens < output.shape[0]:
             output[num_tokens:].zero_()
+        first_query = None
+        if self._turn_back and attn_metadata.num_gone is not None:
+            first_query = self._turn_back(query[:num_tokens], attn_metadata.num_gone)
         ops.paged_attention(
             query[:num_tokens],
             kv_cache,
@@ -270,6 +290,8 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
             raw_key=key[:num_tokens] if self.attends_raw else None,
             raw_value=value[:num_tokens] if self.attends_raw else None,
             copies=self._copies(attn_metadata.copies),
+            keep_first=self.keep_first,
+            first_query=first_query,
         )
         if attn_metadata.copies is not None:
             # Only now: a row may change hands in this step, and its old owner has just read it.

@@ -78,6 +78,14 @@ class CopyPool:
         self._now += 1
         query_lens = np.diff(query_start_loc).astype(np.int64)
         context = seq_lens - query_lens
+        begin = query_start_loc[0]
+        index = np.arange(query_start_loc[-1] - begin)
+        slots = slot_mapping[begin : begin + len(index)]
+        written = slots >= 0
+        self._reach(int(slots.max(initial=-1)))
+        # First of all: a request may share, in this very step, a block that another one writes.
+        self._drop(slots[written])
+
         table = self._lookup(context, block_table)
         # Rows that the next step will read again are the last to be taken.
         staying = table.copy()
@@ -85,20 +93,12 @@ class CopyPool:
         staying[:, self.num_first :][columns < query_lens[:, None]] = -1
         self._last_read[staying[staying >= 0]] = self._now
 
-        # The new tokens' positions, counted from the end of their request.
-        begin = query_start_loc[0]
-        index = np.arange(query_start_loc[-1] - begin)
         req = np.repeat(np.arange(len(query_lens)), query_lens)
         position = context[req] + index - (query_start_loc[:-1] - begin)[req]
         wanted = (position < self.num_first) | (position >= seq_lens[req] - self.num_recent)
-        slots = slot_mapping[begin : begin + len(index)]
-        self._reach(int(slots.max(initial=-1)))
-        written = slots >= 0
-        self._drop(slots[written & ~wanted])
-        tokens = index[written & wanted] + begin
-        rows = self._assign(slots[written & wanted])
-        kept = rows >= 0
-        return CopyPlan(table.astype(np.int32), tokens[kept], rows[kept])
+        # More new tokens than rows: the last ones are copied.
+        chosen = np.flatnonzero(written & wanted)[-self.num_rows :]
+        return CopyPlan(table.astype(np.int32), chosen + begin, self._assign(slots[chosen]))
 
     def _lookup(
         self, context: npt.NDArray[np.int64], block_table: npt.NDArray[np.int32]
@@ -135,19 +135,13 @@ class CopyPool:
         self._row_of_slot[slots] = -1
 
     def _assign(self, slots: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Rows for slots: those they have, else the least recently read; -1 where none is left."""
-        rows = self._row_of_slot[slots]
-        has_row = rows >= 0
-        self._last_read[rows[has_row]] = self._now + 1  # not to be taken below
-        missing = np.flatnonzero(~has_row)
-        missing = missing[max(0, len(missing) - (self.num_rows - int(has_row.sum()))) :]
-        count = len(missing)
-        if count:
-            taken = np.argpartition(self._last_read, count - 1)[:count]
-            previous = self._slot_of_row[taken]
-            self._row_of_slot[previous[previous >= 0]] = -1
-            self._slot_of_row[taken] = slots[missing]
-            self._row_of_slot[slots[missing]] = taken
-            rows[missing] = taken
-        self._last_read[rows[rows >= 0]] = self._now
+        """Rows for at most num_rows slots without one: those least recently read."""
+        if len(slots) == 0:
+            return np.empty(0, np.int64)
+        rows = np.argpartition(self._last_read, len(slots) - 1)[: len(slots)]
+        previous = self._slot_of_row[rows]
+        self._row_of_slot[previous[previous >= 0]] = -1
+        self._slot_of_row[rows] = slots
+        self._row_of_slot[slots] = rows
+        self._last_read[rows] = self._now
         return rows

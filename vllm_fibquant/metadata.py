@@ -20,6 +20,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm_fibquant import selfcheck
 from vllm_fibquant.codec import KVCodec
 from vllm_fibquant.copies import CopyPool
+from vllm_fibquant.options import Retain
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -33,6 +34,8 @@ class FibQuantMetadata(AttentionMetadata):
         query_start_loc: int32 [num_reqs + 1].
         seq_lens: int32 [num_reqs], new tokens included.
         block_table: int32 [num_reqs, max_blocks].
+        num_gone: int64 [num_tokens], how many tokens between a query and the first ones are kept
+            no more; None if none of any query.
         copies: what the step reads from copies and what it copies; None without a recent window.
     """
 
@@ -40,6 +43,7 @@ class FibQuantMetadata(AttentionMetadata):
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
     block_table: torch.Tensor
+    num_gone: torch.Tensor | None = None
     copies: StepCopies | None = None
 
 
@@ -64,8 +68,10 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         dtype = vllm_config.model_config.dtype
+        self.retain: Retain | None = None
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         for impl in (layer.impl for layer in layers.values()):
+            self.retain = impl.options.retain
             if impl.options.self_check:
                 _check_kernels(
                     impl.codec, dtype, impl.num_heads, impl.num_kv_heads, kv_cache_spec.block_size
@@ -96,8 +102,19 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
             query_start_loc=common.query_start_loc,
             seq_lens=common.seq_lens,
             block_table=common.block_table_tensor,
+            num_gone=self._num_gone(common),
             copies=_plan_copies(self._pool, common) if self._pool else None,
         )
+
+    def _num_gone(self, common: CommonAttentionMetadata) -> torch.Tensor | None:
+        if self.retain is None or common.max_seq_len <= self.retain.total:
+            return None
+        ends = common.query_start_loc[1:]
+        row = torch.arange(common.num_actual_tokens, dtype=ends.dtype, device=ends.device)
+        req = torch.searchsorted(ends, row, right=True).clamp_max(len(ends) - 1)
+        # From a token's row to its position it is as far as from its request's end to its length.
+        num_seen = row + 1 + (common.seq_lens - ends)[req]
+        return (num_seen - self.retain.total).clamp_min(0).long()
 
 
 def _plan_copies(pool: CopyPool, common: CommonAttentionMetadata) -> StepCopies:

@@ -80,6 +80,9 @@ class _Attend(Structure):
         *((f"copy_{name}", c_void_p) for name in ("key", "value", "table")),
         *((f"stride_copy_{name}", c_int64) for name in ("row", "head")),
         *((name, c_int32) for name in ("num_first", "num_recent")),
+        ("first_query", c_void_p),
+        *((f"stride_first_query_{name}", c_int64) for name in ("token", "head")),
+        ("keep_first", c_int64),
     ]
 
 
@@ -232,6 +235,8 @@ def paged_attention(
     raw_key: torch.Tensor | None,
     raw_value: torch.Tensor | None,
     copies: TokenCopies | None,
+    keep_first: int,
+    first_query: torch.Tensor | None,
 ) -> int:
     """See `ops.paged_attention`. Returns the library's error number, 0 for none."""
     raw_pointers: tuple[int | None, int | None] = (None, None)
@@ -246,6 +251,7 @@ def paged_attention(
             copies.table.data_ptr(), *copies.key.stride()[:2],
             copies.num_first, copies.table.shape[1] - copies.num_first,
         )  # fmt: skip
+    first = query if first_query is None else first_query
     args = _Attend(
         query.data_ptr(), out.data_ptr(), *raw_pointers,
         query_start_loc.data_ptr(), seq_lens.data_ptr(), block_table.data_ptr(),
@@ -253,6 +259,7 @@ def paged_attention(
         query.stride(0), query.stride(1), out.stride(0), out.stride(1), *raw_strides,
         seq_lens.shape[0], query.shape[1], DTYPES[query.dtype], window,
         scale, soft_cap, torch.get_num_threads(), *copied,
+        first.data_ptr(), first.stride(0), first.stride(1), keep_first,
     )  # fmt: skip
     return library().fq_paged_attention(
         byref(codec_struct(codec)), byref(_pages(cache)), byref(args)

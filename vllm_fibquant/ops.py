@@ -122,6 +122,8 @@ def paged_attention(
     raw_key: torch.Tensor | None = None,
     raw_value: torch.Tensor | None = None,
     copies: TokenCopies | None = None,
+    keep_first: int = 0,
+    first_query: torch.Tensor | None = None,
 ) -> None:
     """Causal attention of each request's newest tokens over its cached codes.
 
@@ -145,6 +147,10 @@ def paged_attention(
         raw_key, raw_value: as query with num_kv_heads heads, or None. When given, a request's new
             tokens are attended from these instead of from their codes.
         copies: copies of cached tokens, read instead of their codes; they need raw_key.
+        keep_first: a query sees positions below this one whatever the window, in a split of their
+            own; not together with raw_key.
+        first_query: as query, or None for query itself. What positions below keep_first are scored
+            with: the query as it would be nearer to them.
 
     Raises:
         ValueError: an argument's shape, dtype or layout, or a block number outside the cache.
@@ -172,6 +178,17 @@ def paged_attention(
         raise ValueError(f"{name}: raw_key and raw_value must be given together")
     if copies is not None:
         _check_copies(name, copies, num_kv_heads, codec.head_dim, seq_lens.shape[0], raw_key)
+    if keep_first < 0 or (keep_first > 0 and raw_key is not None):
+        raise ValueError(
+            f"{name}: keep_first must be at least 0, and 0 with raw_key, got {keep_first}"
+        )
+    if first_query is not None:
+        _check_vectors(name, "first_query", first_query, num_q_heads, codec.head_dim, query.dtype)
+        if keep_first == 0 or first_query.shape[0] != query.shape[0]:
+            raise ValueError(
+                f"{name}: first_query must have query's {query.shape[0]} rows and a keep_first "
+                f"above 0, got {first_query.shape[0]} rows and {keep_first}"
+            )
     _check_integers(name, "query_start_loc", query_start_loc, torch.int32, 1)
     _check_integers(name, "seq_lens", seq_lens, torch.int32, 1)
     _check_integers(name, "block_table", block_table, torch.int32, 2)
@@ -211,6 +228,8 @@ def paged_attention(
         raw_key=raw_key,
         raw_value=raw_value,
         copies=copies,
+        keep_first=keep_first,
+        first_query=first_query,
     )
     if error:
         raise ValueError(f"{name}: {_ERRORS[error]}")

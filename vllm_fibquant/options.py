@@ -13,6 +13,8 @@
     key, value      object with fields of CodeSpec   replaces parts of the preset's code
     rotation_seed   integer of at least 0            seed of the rotation
     self_check      true (default) or false          compare kernel and oracle at start
+    retain          {"first": 4, "recent": 1024}     keep a request's first and newest tokens alone;
+                                                     "first" may be left out; default: keep all
 """
 
 from __future__ import annotations
@@ -34,8 +36,24 @@ _MODES: dict[Mode, tuple[PrefillMode, int, int]] = {
     "exact": ("codes", 0, 4),
     "quality": ("raw", 64, 4),
 }
-_OWN_NAMES = ("mode", "prefill", "recent_window", "first_tokens", "self_check")
+_OWN_NAMES = ("mode", "prefill", "recent_window", "first_tokens", "self_check", "retain")
+
+DEFAULT_FIRST = 4
+"""Tokens at the start of a request that StreamingLLM (arXiv 2309.17453, section 3.2) keeps."""
+
 _PRESET_NAMES = ("key", "value", "rotation_seed")
+
+
+@dataclass(frozen=True)
+class Retain:
+    """Which tokens of a request stay cached: its first, and its newest."""
+
+    recent: int
+    first: int = DEFAULT_FIRST
+
+    @property
+    def total(self) -> int:
+        return self.first + self.recent
 
 
 @dataclass(frozen=True)
@@ -47,6 +65,7 @@ class Options:
     recent_window: int = _MODES[DEFAULT_MODE][1]
     first_tokens: int = _MODES[DEFAULT_MODE][2]
     self_check: bool = True
+    retain: Retain | None = None
 
     @property
     def num_copied_first(self) -> int:
@@ -126,6 +145,16 @@ def parse_options(preset_name: str, additional_config: Any = None) -> Options:
             f'recent_window must be 0 when prefill is "codes", got {recent_window!r}; '
             'give "mode": "quality" or "prefill": "raw" with it'
         )
+    retain = None
+    try:
+        retain = _parse_retain(given.get("retain"))
+    except ValueError as error:
+        problems.append(str(error))
+    if retain and prefill == "raw":
+        problems.append(
+            'prefill must be "codes" with retain, got "raw"; leave it out: a step\'s new tokens '
+            "would see each other at their distance in the text, not in what is kept"
+        )
     overrides = {name: given[name] for name in _PRESET_NAMES if name in given}
     try:
         preset = preset.with_overrides(overrides)
@@ -133,4 +162,30 @@ def parse_options(preset_name: str, additional_config: Any = None) -> Options:
         problems.append(str(error).removeprefix("fibquant options: "))
     if problems:
         raise ValueError("fibquant options: " + "\n  also: ".join(problems))
-    return Options(preset, prefill, recent_window, first_tokens, self_check)
+    return Options(preset, prefill, recent_window, first_tokens, self_check, retain)
+
+
+def _parse_retain(given: Any) -> Retain | None:
+    """What to keep; None means everything.
+
+    Raises:
+        ValueError: naming the value.
+    """
+    if given is None:
+        return None
+
+    def is_count(value: Any, least: int) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+    if (
+        not isinstance(given, dict)
+        or not given.keys() <= {"first", "recent"}
+        or not is_count(given.get("recent"), 1)
+        or not is_count(given.get("first", 0), 0)
+    ):
+        raise ValueError(
+            'retain must be an object with "recent", a number of tokens of at least 1, and '
+            f'optionally "first", one of at least 0, got {given!r}; give for example '
+            '{"first": 4, "recent": 1024}'
+        )
+    return Retain(**given)

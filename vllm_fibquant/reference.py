@@ -90,6 +90,8 @@ def paged_attention(
     raw_key: torch.Tensor | None = None,
     raw_value: torch.Tensor | None = None,
     copies: TokenCopies | None = None,
+    keep_first: int = 0,
+    first_query: torch.Tensor | None = None,
     compute_dtype: torch.dtype = torch.float32,
 ) -> None:
     """Causal attention of each request's newest tokens over its cached codes.
@@ -109,6 +111,9 @@ def paged_attention(
         raw_key, raw_value: float [num_tokens, num_kv_heads, head_dim] or None. When given, a
             request's new tokens are attended from these instead of from their codes.
         copies: copies that stand in for codes of cached tokens, or None; they need raw_key.
+        keep_first: positions below it are seen whatever the window.
+        first_query: as query, or None for query itself; what positions below keep_first are
+            scored with.
         compute_dtype: dtype of the arithmetic; float64 gives the tightest judge.
     """
     num_q_heads, num_kv_heads = query.shape[1], cache.shape[1]
@@ -136,12 +141,17 @@ def paged_attention(
         values = values.repeat_interleave(group_size, dim=1)
 
         scores = torch.einsum("qhd,shd->hqs", query[begin:end].to(compute_dtype), keys) * scale
+        if first_query is not None:
+            first = first_query[begin:end].to(compute_dtype)
+            scores[..., :keep_first] = (
+                torch.einsum("qhd,shd->hqs", first, keys[:keep_first]) * scale
+            )
         if soft_cap > 0:
             scores = soft_cap * torch.tanh(scores / soft_cap)
         query_positions = positions[seq_len - query_len :, None]
         hidden = positions > query_positions
         if window > 0:
-            hidden |= positions <= query_positions - window
+            hidden |= (positions <= query_positions - window) & (positions >= keep_first)
         scores.masked_fill_(hidden, float("-inf"))
         if sinks is not None:
             extra = sinks.to(compute_dtype)[:, None, None].expand(-1, query_len, 1)

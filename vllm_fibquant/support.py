@@ -25,6 +25,19 @@ BACKEND_NAME = "FIBQUANT"
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+# Models of which every layer attends what its rotary embedding returns, with no norm in between.
+# Read in vLLM 0.32.0's model files; the rotary embedding itself is probed when a layer is built.
+RETAIN_ARCHITECTURES = (
+    "GPTJForCausalLM",
+    "GemmaForCausalLM",
+    "GraniteForCausalLM",
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "StableLmForCausalLM",
+)
+
 # These size their buffers from vLLM's dense shapes and would copy the wrong bytes of a page.
 REFUSED_CONNECTORS = ("LMCache",)
 
@@ -158,6 +171,43 @@ def config_problems(vllm_config: VllmConfig) -> list[str]:
         options.recent_window,
         'give "mode": "exact" or "recent_window": 0 with it',
     )
+    if options.retain:
+        problems += [f"retain: {problem}" for problem in retain_problems(vllm_config)]
+    return problems
+
+
+def retain_problems(vllm_config: VllmConfig) -> list[str]:
+    """Every reason why this configuration cannot keep a request's first and newest tokens alone."""
+    problems = []
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    if model is not None and model.architecture not in RETAIN_ARCHITECTURES:
+        problems.append(
+            f"model must be one of {', '.join(RETAIN_ARCHITECTURES)}, whose queries can be turned "
+            f"back, got {model.architecture}; leave retain out for this model"
+        )
+    layer_types = getattr(model.hf_text_config, "layer_types", None) if model is not None else None
+    if cache.sliding_window is not None or "sliding_attention" in (layer_types or ()):
+        problems.append(
+            "layers must all have full attention, got a sliding window, which bounds those layers' "
+            "cache already; leave retain out for this model"
+        )
+    if cache.kv_cache_dtype_skip_layers:
+        problems.append(
+            "--kv-cache-dtype-skip-layers must be empty, got "
+            f"{', '.join(cache.kv_cache_dtype_skip_layers)}: their cache would grow without bound; "
+            "leave the flag out"
+        )
+    speculation = vllm_config.speculative_config
+    if speculation is not None and speculation.method != "ngram":
+        problems.append(
+            f"speculative decoding must be off or ngram, got {speculation.method}, whose draft "
+            "model's cache has not been verified with it; leave --speculative-config out"
+        )
+    if vllm_config.kv_transfer_config is not None or cache.kv_offloading_size is not None:
+        problems.append(
+            "KV connectors and offloading must be off, got one: they move pages by position, and "
+            "some are gone; leave --kv-transfer-config and --kv-offloading-size out"
+        )
     return problems
 
 

@@ -4,6 +4,7 @@
 // One job owns a row block (consecutive new tokens of one request times the query heads of one KV
 // head) and a range of splits. A split is kSplit tokens at fixed positions; it is walked tile by
 // tile: scores from the codes of keys, softmax, weighted sum of the codes of values.
+// The first FqAttend::keep_first positions are a leading split, with other queries and no window.
 // Splits are merged in order of position, by the job itself or, when several jobs share a row
 // block, from their stored states in a second pass: the same arithmetic either way.
 //
@@ -46,12 +47,15 @@ static void attend_split(Call& call, const RowBlock& b, int begin, int end, int 
   const RecordLayout& layout = call.layout;
   const int head_dim = codec.head_dim, rows = rows_of(call, b), tile = tile_tokens(head_dim);
   const int context = context_len(call, b.req);
+  const bool is_leading = end <= call.args.keep_first;
+  const int window = is_leading ? 0 : call.args.window;
+  const int oldest = is_leading ? 0 : (int)call.args.keep_first;
   clear(state, rows, head_dim);
   for (int t0 = begin / tile * tile; t0 < end; t0 += tile) {
     const int t1 = t0 + tile < end ? t0 + tile : end;
     const int count = t1 - t0, rounded = (count + 7) & ~7;
-    // Tokens before `begin` are nobody's: a sliding window may have freed their block. They are not
-    // read, and zero factors keep them out of every sum.
+    // Tokens before `begin` are nobody's: a sliding window may have freed their block, or they are
+    // the leading split's. They are not read, and zero factors keep them out of every sum.
     const int lead = begin > t0 ? begin - t0 : 0;
     const float* hidden = nullptr;
     if (call.args.copy_key && (t0 < call.args.num_first || t1 > context - call.args.num_recent)) {
@@ -95,7 +99,7 @@ static void attend_split(Call& call, const RowBlock& b, int begin, int end, int 
       s.key_factor[j] = s.value_factor[j] = 0.0f;
     }
     call.key.dot(codec.key, key_fields, s.query, rows, head_dim, rounded, s.tile, s.scores);
-    const Mask mask = {t0, count, first_position, call.group_size, call.args.window, hidden};
+    const Mask mask = {t0, count, first_position, call.group_size, window, oldest, hidden};
     softmax_tile(s.scores, rows, tile, s.key_factor, s.value_factor, mask, call.args.soft_cap,
                  state, s.alpha);
     call.value.axpy(codec.value, value_fields, s.scores, s.alpha, rows, head_dim, count, s.tile,
@@ -109,7 +113,7 @@ static void finish(const Call& call, const RowBlock& b, const Scratch& s) {
   const int head_dim = call.codec.head_dim, rows = rows_of(call, b), group = call.group_size;
   for (int r = 0; r < rows; ++r) rotate(call.codec, s.total.o + (int64_t)r * head_dim, true);
   if (a.raw_key) {
-    load_queries(call, b, true, s.query_raw);
+    load_queries(call, b, Queries::kRaw, s.query_raw);
     attend_raw(call, b, s);
     merge(s.total, s.raw, rows, head_dim);
   }
@@ -133,12 +137,16 @@ static void finish(const Call& call, const RowBlock& b, const Scratch& s) {
 static void run_job(Call& call, const RowBlock& b, const Job& job, const Scratch& s) {
   const int head_dim = call.codec.head_dim, rows = rows_of(call, b);
   const int first_position = context_len(call, b.req) + b.token;
-  load_queries(call, b, false, s.query);
+  const int leading = b.first_end > 0;
   if (b.partial < 0) clear(s.total, rows, head_dim);
   for (int i = job.split_begin; i < job.split_end; ++i) {
-    const int split = b.begin / kSplit + i;
-    const int begin = split * kSplit > b.begin ? split * kSplit : b.begin;
-    const int end = (split + 1) * kSplit < b.end ? (split + 1) * kSplit : b.end;
+    const int split = b.begin / kSplit + i - leading;
+    int begin = split * kSplit > b.begin ? split * kSplit : b.begin;
+    int end = (split + 1) * kSplit < b.end ? (split + 1) * kSplit : b.end;
+    if (i < leading) begin = 0, end = b.first_end;
+    if (i == job.split_begin || i == leading) {
+      load_queries(call, b, i < leading ? Queries::kFirst : Queries::kCodes, s.query);
+    }
     if (b.partial < 0) {
       attend_split(call, b, begin, end, first_position, s, s.split);
       merge(s.total, s.split, rows, head_dim);
@@ -192,7 +200,10 @@ static int64_t list_blocks(const Call& call, RowBlock* out) {
             a.window > 0 && context + token - a.window + 1 > 0 ? context + token - a.window + 1 : 0;
         b.begin = b.window_begin;
         b.end = a.raw_key ? context : context + token + b.num_tokens;
+        b.first_end = (int)(a.keep_first < b.end ? a.keep_first : b.end);
+        if (b.begin < b.first_end) b.begin = b.first_end;
         b.num_splits = b.end > b.begin ? (b.end - 1) / kSplit - b.begin / kSplit + 1 : 0;
+        b.num_splits += b.first_end > 0;
         b.partial = -1;
       }
     }

@@ -20,8 +20,9 @@ struct RowBlock {
   int32_t token;         // first new token of the block, counted within the request
   int32_t num_tokens;    // new tokens in the block
   int32_t window_begin;  // oldest position that any row of the block sees
-  int32_t begin, end;    // cached positions attended from codes, [begin, end)
-  int32_t num_splits;    // splits that [begin, end) touches
+  int32_t first_end;     // positions [0, first_end) are the leading split; 0 = there is none
+  int32_t begin, end;    // cached positions attended from codes beside those, [begin, end)
+  int32_t num_splits;    // splits that [begin, end) touches, and the leading one
   int64_t partial;       // offset of the stored states of its splits, -1 when one job does all
 };
 
@@ -81,17 +82,22 @@ static inline int context_len(const Call& call, int req) {
   return a.seq_lens[req] - (a.query_start_loc[req + 1] - a.query_start_loc[req]);
 }
 
-// The queries of a row block, [rows, head_dim], rotated unless `raw`.
-static void load_queries(const Call& call, const RowBlock& b, bool raw, float* dst) {
+enum class Queries { kRaw, kCodes, kFirst };  // for raw keys, for codes, for the leading split
+
+// The queries of a row block, [rows, head_dim], rotated unless raw.
+static void load_queries(const Call& call, const RowBlock& b, Queries which, float* dst) {
   const FqAttend& a = call.args;
+  const bool first = which == Queries::kFirst;
+  const void* query = first ? a.first_query : a.query;
+  const int64_t stride_token = first ? a.stride_first_query_token : a.stride_query_token;
+  const int64_t stride_head = first ? a.stride_first_query_head : a.stride_query_head;
   const int head_dim = call.codec.head_dim, group = call.group_size;
   const int64_t token = a.query_start_loc[b.req] + b.token;
   for (int r = 0; r < rows_of(call, b); ++r) {
     const int head = b.kv_head * group + r % group;
     float* q = dst + (int64_t)r * head_dim;
-    const int64_t at = (token + r / group) * a.stride_query_token + head * a.stride_query_head;
-    load_row(a.query, at, a.dtype, head_dim, q);
-    if (!raw) rotate(call.codec, q, false);
+    load_row(query, (token + r / group) * stride_token + head * stride_head, a.dtype, head_dim, q);
+    if (which != Queries::kRaw) rotate(call.codec, q, false);
   }
 }
 

@@ -86,6 +86,10 @@ struct FqAttend {
   int64_t stride_copy_row, stride_copy_head;  // elements
   int32_t num_first;
   int32_t num_recent;
+  // Positions below keep_first are seen whatever the window, scored with these queries.
+  const void* first_query;  // [num_tokens, num_q_heads, head_dim]; unused if keep_first is 0
+  int64_t stride_first_query_token, stride_first_query_head;
+  int64_t keep_first;  // 0 = none; not with raw_key
 };
 
 }  // extern "C"

@@ -251,6 +251,7 @@ struct Mask {
   int first_position;   // position of row 0
   int rows_per_token;   // rows r and r + 1 share a position unless r + 1 is a multiple of this
   int window;           // 0 = none
+  int oldest;           // positions below this are nobody's
   const float* hidden;  // [tile] of 0 or -inf, added to every row's scores; null = all 0
 };
 
@@ -265,7 +266,8 @@ static inline void softmax_tile(float* scores, int rows, int tile, const float* 
   for (int r = 0; r < rows; ++r) {
     float* s = scores + r * kMaxTile;
     const int position = mask.first_position + r / mask.rows_per_token;
-    const int oldest = mask.window > 0 ? position - mask.window + 1 : 0;
+    const int start = mask.window > 0 ? position - mask.window + 1 : 0;
+    const int oldest = start > mask.oldest ? start : mask.oldest;
     const int newest = position < last ? position : last;
     const bool whole = newest - mask.begin == tile - 1 && oldest <= mask.begin && !mask.hidden;
     vf largest = splat(kMinusInf);

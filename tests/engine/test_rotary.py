@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turning queries back with vLLM's rotary embeddings, and finding those."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vllm_fibquant import rotary
+
+HEAD_DIM = 64
+PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 512,
+}  # fmt: skip
+YARN = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0,
+    "original_max_position_embeddings": 512,
+}  # fmt: skip
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+PARTIAL = {**PLAIN, "partial_rotary_factor": 0.25}
+
+
+class Impl:
+    """Stands for a layer's implementation."""
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, impl: Impl) -> None:
+        super().__init__()
+        self.impl = impl
+
+
+def make_parent(embedding: torch.nn.Module | None, impl: Impl) -> torch.nn.Module:
+    """An attention module of a model, as vLLM builds it."""
+    rotary.watch(impl)
+    parent = torch.nn.Module()
+    parent.rotary_emb = embedding
+    parent.attn = Layer(impl)
+    return parent
+
+
+def make_rotary(parameters, dtype=torch.float32, is_neox_style=True, max_position=4096):
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.model_executor.layers.rotary_embedding import get_rope
+
+    with set_current_vllm_config(VllmConfig()):
+        return get_rope(
+            HEAD_DIM, max_position=max_position, is_neox_style=is_neox_style,
+            rope_parameters=parameters, dtype=dtype,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("is_neox_style", [True, False])
+@pytest.mark.parametrize(
+    "parameters", [PLAIN, LLAMA3, YARN, LINEAR, PARTIAL], ids=lambda p: f"{p['rope_type']}{len(p)}"
+)
+def test_turned_is_rotated_less(parameters, is_neox_style, dtype):
+    """R_p q turned back by g is R_(p-g) q, for every kind of embedding there is a product of."""
+    embedding = make_rotary(parameters, dtype, is_neox_style)
+    impl = Impl()
+    parent = make_parent(embedding, impl)
+    turn_back = rotary.turn_back_of(impl, 2048, HEAD_DIM, dtype)
+    assert parent.attn.impl is impl
+
+    def rotate(positions, x):
+        return embedding(positions, x.flatten(1).clone(), None)[0].view(x.shape)
+
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(50, 3, HEAD_DIM, generator=generator).to(dtype)
+    position = torch.randint(0, 2048, (50,), generator=generator)
+    distance = (position * torch.rand(50, generator=generator)).long()
+    rotated = rotate(position, query)
+    before = rotated.clone()
+    turned = turn_back(rotated, distance)
+    assert torch.equal(rotated, before)
+    error = (turned.float() - rotate(position - distance, query).float()).abs().max()
+    assert error < (2e-3 if dtype == torch.float32 else 0.1)
+    assert (turned.float() - rotated.float()).abs().max() > 1
+    # A row's bits must not depend on whether others of its batch are turned.
+    assert torch.equal(turn_back(rotated, 0 * distance), rotated)
+    # The wrong pairing is another rotation, and it is noticed.
+    wrong = rotary.TurnBack(embedding, embedding.rotary_dim, not is_neox_style, HEAD_DIM, dtype)
+    assert wrong.error(2048) > 0.5
+
+
+def test_models_without_one_embedding_beside_each_layer_are_refused():
+    impl = Impl()
+    with pytest.raises(ValueError, match="got 0 of them; leave retain out"):
+        rotary.turn_back_of(impl, 100, HEAD_DIM, torch.float32)
+    parent = make_parent(None, impl)
+    with pytest.raises(ValueError, match="got 0 of them"):
+        rotary.turn_back_of(impl, 100, HEAD_DIM, torch.float32)
+    parent.one, parent.two = make_rotary(PLAIN), make_rotary(LINEAR)
+    with pytest.raises(ValueError, match="got 2 of them"):
+        rotary.turn_back_of(impl, 100, HEAD_DIM, torch.float32)
+
+
+def test_a_table_that_is_too_short_is_refused():
+    impl = Impl()
+    parent = make_parent(make_rotary(PLAIN, max_position=128), impl)
+    assert parent is not None
+    with pytest.raises(ValueError, match="know all 129 positions.*got 128.*--hf-overrides"):
+        rotary.turn_back_of(impl, 129, HEAD_DIM, torch.float32)
+    rotary.turn_back_of(impl, 128, HEAD_DIM, torch.float32)
+
+
+def test_an_embedding_that_is_no_rotation_is_refused():
+    class Shear(torch.nn.Module):
+        rotary_dim, is_neox_style, cos_sin_cache = HEAD_DIM, True, torch.zeros(200, HEAD_DIM)
+
+        def forward(self, positions, query, key):
+            return query * (1 + positions[:, None]), key
+
+    class NeedsKeys(Shear):
+        def forward(self, positions, query, key):
+            return query + key, key
+
+    for embedding, got in ((Shear(), "an error of"), (NeedsKeys(), "NeedsKeys")):
+        impl = Impl()
+        parent = make_parent(embedding, impl)
+        assert parent is not None
+        with pytest.raises(ValueError, match=got):
+            rotary.turn_back_of(impl, 200, HEAD_DIM, torch.float32)
