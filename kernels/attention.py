@@ -67,10 +67,9 @@ def _attend_split(
         begin = 0
         if window > 0:
             begin = tl.maximum(context + first - window + 1, 0)
-        if RAW:
-            end = context
-        else:
-            end = context + tl.minimum(first + BLOCK_Q, query_len)
+        end = context
+        if not RAW:
+            end += tl.minimum(first + BLOCK_Q, query_len)
         start = begin // BLOCK_T * BLOCK_T
         num_tiles = tl.cdiv(tl.maximum(end - start, 0), BLOCK_T)
         split_tokens = tl.cdiv(num_tiles, NUM_SPLITS) * BLOCK_T
@@ -219,6 +218,8 @@ def paged_attention(
     tables, at, dim = device_codec(codec, cache.device), codec.layout, next_power_of_two(head_dim)
 
     block_m = DECODE_ROWS if num_tokens <= 4 * num_reqs else PREFILL_ROWS
+    if dim * query.element_size() > 256:  # operands of 64 such rows exceed shared memory
+        block_m = DECODE_ROWS
     block_m = max(block_m, next_power_of_two(group_size))
     block_q = block_m // group_size
     num_row_blocks = num_tokens // block_q + num_reqs

@@ -20,6 +20,7 @@ from vllm_fibquant.kernels.tables import GAINS, DeviceCode, device_codec, next_p
 
 BLOCK_V = 16  # the least number of rows of a matrix product
 CHUNK = 32
+INPUTS = tl.constexpr(32)
 
 
 @triton.jit
@@ -37,10 +38,8 @@ def _nearest(
         score = -tl.load(half_sq + row, mask=inside, other=float("inf"))[None, :]
         for j in tl.static_range(SUBVEC_DIM):
             y = tl.sum(tl.where(coord == j, parts, 0.0), axis=1)
-            score = (
-                score
-                + y[:, None] * tl.load(rows_t + j * NUM_ROWS + row, mask=inside, other=0.0)[None, :]
-            )  # noqa: E501
+            c = tl.load(rows_t + j * NUM_ROWS + row, mask=inside, other=0.0)
+            score += y[:, None] * c[None, :]
         top = tl.max(score, axis=1)
         winner = tl.min(tl.where(score == top[:, None], row[None, :], NUM_ROWS), axis=1)
         better = top > best
@@ -79,19 +78,26 @@ def _encode_side(
     num_bad = tl.sum((~(magnitude < float("inf"))).to(tl.int32), axis=1)
     peak = tl.max(tl.where(magnitude < float("inf"), magnitude, 0.0), axis=1)
     usable = (num_bad == 0) & (peak >= 1.1754943508222875e-38)
-    scaled = tl.where(usable[:, None], v / tl.where(usable, peak, 1.0)[:, None], 0.0)
-    length = tl.sqrt(tl.sum(scaled * scaled, axis=1))
-    unit = scaled / tl.where(usable, length, 1.0)[:, None]
+    divisor = tl.where(usable, peak, 1.0)
+    scaled = tl.where(usable[:, None], v / divisor[:, None], 0.0)
+    length = tl.where(usable, tl.sqrt(tl.sum(scaled * scaled, axis=1)), 1.0)
     if tl.program_id(1) == 0:
         tl.atomic_add(counters + 1, outside)
     tl.atomic_add(counters, tl.sum((stored & (num_bad > 0)).to(tl.int32), axis=0))
 
-    # y = unit @ matrix^T: element (i, j) of the operand is matrix[j, i].
-    square = in_dim[:, None] & in_dim[None, :]
-    transposed = tl.load(
-        matrix + coord[None, :] * HEAD_DIM + coord[:, None], mask=square, other=0.0
-    )
-    y = tl.dot(unit, transposed, input_precision="ieee")  # [BLOCK_V, DIM]
+    # y = unit @ matrix^T, INPUTS coordinates of the unit vector at a time: all of a 256 x 256
+    # matrix exceed shared memory. Element (i, j) of the operand is matrix[j, i].
+    y = tl.zeros([BLOCK_V, DIM], tl.float32)
+    for begin in range(0, HEAD_DIM, INPUTS):
+        i = begin + tl.arange(0, INPUTS)
+        wanted = usable[:, None] & (i < HEAD_DIM)[None, :]
+        part = tl.load(x + at[:, None] + i[None, :], mask=wanted, other=0.0).to(tl.float32)
+        part = part / divisor[:, None] / length[:, None]
+        square = (i < HEAD_DIM)[:, None] & in_dim[None, :]
+        transposed = tl.load(
+            matrix + coord[None, :] * HEAD_DIM + i[:, None], mask=square, other=0.0
+        )
+        y += tl.dot(part, transposed, input_precision="ieee")
 
     # Nearest codeword of every subvector.
     parts = tl.reshape(y, [BLOCK_V * SUBVECS, SUBVEC_DIM])

@@ -12,6 +12,8 @@ from vllm_fibquant.kernels.codes import find_rows, soft_cap_scores
 
 EMPTY = tl.constexpr(-1e30)
 """The largest score of a state that saw no token: finite, so that no difference is NaN."""
+COLUMNS = tl.constexpr(32)
+"""Columns of the rotation held at once: all of a 256 x 256 matrix exceed shared memory."""
 
 
 @triton.jit
@@ -27,12 +29,17 @@ def rotate_rows(
     mask = (row < num_rows)[:, None] & in_dim[None, :]
     at = (row // HEADS).to(tl.int64) * stride_token + (row % HEADS) * stride_head
     q = tl.load(query + at[:, None] + coord[None, :], mask=mask, other=0.0).to(tl.float32)
-    square = in_dim[:, None] & in_dim[None, :]
-    transposed = tl.load(
-        matrix + coord[None, :] * HEAD_DIM + coord[:, None], mask=square, other=0.0
-    )
-    y = tl.dot(q, transposed, input_precision="ieee")
-    tl.store(rotated + row.to(tl.int64)[:, None] * HEAD_DIM + coord[None, :], y, mask=mask)
+    at_out = rotated + row.to(tl.int64)[:, None] * HEAD_DIM
+    for begin in range(0, HEAD_DIM, COLUMNS):
+        column = begin + tl.arange(0, COLUMNS)
+        square = in_dim[:, None] & (column < HEAD_DIM)[None, :]
+        # Element (i, j) of the operand is matrix[j, i].
+        transposed = tl.load(
+            matrix + column[None, :] * HEAD_DIM + coord[:, None], mask=square, other=0.0
+        )
+        y = tl.dot(q, transposed, input_precision="ieee")
+        wanted = (row < num_rows)[:, None] & (column < HEAD_DIM)[None, :]
+        tl.store(at_out + column[None, :], y, mask=wanted)
 
 
 @triton.jit
@@ -74,8 +81,8 @@ def attend_raw(
         coord = tl.arange(0, DIM)
         in_dim = coord < HEAD_DIM
         mask = valid[:, None] & in_dim[None, :]
-        at = token.to(tl.int64) * stride_query_token + head * stride_query_head
-        q = tl.load(query + at[:, None] + coord[None, :], mask=mask, other=0.0).to(tl.float32)
+        at_query = token.to(tl.int64) * stride_query_token + head * stride_query_head
+        q = tl.load(query + at_query[:, None] + coord[None, :], mask=mask, other=0.0).to(tl.float32)
         o = tl.zeros([BLOCK_M, DIM], tl.float32)
         m = tl.full([BLOCK_M], EMPTY, tl.float32)
         l = tl.zeros([BLOCK_M], tl.float32)  # noqa: E741
@@ -87,10 +94,10 @@ def attend_raw(
             t = t0 + tl.arange(0, BLOCK_T)
             loaded = (t < query_len)[:, None] & in_dim[None, :]
             row = (base + t).to(tl.int64)
-            at = row * stride_key_token + kv_head * stride_key_head
-            k = tl.load(raw_key + at[:, None] + coord[None, :], mask=loaded, other=0.0)
-            at = row * stride_value_token + kv_head * stride_value_head
-            v = tl.load(raw_value + at[:, None] + coord[None, :], mask=loaded, other=0.0)
+            at_key = row * stride_key_token + kv_head * stride_key_head
+            k = tl.load(raw_key + at_key[:, None] + coord[None, :], mask=loaded, other=0.0)
+            at_value = row * stride_value_token + kv_head * stride_value_head
+            v = tl.load(raw_value + at_value[:, None] + coord[None, :], mask=loaded, other=0.0)
             score = tl.dot(q, tl.trans(k.to(tl.float32)), input_precision="ieee") * scale
             score = soft_cap_scores(score, soft_cap, SOFT_CAP)
             visible = (context + t)[None, :] <= position[:, None]
@@ -143,28 +150,35 @@ def merge_states(
             o = o * here[:, None] + split_o * there[:, None]
             l = l * here + split_l * there  # noqa: E741
             m = new_m
-        # y = matrix @ x is undone by its transpose: x = y @ matrix.
-        square = in_dim[:, None] & in_dim[None, :]
-        rotation = tl.load(
-            matrix + coord[:, None] * HEAD_DIM + coord[None, :], mask=square, other=0.0
-        )
-        o = tl.dot(o, rotation, input_precision="ieee") * factor
+        # The weights of the parts: codes first, then raw tokens, then the sink.
+        new_m, raw_weight = m, tl.zeros([BLOCK_M], tl.float32)
+        raw_l = tl.zeros([BLOCK_M], tl.float32)
         if RAW:
             raw_m = tl.load(raw_ml + row, mask=valid, other=EMPTY)
             raw_l = tl.load(raw_ml + num_rows + row, mask=valid, other=0.0)
-            new_m = tl.maximum(m, raw_m)
-            here, there = tl.exp(m - new_m), tl.exp(raw_m - new_m)
-            at_o = raw_o + row[:, None] * HEAD_DIM + coord[None, :]
-            o = o * here[:, None] + tl.load(at_o, mask=mask, other=0.0) * there[:, None]
-            l = l * here + raw_l * there  # noqa: E741
-            m = new_m
+            new_m = tl.maximum(new_m, raw_m)
         if SINKS:
             sink = tl.load(sinks + head, mask=valid, other=0.0)
-            new_m = tl.maximum(m, sink)
-            here = tl.exp(m - new_m)
-            o = o * here[:, None]
-            l = l * here + tl.exp(sink - new_m)  # noqa: E741
-        o = o / tl.where(l == 0, 1.0, l)[:, None]
-        at_out = token.to(tl.int64) * stride_out_token + head * stride_out_head
-        at_out = out + at_out[:, None] + coord[None, :]
-        tl.store(at_out, o.to(out.dtype.element_ty), mask=mask)
+            new_m = tl.maximum(new_m, sink)
+        weight = tl.exp(m - new_m)
+        l = l * weight  # noqa: E741
+        if RAW:
+            raw_weight = tl.exp(raw_m - new_m)
+            l += raw_l * raw_weight  # noqa: E741
+        if SINKS:
+            l += tl.exp(sink - new_m)  # noqa: E741
+        total = tl.where(l == 0, 1.0, l)[:, None]
+        at_out = out + (token.to(tl.int64) * stride_out_token + head * stride_out_head)[:, None]
+        for begin in range(0, HEAD_DIM, COLUMNS):
+            column = begin + tl.arange(0, COLUMNS)
+            square = in_dim[:, None] & (column < HEAD_DIM)[None, :]
+            wanted = valid[:, None] & (column < HEAD_DIM)[None, :]
+            # y = matrix @ x is undone by its transpose: x = y @ matrix.
+            rotation = tl.load(
+                matrix + coord[:, None] * HEAD_DIM + column[None, :], mask=square, other=0.0
+            )
+            x = tl.dot(o, rotation, input_precision="ieee") * (factor * weight[:, None])
+            if RAW:
+                at_raw = raw_o + row[:, None] * HEAD_DIM + column[None, :]
+                x += tl.load(at_raw, mask=wanted, other=0.0) * raw_weight[:, None]
+            tl.store(at_out + column[None, :], (x / total).to(out.dtype.element_ty), mask=wanted)
