@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.paged import make_paged
-from vllm_fibquant import ops, reference
+from vllm_fibquant import gpu, ops, reference
 from vllm_fibquant.codec import KVCodec
 from vllm_fibquant.config import PRESETS
 from vllm_fibquant.kernels import attention, encode
@@ -164,6 +164,40 @@ def test_nan_query_spoils_only_its_own_row() -> None:
         assert after[1, 0].isnan().all()
         after[1, 0] = before[1, 0]
         assert torch.equal(after, before)
+
+
+# ---- the door -----------------------------------------------------------------------------------
+
+
+def test_the_door_takes_and_refuses() -> None:
+    codec = codec_of("fibquant_2bit", 64)
+    paged = paged_of(codec, [40, 20], [1, 2])
+    names = ("query", "cache", "query_start_loc", "seq_lens", "block_table")
+    on = {name: getattr(paged, name).to(DEVICE) for name in names}
+    out = torch.zeros_like(on["query"])
+
+    def call(**changes):
+        gpu.paged_attention(**{"codec": codec, "out": out, "scale": paged.scale, **on, **changes})
+
+    call()
+    assert (out.cpu().double() - paged.oracle()).abs().max() < 1e-5
+    for changes, message in (
+        ({"query": on["query"][:, :3]}, "query must be"),
+        ({"out": out.half()}, "out must be"),
+        ({"seq_lens": on["seq_lens"].long()}, "seq_lens must be"),
+        ({"block_table": on["block_table"][:1]}, "block_table at least 2 rows"),
+        ({"window": -1}, "window and soft_cap"),
+        ({"sinks": torch.zeros(3)}, "sinks must be"),
+        ({"cache": on["cache"][..., 1:]}, "cache must be"),
+        ({"recent": out}, "recent must be left out on a GPU"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call(**changes)
+    key = torch.randn(3, 2, 64).to(DEVICE)
+    slots = torch.tensor([0, -1, 5]).to(DEVICE)
+    assert gpu.encode_kv(key, key, on["cache"], slots, codec) == 0
+    with pytest.raises(ValueError, match="slot_mapping must be"):
+        gpu.encode_kv(key, key, on["cache"], slots.int(), codec)
 
 
 # ---- encode -------------------------------------------------------------------------------------
