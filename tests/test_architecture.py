@@ -18,7 +18,7 @@ PACKAGE = ROOT / "vllm_fibquant"
 LAYERS = {
     0: ["config", "codebook", "codebook_build", "source_law", "rotation", "codec", "options"],
     1: ["layout", "copies"],
-    2: ["reference", "native", "ops", "selfcheck"],
+    2: ["reference", "native", "gpu", "ops", "selfcheck"],
     3: ["support", "metadata", "retention", "rotary", "attention"],
     4: ["compat", "plugin"],
     5: ["__init__", "__main__", "cli", "codebook_cli", "demo_model", "info", "launcher", "plan"],

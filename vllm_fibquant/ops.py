@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one door to the kernels: checks every argument, then calls the kernel of the device.
 
-Kernels: the C++ library for CPU tensors (csrc/cpu). The oracle (`reference`) takes its place only
-when `use_reference` asks for it.
+Kernels: the C++ library for CPU tensors (csrc/cpu), Triton for CUDA tensors (`gpu`). The oracle
+(`reference`) takes their place only when `use_reference` asks for it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from vllm_fibquant import native, reference
+from vllm_fibquant import gpu, native, reference
 from vllm_fibquant.codec import KVCodec
 from vllm_fibquant.reference import TokenCopies
 
@@ -81,6 +81,8 @@ def encode_kv(
         takes num_rows * head_dim multiply-adds per vector.
     Oracle: reference.encode_kv, equal but for ties of the two nearest codewords.
     """
+    if cache.device.type == "cuda" and not _forced_reference:
+        return gpu.encode_kv(key, value, cache, slot_mapping, codec)
     _check_cache("encode_kv", cache, codec)
     for name, x in (("key", key), ("value", value)):
         _check_vectors("encode_kv", name, x, cache.shape[1], codec.head_dim)
@@ -158,6 +160,13 @@ def paged_attention(
     Cost: reads record_bytes per cached token and KV head for every 48 rows that share them.
     Oracle: reference.paged_attention.
     """
+    if cache.device.type == "cuda" and not _forced_reference:
+        gpu.paged_attention(
+            query, cache, codec, query_start_loc, seq_lens, block_table, out, scale=scale,
+            window=window, soft_cap=soft_cap, sinks=sinks, raw_key=raw_key, raw_value=raw_value,
+            copies=copies, keep_first=keep_first or None, first_query=first_query,
+        )  # fmt: skip
+        return
     name = "paged_attention"
     _check_cache(name, cache, codec)
     num_kv_heads = cache.shape[1]

@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Paged attention over records: the split kernel and its launcher.
+
+A program owns one row block (new tokens of one request times the query heads of one KV head), and
+one split of the positions the block sees. It decodes a tile of BLOCK_T tokens once for all of its
+rows and feeds both matrix products with it:
+
+    scores  [rows, T] = queries [rows, d] @ codewords of keys [T, d]^T, times the key norms
+    outputs [rows, d] += (weights * value norms) [rows, T] @ codewords of values [T, d]
+
+Everything is in the rotated basis, and in units of the tables; `states.merge_states` undoes both.
+The grid depends on shapes alone and lengths are read on the device, so a captured CUDA graph serves
+any batch of its size. A split without tokens stores the empty state.
+
+Norms are masked by position before any arithmetic: memory nobody wrote may hold NaN. A block number
+outside the cache, or a position beyond the block table, gives NaN, never a read elsewhere.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_fibquant.codec import KVCodec
+from vllm_fibquant.kernels.codes import find_rows, load_codewords, load_indices, soft_cap_scores
+from vllm_fibquant.kernels.states import (
+    EMPTY,
+    attend_raw,
+    merge_states,
+    rotate_rows,
+    softmax_step,
+)
+from vllm_fibquant.kernels.tables import device_codec, next_power_of_two, prefixed
+
+BLOCK_T = 32
+DECODE_ROWS, PREFILL_ROWS = 16, 64
+MIN_SPLIT = 256
+"""Tokens below which another split costs more in merging than it saves."""
+PROGRAMS_PER_SM = 4
+
+
+@triton.jit
+def _attend_split(
+    rotated, cache, block_table, key_table, value_table, query_start_loc, seq_lens,
+    state_o, state_ml, num_reqs, num_rows, num_blocks, table_width, key_factor, soft_cap, window,
+    stride_block, stride_head, stride_table,
+    HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, RECORD_BYTES: tl.constexpr, VALUE_OFFSET: tl.constexpr,
+    NORM_OFFSET: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_T: tl.constexpr, NUM_SPLITS: tl.constexpr, SOFT_CAP: tl.constexpr, RAW: tl.constexpr,
+    EXACT: tl.constexpr, KEY_SUBVEC_DIM: tl.constexpr, KEY_INDEX_BITS: tl.constexpr,
+    KEY_ROW_BITS: tl.constexpr, KEY_FOLDED: tl.constexpr, KEY_NUM_SUBVECS: tl.constexpr,
+    KEY_SUBVECS: tl.constexpr, KEY_WORD_BYTES: tl.constexpr, VALUE_SUBVEC_DIM: tl.constexpr,
+    VALUE_INDEX_BITS: tl.constexpr, VALUE_ROW_BITS: tl.constexpr, VALUE_FOLDED: tl.constexpr,
+    VALUE_NUM_SUBVECS: tl.constexpr, VALUE_SUBVECS: tl.constexpr, VALUE_WORD_BYTES: tl.constexpr,
+):  # fmt: skip
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    req, query_len, context, first, token, head, position, valid = find_rows(
+        query_start_loc, seq_lens, num_reqs, tl.program_id(0), GROUP_SIZE, BLOCK_Q, BLOCK_M
+    )
+    if first < query_len:
+        # Positions the row block sees, [begin, end), and this split's part of them.
+        begin = 0
+        if window > 0:
+            begin = tl.maximum(context + first - window + 1, 0)
+        end = context
+        if not RAW:
+            end += tl.minimum(first + BLOCK_Q, query_len)
+        start = begin // BLOCK_T * BLOCK_T
+        num_tiles = tl.cdiv(tl.maximum(end - start, 0), BLOCK_T)
+        split_tokens = tl.cdiv(num_tiles, NUM_SPLITS) * BLOCK_T
+        split_begin = start + split * split_tokens
+        split_end = tl.minimum(split_begin + split_tokens, end)
+
+        head += kv_head * GROUP_SIZE
+        row = token.to(tl.int64) * HEADS + head
+        coord = tl.arange(0, DIM)
+        mask = valid[:, None] & (coord < HEAD_DIM)[None, :]
+        q = tl.load(rotated + row[:, None] * HEAD_DIM + coord[None, :], mask=mask, other=0.0)
+        row_factor = tl.full([BLOCK_M], 1.0, tl.float32)
+        if not EXACT:  # half precision holds any query once its largest coordinate is 1
+            row_factor = tl.max(tl.abs(q), axis=1)
+            row_factor = tl.where(row_factor > 0, row_factor, 1.0)
+            q = (q / row_factor[:, None]).to(tl.float16)
+        row_factor *= key_factor
+
+        o = tl.zeros([BLOCK_M, DIM], tl.float32)
+        m = tl.full([BLOCK_M], EMPTY, tl.float32)
+        l = tl.zeros([BLOCK_M], tl.float32)  # noqa: E741
+        for t0 in range(split_begin, split_end, BLOCK_T):
+            # Records of the tile's tokens, `known` where they exist.
+            t = t0 + tl.arange(0, BLOCK_T)
+            inside = (t >= begin) & (t < split_end)
+            entry = t // BLOCK_SIZE
+            known = inside & (entry < table_width)
+            block = tl.load(block_table + req * stride_table + entry, mask=known, other=-1)
+            known &= (block >= 0) & (block < num_blocks)
+            record = (
+                cache
+                + block.to(tl.int64) * stride_block
+                + kv_head * stride_head
+                + (t % BLOCK_SIZE) * RECORD_BYTES
+            )
+            norms = (record + NORM_OFFSET).to(tl.pointer_type(tl.float16))
+            missing = tl.where(inside & ~known, float("nan"), 0.0)
+            key_norm = tl.load(norms, mask=known, other=0.0).to(tl.float32) + missing
+            value_norm = tl.load(norms + 1, mask=known, other=0.0).to(tl.float32)
+
+            # Scores.
+            index = load_indices(
+                record, known, KEY_NUM_SUBVECS, KEY_SUBVECS, KEY_INDEX_BITS, KEY_WORD_BYTES
+            )
+            k = load_codewords(
+                index, key_table, BLOCK_T, KEY_SUBVECS, KEY_SUBVEC_DIM, KEY_ROW_BITS, KEY_FOLDED
+            )
+            if EXACT:
+                score = tl.dot(q, tl.trans(k.to(tl.float32)), input_precision="ieee")
+            else:
+                score = tl.dot(q, tl.trans(k))
+            score = score * row_factor[:, None] * key_norm[None, :]
+            score = soft_cap_scores(score, soft_cap, SOFT_CAP)
+            visible = inside[None, :] & (t[None, :] <= position[:, None]) & valid[:, None]
+            if window > 0:
+                visible &= t[None, :] > position[:, None] - window
+            weight, rescale, m, l = softmax_step(score, visible, m, l)  # noqa: E741
+
+            # Outputs.
+            index = load_indices(
+                record + VALUE_OFFSET, known, VALUE_NUM_SUBVECS, VALUE_SUBVECS, VALUE_INDEX_BITS,
+                VALUE_WORD_BYTES,
+            )  # fmt: skip
+            v = load_codewords(
+                index, value_table, BLOCK_T, VALUE_SUBVECS, VALUE_SUBVEC_DIM, VALUE_ROW_BITS,
+                VALUE_FOLDED,
+            )  # fmt: skip
+            if EXACT:
+                weight = weight * value_norm[None, :]
+                part = tl.dot(weight, v.to(tl.float32), input_precision="ieee")
+            else:  # a tile's largest norm is factored out, so that half precision holds the rest
+                top = tl.max(value_norm, axis=0)
+                top = tl.where(top > 0, top, 1.0)
+                weight = (weight * (value_norm / top)[None, :]).to(tl.float16)
+                part = tl.dot(weight, v) * top
+            o = o * rescale[:, None] + part
+
+        at = row * NUM_SPLITS + split
+        if split_begin < split_end:
+            tl.store(state_o + at[:, None] * HEAD_DIM + coord[None, :], o, mask=mask)
+        tl.store(state_ml + at, m, mask=valid)
+        tl.store(state_ml + num_rows * NUM_SPLITS + at, l, mask=valid)
+
+
+@functools.cache
+def _num_sms(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def choose_splits(num_programs: int, max_tokens: int, device: torch.device) -> int:
+    """Splits that fill the device, from shapes alone: the same batch shape, the same splits.
+
+    Args:
+        num_programs: row blocks times KV heads.
+        max_tokens: tokens a row of the block table holds.
+        device: where the kernel runs.
+    """
+    wanted = -(-PROGRAMS_PER_SM * _num_sms(device) // num_programs)
+    return max(1, min(wanted, max_tokens // MIN_SPLIT))
+
+
+def workspace_floats(num_rows: int, head_dim: int, num_splits: int, raw: bool) -> int:
+    """float32 elements `paged_attention` needs: rotated queries and the states of all splits.
+
+    Args:
+        num_rows: tokens of the query tensor times its heads.
+        head_dim, num_splits: as given to `paged_attention`.
+        raw: whether raw keys and values are given.
+    """
+    num_states = num_splits + (1 if raw else 0)
+    return num_rows * (head_dim + num_states * (head_dim + 2))
+
+
+def paged_attention(
+    query: torch.Tensor,
+    cache: torch.Tensor,
+    codec: KVCodec,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    scale: float,
+    window: int = 0,
+    soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    raw_key: torch.Tensor | None = None,
+    raw_value: torch.Tensor | None = None,
+    num_splits: int | None = None,
+    workspace: torch.Tensor | None = None,
+) -> None:
+    """See `ops.paged_attention`; reads nothing back to the host.
+
+    Args:
+        num_splits: parts of every sequence; None chooses.
+        workspace: float32 [at least `workspace_floats`] on the cache's device; None allocates,
+            which a CUDA graph's memory pool keeps valid.
+    """
+    num_tokens, num_q_heads, head_dim = query.shape
+    num_blocks, num_kv_heads, block_size, record_bytes = cache.shape
+    num_reqs, table_width = seq_lens.shape[0], block_table.shape[1]
+    group_size, num_rows = num_q_heads // num_kv_heads, num_tokens * num_q_heads
+    raw = raw_key is not None
+    tables, at, dim = device_codec(codec, cache.device), codec.layout, next_power_of_two(head_dim)
+
+    block_m = DECODE_ROWS if num_tokens <= 4 * num_reqs else PREFILL_ROWS
+    if dim * query.element_size() > 256:  # operands of 64 such rows exceed shared memory
+        block_m = DECODE_ROWS
+    block_m = max(block_m, next_power_of_two(group_size))
+    block_q = block_m // group_size
+    num_row_blocks = num_tokens // block_q + num_reqs
+    if num_splits is None:
+        num_splits = choose_splits(
+            num_row_blocks * num_kv_heads, table_width * block_size, cache.device
+        )
+    floats = workspace_floats(num_rows, head_dim, num_splits, raw)
+    if workspace is None:
+        workspace = torch.empty(floats, dtype=torch.float32, device=cache.device)
+    elif workspace.numel() < floats or workspace.dtype != torch.float32:
+        raise ValueError(
+            f"paged_attention: workspace must be float32 of at least {floats} elements, got "
+            f"{workspace.dtype} of {workspace.numel()}; see workspace_floats"
+        )
+    sizes = [
+        num_rows * head_dim,
+        num_splits * num_rows * head_dim,
+        num_splits * num_rows * 2,
+        num_rows * head_dim if raw else 0,
+        num_rows * 2 if raw else 0,
+    ]
+    rotated, state_o, state_ml, raw_o, raw_ml = workspace[:floats].split(sizes)
+    rows = {"HEADS": num_q_heads, "GROUP_SIZE": group_size, "HEAD_DIM": head_dim, "DIM": dim}
+    blocks = {"BLOCK_Q": block_q, "BLOCK_M": block_m}
+
+    rotate_rows[(triton.cdiv(num_rows, DECODE_ROWS),)](
+        query, rotated, tables.matrix, num_rows, query.stride(0), query.stride(1),
+        HEADS=num_q_heads, HEAD_DIM=head_dim, DIM=dim, BLOCK_R=DECODE_ROWS,
+    )  # fmt: skip
+    _attend_split[(num_row_blocks, num_kv_heads, num_splits)](
+        rotated, cache, block_table, tables.key.table, tables.value.table, query_start_loc,
+        seq_lens, state_o, state_ml, num_reqs, num_rows, num_blocks, table_width,
+        scale * tables.key.table_scale, soft_cap, window, cache.stride(0), cache.stride(1),
+        block_table.stride(0), **rows, BLOCK_SIZE=block_size, RECORD_BYTES=record_bytes,
+        VALUE_OFFSET=at.value_index_offset, NORM_OFFSET=at.key_norm_offset, **blocks,
+        BLOCK_T=BLOCK_T, NUM_SPLITS=num_splits, SOFT_CAP=soft_cap > 0, RAW=raw,
+        EXACT=query.dtype == torch.float32, **prefixed("KEY", tables.key.constants),
+        **prefixed("VALUE", tables.value.constants), num_warps=4,
+    )  # fmt: skip
+    if raw_key is not None and raw_value is not None:
+        attend_raw[(num_row_blocks, num_kv_heads)](
+            query, raw_key, raw_value, query_start_loc, seq_lens, raw_o, raw_ml, num_reqs, num_rows,
+            scale, soft_cap, window, query.stride(0), query.stride(1), raw_key.stride(0),
+            raw_key.stride(1), raw_value.stride(0), raw_value.stride(1), **rows, **blocks,
+            BLOCK_T=BLOCK_T, SOFT_CAP=soft_cap > 0,
+        )  # fmt: skip
+    merge_states[(num_row_blocks, num_kv_heads)](
+        state_o, state_ml, raw_o, raw_ml, tables.matrix, sinks if sinks is not None else state_ml,
+        out, query_start_loc, seq_lens, num_reqs, num_rows, tables.value.table_scale,
+        out.stride(0), out.stride(1), **rows, **blocks, NUM_SPLITS=num_splits, RAW=raw,
+        SINKS=sinks is not None,
+    )  # fmt: skip
