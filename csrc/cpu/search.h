@@ -8,8 +8,41 @@
 
 namespace fq::FQ_ISA {
 
-// ---- all rows
-// ------------------------------------------------------------------------------------
+// ---- the best lane -----------------------------------------------------------------------------
+
+// Takes the (score, index) pairs that are better, or as good and of a lower index.
+static inline void keep_better(vf score, vi index, vf& best, vi& best_index) {
+  const vi better = (score > best) | ((score == best) & (index < best_index));
+  best = better ? score : best;
+  best_index = better ? index : best_index;
+}
+
+template <int kHalf>
+static inline vi min_with_swapped(vi x) {
+  vi swap;
+  for (int i = 0; i < kLanes; ++i) swap[i] = i ^ kHalf;
+  const vi other = __builtin_shuffle(x, swap);
+  return x < other ? x : other;
+}
+
+// Index of the best lane, the lowest of equals, and its score.
+static inline int32_t best_lane(vf score, vi index, float* top) {
+  *top = max_lane(score);
+  vi x = score == *top ? index : vi{} + INT32_MAX;
+  x = min_with_swapped<1>(x);
+  x = min_with_swapped<2>(x);
+  if constexpr (kLanes >= 8) x = min_with_swapped<4>(x);
+  if constexpr (kLanes >= 16) x = min_with_swapped<8>(x);
+  return x[0];
+}
+
+static inline vi lane_numbers() {
+  vi x;
+  for (int i = 0; i < kLanes; ++i) x[i] = i;
+  return x;
+}
+
+// ---- all rows ----------------------------------------------------------------------------------
 
 // Nearest codewords of kCount subvectors y, each at stride `dim`.
 template <int kDim, int kCount>
@@ -24,8 +57,7 @@ static inline void nearest(const FqCode& code, const float* y, uint32_t* index) 
     best[s] = splat(kMinusInf);
     best_row[s] = vi{};
   }
-  vi row;
-  for (int i = 0; i < kLanes; ++i) row[i] = i;
+  vi row = lane_numbers();
   for (int n = 0; n < num_rows; n += kLanes, row += kLanes) {
     const vf minus_half_sq = -load(code.half_sq + n);
     vf score[kCount];
@@ -41,15 +73,8 @@ static inline void nearest(const FqCode& code, const float* y, uint32_t* index) 
     }
   }
   for (int s = 0; s < kCount; ++s) {
-    float top = best[s][0];
-    int32_t winner = best_row[s][0];
-    for (int i = 1; i < kLanes; ++i) {
-      if (best[s][i] > top || (best[s][i] == top && best_row[s][i] < winner)) {
-        top = best[s][i];
-        winner = best_row[s][i];
-      }
-    }
-    index[s] = (uint32_t)winner;
+    float top;
+    index[s] = (uint32_t)best_lane(best[s], best_row[s], &top);
   }
 }
 
@@ -60,7 +85,9 @@ constexpr int kPerTile = kTileRows / kLanes;
 constexpr int kMaxCells = 256;
 
 // Scores of a tile's 16 rows, rounded as in the exhaustive search.
-static inline void score_tile(const float* tile, int dim, const vf* coords, vf* score) {
+template <int kDim>
+static inline void score_tile(const float* tile, int any_dim, const vf* coords, vf* score) {
+  const int dim = kDim ? kDim : any_dim;
   for (int v = 0; v < kPerTile; ++v) score[v] = load(tile + v * kLanes);
   for (int j = 0; j < dim; ++j) {
     tile += kTileRows;
@@ -69,68 +96,85 @@ static inline void score_tile(const float* tile, int dim, const vf* coords, vf* 
   }
 }
 
-// Takes the (score, index) pairs that are better, or as good and of a lower index.
-static inline void keep_better(vf score, vi index, vf& best, vi& best_index) {
-  const vi better = (score > best) | ((score == best) & (index < best_index));
-  best = better ? score : best;
-  best_index = better ? index : best_index;
+// The best of `count` tiles: its position, the lowest of equals, and its score.
+template <int kDim>
+static inline int32_t best_in_tiles(const float* tiles, int count, int any_dim, const vf* coords,
+                                    float* top) {
+  const int dim = kDim ? kDim : any_dim;
+  vf best[kPerTile];
+  vi best_at[kPerTile], at[kPerTile];
+  for (int v = 0; v < kPerTile; ++v) {
+    best[v] = splat(kMinusInf);
+    best_at[v] = vi{};
+    at[v] = lane_numbers() + v * kLanes;
+  }
+  for (int t = 0; t < count; ++t, tiles += (dim + 1) * kTileRows) {
+    vf score[kPerTile];
+    score_tile<kDim>(tiles, dim, coords, score);
+    for (int v = 0; v < kPerTile; ++v) {
+      const vi better = score[v] > best[v];
+      best[v] = vmax(score[v], best[v]);
+      best_at[v] = better ? at[v] : best_at[v];
+      at[v] += kTileRows;
+    }
+  }
+  for (int v = 1; v < kPerTile; ++v) keep_better(best[v], best_at[v], best[0], best_at[0]);
+  return best_lane(best[0], best_at[0], top);
 }
 
-// Number of the best of `count` scores, a multiple of 16; the lowest of equals.
-static inline int best_of(const float* score, int count) {
-  vf best = load(score);
-  for (int i = kLanes; i < count; i += kLanes) best = vmax(best, load(score + i));
-  const float top = max_lane(best);
-  int at = 0;
-  while (score[at] != top) ++at;
-  return at;
+// Position of the best of `count` scores, a multiple of 16; the lowest of equals.
+static inline int32_t best_of(const float* scores, int count) {
+  vf best = splat(kMinusInf);
+  vi best_at = vi{}, at = lane_numbers();
+  for (int i = 0; i < count; i += kLanes, at += kLanes) {
+    const vf score = load(scores + i);
+    const vi better = score > best;
+    best = vmax(score, best);
+    best_at = better ? at : best_at;
+  }
+  float top;
+  return best_lane(best, best_at, &top);
 }
 
 // The nearest row of one subvector y among the lists of its code.num_lists nearest cells.
-// A list's rows ascend, so within it the first of equals has the lowest index.
+// A list's rows ascend, so the first of equals in it has the lowest index.
 template <int kDim>
 static inline uint32_t nearest_listed(const FqCode& code, const float* y) {
   const int dim = kDim ? kDim : code.subvec_dim;
-  const int tile_size = (dim + 1) * kTileRows;
-  const int num_cells = (code.num_cells + kTileRows - 1) / kTileRows * kTileRows;
+  const int64_t tile_size = (dim + 1) * kTileRows;
+  const int num_cell_tiles = (code.num_cells + kTileRows - 1) / kTileRows;
   vf coords[kDim ? kDim : 64];
   for (int j = 0; j < dim; ++j) coords[j] = splat(y[j]);
 
-  alignas(64) float cell_score[kMaxCells];
-  for (int cell = 0; cell < num_cells; cell += kTileRows) {
-    vf score[kPerTile];
-    score_tile(code.cell_tiles + (int64_t)(cell / kTileRows) * tile_size, dim, coords, score);
-    for (int v = 0; v < kPerTile; ++v) store(cell_score + cell + v * kLanes, score[v]);
-  }
-
-  vf best = splat(kMinusInf);
-  vi best_index = vi{};
-  for (int l = 0; l < code.num_lists; ++l) {
-    const int cell = best_of(cell_score, num_cells);
-    cell_score[cell] = kMinusInf;
-    vf list_best[kPerTile];
-    vi list_index[kPerTile];
-    for (int v = 0; v < kPerTile; ++v) {
-      list_best[v] = splat(kMinusInf);
-      list_index[v] = vi{};
-    }
-    for (int t = code.list_begin[cell]; t < code.list_begin[cell + 1]; ++t) {
-      vf score[kPerTile];
-      score_tile(code.list_tiles + (int64_t)t * tile_size, dim, coords, score);
-      for (int v = 0; v < kPerTile; ++v) {
-        vi index;
-        memcpy(&index, code.list_index + (int64_t)t * kTileRows + v * kLanes, sizeof(index));
-        const vi better = score[v] > list_best[v];
-        list_best[v] = vmax(score[v], list_best[v]);
-        list_index[v] = better ? index : list_index[v];
-      }
-    }
-    for (int v = 0; v < kPerTile; ++v) keep_better(list_best[v], list_index[v], best, best_index);
-  }
-  const float top = max_lane(best);
+  float best = kMinusInf;
   int32_t winner = INT32_MAX;
-  for (int i = 0; i < kLanes; ++i) {
-    if (best[i] == top && best_index[i] < winner) winner = best_index[i];
+  const auto search_list = [&](int cell) {
+    const int64_t begin = code.list_begin[cell];
+    float top;
+    const int32_t at =
+        best_in_tiles<kDim>(code.list_tiles + begin * tile_size,
+                            code.list_begin[cell + 1] - (int)begin, dim, coords, &top);
+    const int32_t row = code.list_index[begin * kTileRows + at];
+    if (top > best || (top == best && row < winner)) {
+      best = top;
+      winner = row;
+    }
+  };
+  if (code.num_lists == 1) {
+    float top;
+    search_list(best_in_tiles<kDim>(code.cell_tiles, num_cell_tiles, dim, coords, &top));
+    return (uint32_t)winner;
+  }
+  alignas(64) float cell_score[kMaxCells];
+  for (int t = 0; t < num_cell_tiles; ++t) {
+    vf score[kPerTile];
+    score_tile<kDim>(code.cell_tiles + t * tile_size, dim, coords, score);
+    for (int v = 0; v < kPerTile; ++v) store(cell_score + t * kTileRows + v * kLanes, score[v]);
+  }
+  for (int n = 0; n < code.num_lists; ++n) {
+    const int32_t cell = best_of(cell_score, num_cell_tiles * kTileRows);
+    cell_score[cell] = kMinusInf;
+    search_list(cell);
   }
   return (uint32_t)winner;
 }
