@@ -128,6 +128,17 @@ class VectorCodec:
         self.num_lists = spec.lists_searched
         self.lists: CodewordLists | None = codeword_lists(codebook) if self.num_lists else None
 
+    @classmethod
+    def from_spec(cls, spec: CodeSpec, head_dim: int, rotation_seed: int = 0) -> VectorCodec:
+        """The codec of a code for any vectors of head_dim coordinates, its codebook loaded.
+
+        Raises:
+            ValueError: head_dim not divisible, or a missing or damaged codebook.
+        """
+        return cls(
+            spec, head_dim, load_codebook(spec, head_dim), make_rotation(head_dim, rotation_seed)
+        )
+
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Encode vectors.
 
