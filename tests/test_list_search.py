@@ -171,3 +171,17 @@ def test_all_lists_are_the_exhaustive_search(isa: str, spec: CodeSpec, distinct)
     if distinct is None and spec.subvec_dim == 8:
         few, *_ = encode_both(codec_of(spec, 1, book), key, value)
         assert not torch.equal(few, exhaustive), "one list should miss something"
+
+
+@pytest.mark.parametrize("spec", SPECS[:4], ids=lambda s: s.name)
+def test_ties_between_lists_go_to_the_lowest_index(isa: str, spec: CodeSpec) -> None:
+    """Equal rows in lists of different cells, which no lists made from a codebook have."""
+    book = random_book(spec, distinct=40)
+    key, value = vectors(40, seed=4)
+    exhaustive, *_ = encode_both(codec_of(spec, 0, book), key, value)
+    codec = codec_of(spec, spec.num_cells, book)
+    cell_of = torch.randint(spec.num_cells, (spec.num_rows,), generator=torch.Generator())
+    members = torch.arange(spec.num_cells).unsqueeze(-1) == cell_of
+    codec.key.lists = CodewordLists(codec_of(spec, 1, book).key.lists.cells, members)
+    listed, expected, *_ = encode_both(codec, key, value)
+    assert torch.equal(listed, exhaustive) and torch.equal(expected, exhaustive)
