@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`make bench`: kernels and engine beside vLLM's own attention, quality, tables and plots.
 
-    python -m benchmarks                      attention, encode and engine, about 20 minutes
+    python -m benchmarks                      attention, encode, list search, engine: 30 minutes
     python -m benchmarks --with-quality       perplexity of every preset as well, 15 minutes more
     python -m benchmarks --plot-only          tables and plots again from the results there are
 
@@ -24,7 +24,7 @@ def main() -> None:
     parser.add_argument("--with-quality", action="store_true")
     parser.add_argument("--plot-only", action="store_true")
     args = parser.parse_args()
-    names = [] if args.plot_only else ["attention", "encode", "engine"]
+    names = [] if args.plot_only else ["attention", "encode", "list", "engine"]
     if args.with_quality:
         names.append("quality")
     RESULTS.mkdir(parents=True, exist_ok=True)

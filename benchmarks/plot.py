@@ -28,7 +28,8 @@ def draw_all(results: Path, images: Path) -> Iterator[Path]:
 
     matplotlib.use("Agg")
     images.mkdir(parents=True, exist_ok=True)
-    for name, draw in (("attention", attention), ("engine", engine), ("quality", quality)):
+    for draw in (attention, engine, quality, search_lists):
+        name = {"search_lists": "list"}.get(draw.__name__, draw.__name__)
         rows = rows_of(results / f"{name}.jsonl")
         if rows:
             target = images / f"{name}.png"
@@ -103,4 +104,29 @@ def quality(rows: list[dict[str, Any]]):
     axis.set_ylabel("perplexity relative to auto")
     axis.set_title("squares: one rate for keys and values; circles: mixed")
     axis.grid(alpha=0.3, which="both")
+    return figure
+
+
+def search_lists(rows: list[dict[str, Any]]):
+    """Speed of encode with a list search against the MSE it adds, one curve per large code."""
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 4))
+    for code in dict.fromkeys(r["code"] for r in rows):
+        mine = [r for r in rows if r["code"] == code and r["vs_exhaustive"] > 1 and r["num_lists"]]
+        if len(mine) < 2:
+            continue
+        points = [(max(r["added_mse"], 1e-5) * 100, r["vs_exhaustive"]) for r in mine]
+        (line,) = axis.plot(*zip(*points, strict=True), "o-", label=code)
+        for r, point in zip(mine, points, strict=True):
+            axis.annotate(r["num_lists"], point, xytext=(4, 4), textcoords="offset points",
+                          fontsize=8, color=line.get_color())  # fmt: skip
+    axis.axvline(0.5, color="#555555", linestyle="--")
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_xlabel("added MSE, % (0.001 stands for less)")
+    axis.set_ylabel("speed of encode vs exhaustive")
+    axis.set_title("numbers of lists searched")
+    axis.grid(alpha=0.3, which="both")
+    axis.legend(fontsize=8)
     return figure

@@ -16,7 +16,16 @@ PACKAGE = ROOT / "vllm_fibquant"
 
 # A module imports from its own layer and those below. A new module must be entered here.
 LAYERS = {
-    0: ["config", "codebook", "codebook_build", "source_law", "rotation", "codec", "options"],
+    0: [
+        "config",
+        "codebook",
+        "codebook_build",
+        "source_law",
+        "rotation",
+        "codec",
+        "options",
+        "list_search",
+    ],
     1: ["layout", "copies"],
     2: ["reference", "native", "gpu", "ops", "selfcheck"],
     3: ["support", "metadata", "retention", "rotary", "attention"],

@@ -78,8 +78,8 @@ class Codebook:
         return (signs.unsqueeze(1) * self.rows).reshape(-1, k)
 
     def serves(self, spec: CodeSpec) -> bool:
-        """Whether this is a book of `spec` (whatever its gain)."""
-        return self.spec == replace(spec, gain="norm")
+        """Whether this is a book of `spec` (whatever its gain and its search)."""
+        return self.spec == replace(spec, gain="norm", num_lists=None)
 
 
 def make_codebook(

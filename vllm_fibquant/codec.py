@@ -14,6 +14,12 @@ import torch
 from vllm_fibquant.codebook import Codebook, load_codebook
 from vllm_fibquant.config import MAX_INDEX_BITS, CodeSpec, Preset, get_preset
 from vllm_fibquant.layout import NORM_BYTES, RecordLayout, record_layout
+from vllm_fibquant.list_search import (
+    CodewordLists,
+    codeword_lists,
+    nearest_listed_rows,
+    nearest_rows,
+)
 from vllm_fibquant.rotation import Rotation, make_rotation
 
 MAX_NORM = 65504.0
@@ -23,7 +29,6 @@ MIN_COSINE = 0.25
 """Least <y,v> the unbiased gain divides by: below one bit it would explode."""
 
 _MIN_NORMAL = torch.finfo(torch.float32).tiny
-_SCORES_PER_CHUNK = 1 << 20  # 4 MiB of float32 scores stay in cache
 
 
 def pack_indices(indices: torch.Tensor, index_bits: int) -> torch.Tensor:
@@ -91,32 +96,14 @@ def count_nonfinite(x: torch.Tensor) -> int:
     return int((~torch.isfinite(x).all(-1)).sum())
 
 
-def nearest_rows(subvecs: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Index of the nearest row for each subvector; ties go to the lowest index.
-
-    The nearest row c of y maximises <y, c> - |c|^2 / 2.
-
-    Args:
-        subvecs: float32 `[n, subvec_dim]`.
-        rows: float32 `[num_rows, subvec_dim]`.
-
-    Returns:
-        int64 `[n]`.
-    """
-    half_sq = rows.square().sum(-1) / 2  # [num_rows]
-    chunk = max(1, _SCORES_PER_CHUNK // rows.shape[0])
-    parts = [
-        torch.addmm(half_sq, part, rows.T, beta=-1).argmax(-1) for part in subvecs.split(chunk)
-    ]
-    return torch.cat(parts) if parts else subvecs.new_zeros(0, dtype=torch.int64)
-
-
 class VectorCodec:
     """One code: a spec, its codebook and the rotation.
 
     Attributes:
         spec, head_dim, codebook, rotation: as given.
         codewords: float32 `[num_codewords, subvec_dim]`, signs expanded for a folded code.
+        num_lists: coarse cells that encode searches, 0 when it compares with every row.
+        lists: the cells and their lists, or None.
     """
 
     def __init__(
@@ -138,6 +125,19 @@ class VectorCodec:
         self.codebook = codebook
         self.rotation = rotation
         self.codewords = codebook.codewords()
+        self.num_lists = spec.lists_searched
+        self.lists: CodewordLists | None = codeword_lists(codebook) if self.num_lists else None
+
+    @classmethod
+    def from_spec(cls, spec: CodeSpec, head_dim: int, rotation_seed: int = 0) -> VectorCodec:
+        """The codec of a code for any vectors of head_dim coordinates, its codebook loaded.
+
+        Raises:
+            ValueError: head_dim not divisible, or a missing or damaged codebook.
+        """
+        return cls(
+            spec, head_dim, load_codebook(spec, head_dim), make_rotation(head_dim, rotation_seed)
+        )
 
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Encode vectors.
@@ -188,15 +188,23 @@ class VectorCodec:
 
     def _nearest(self, y: torch.Tensor) -> torch.Tensor:
         """Rotated unit vectors float32 `[..., d]` -> indices int32 `[..., num_subvecs]`."""
-        spec, rows = self.spec, self.codebook.rows.to(y.device)
+        spec = self.spec
         subvecs = y.reshape(-1, spec.subvec_dim)
         if spec.folded:
             # Magnitudes are positive, so the nearest codeword always has the signs of y.
             bits = (subvecs < 0).to(torch.int64) << torch.arange(spec.subvec_dim, device=y.device)
-            index = bits.sum(-1) * spec.num_rows + nearest_rows(subvecs.abs(), rows)
+            index = bits.sum(-1) * spec.num_rows + self._nearest_rows(subvecs.abs())
         else:
-            index = nearest_rows(subvecs, rows)
+            index = self._nearest_rows(subvecs)
         return index.to(torch.int32).reshape(*y.shape[:-1], self.num_subvecs)
+
+    def _nearest_rows(self, subvecs: torch.Tensor) -> torch.Tensor:
+        """Subvectors float32 `[n, subvec_dim]` -> rows int64 `[n]`."""
+        rows = self.codebook.rows.to(subvecs.device)
+        if self.lists is None:
+            return nearest_rows(subvecs, rows)
+        lists = CodewordLists(*(t.to(rows.device) for t in (self.lists.cells, self.lists.members)))
+        return nearest_listed_rows(subvecs, rows, lists, self.num_lists)
 
     def _gain(self, y: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         """Stored norm over true norm (see config.GainRule), float32 `[...]`."""

@@ -28,6 +28,10 @@ HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
 
 MAX_INDEX_BITS = 16
 
+# (subvec_dim, num_codewords): fewest lists that lose less than 0.5 % of MSE and pay
+# (benchmarks/bench_list.py). Codes that are not here compare with every row.
+DEFAULT_NUM_LISTS = {(4, 1024): 1, (4, 4096): 1, (8, 4096): 2, (8, 65536): 4, (16, 4096): 4}
+
 
 @dataclass(frozen=True)
 class CodeSpec:
@@ -40,6 +44,8 @@ class CodeSpec:
         gain: rule for the stored norm.
         storage: precision the codebook is rounded to; encoder, oracle and kernels all read
             the rounded book.
+        num_lists: coarse cells that encode searches (list_search.py), 0 to compare with every
+            row; None for DEFAULT_NUM_LISTS. No part of the codebook, nor of what decodes.
     """
 
     subvec_dim: int
@@ -47,6 +53,7 @@ class CodeSpec:
     folded: bool = False
     gain: GainRule = "norm"
     storage: StorageDtype = "int8"
+    num_lists: int | None = None
 
     def __post_init__(self) -> None:
         n, k = self.num_codewords, self.subvec_dim
@@ -74,6 +81,11 @@ class CodeSpec:
                 f"CodeSpec: storage must be one of {', '.join(get_args(StorageDtype))}, "
                 f"got {self.storage!r}"
             )
+        if self.num_lists is not None and not 0 <= self.num_lists <= self.num_cells:
+            raise ValueError(
+                f"CodeSpec: num_lists must be from 0 to {self.num_cells} for {self.num_rows} rows, "
+                f"got {self.num_lists}; leave it out for the default"
+            )
 
     @property
     def index_bits(self) -> int:
@@ -83,6 +95,19 @@ class CodeSpec:
     def num_rows(self) -> int:
         """Rows of the stored table: codewords, or magnitudes of a folded code."""
         return self.num_codewords >> self.subvec_dim if self.folded else self.num_codewords
+
+    @property
+    def num_cells(self) -> int:
+        """Coarse cells of a list search: about the square root of the number of rows."""
+        return 1 << (self.num_rows.bit_length() - 1) // 2
+
+    @property
+    def lists_searched(self) -> int:
+        """`num_lists` with the default filled in."""
+        if self.num_lists is not None:
+            return self.num_lists
+        shape = self.subvec_dim, self.num_codewords
+        return 0 if self.folded else DEFAULT_NUM_LISTS.get(shape, 0)
 
     @property
     def rate(self) -> float:
@@ -136,7 +161,7 @@ class Preset:
                 except TypeError as error:
                     raise ValueError(
                         f"fibquant options: {side} must be an object with fields of a code "
-                        f"(subvec_dim, num_codewords, folded, gain, storage), "
+                        f"(subvec_dim, num_codewords, folded, gain, storage, num_lists), "
                         f"got {options[side]!r}"
                     ) from error
         if "rotation_seed" in options:

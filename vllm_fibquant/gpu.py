@@ -28,6 +28,8 @@ def unsupported_codec(codec: KVCodec) -> str | None:
         return (
             f"head_dim must be from {MIN_HEAD_DIM} to {MAX_HEAD_DIM} on a GPU, got {codec.head_dim}"
         )
+    if codec.key.num_lists or codec.value.num_lists:
+        return "num_lists must be 0 on a GPU, whose search is exhaustive; give num_lists 0"
     return unsupported_code(codec)
 
 

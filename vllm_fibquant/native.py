@@ -33,6 +33,8 @@ class _Code(Structure):
         *((name, c_int32) for name in ("subvec_dim", "index_bits", "num_rows", "folded", "gain")),
         ("num_rows_padded", c_int32),
         *((name, c_void_p) for name in ("rows", "rows_t", "half_sq")),
+        *((name, c_int32) for name in ("num_cells", "num_lists")),
+        *((name, c_void_p) for name in ("cell_tiles", "list_tiles", "list_begin", "list_index")),
     ]
 
 
@@ -164,7 +166,31 @@ def _code(vector_codec: VectorCodec, keep: list[torch.Tensor]) -> _Code:
     keep.extend(tables)
     pointers = [t.data_ptr() for t in tables]
     gain = _GAINS[spec.gain]
-    return _Code(dim, spec.index_bits, num_rows, int(spec.folded), gain, padded, *pointers)
+    lists = _lists(vector_codec, keep)
+    return _Code(dim, spec.index_bits, num_rows, int(spec.folded), gain, padded, *pointers, *lists)
+
+
+def _lists(vector_codec: VectorCodec, keep: list[torch.Tensor]) -> tuple[int | None, ...]:
+    """The fields of `_Code` from num_cells on."""
+    lists = vector_codec.lists
+    if lists is None:
+        return 0, 0, None, None, None, None
+    rows = vector_codec.codebook.rows.float()
+    listed = [members.nonzero().squeeze(-1) for members in lists.members]
+    index = torch.cat([torch.nn.functional.pad(i, (0, -len(i) % 16), value=-1) for i in listed])
+    num_tiles = torch.tensor([0, *(-(-len(i) // 16) for i in listed)])
+    cells = torch.arange(len(lists.cells))
+    cells = torch.nn.functional.pad(cells, (0, -len(cells) % 16), value=-1)
+    tables = [_aligned(_tiles(lists.cells, cells)), _aligned(_tiles(rows, index))]
+    tables += [num_tiles.cumsum(0).to(torch.int32), index.to(torch.int32)]
+    keep.extend(tables)
+    return len(lists.cells), vector_codec.num_lists, *(t.data_ptr() for t in tables)
+
+
+def _tiles(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """rows[index] as tiles (params.h), float32 `[n / 16, subvec_dim + 1, 16]`; -1 is padding."""
+    bias = (-rows.square().sum(-1) / 2)[index].masked_fill(index < 0, -torch.inf)
+    return torch.cat((bias.unsqueeze(-1), rows[index]), -1).unflatten(0, (-1, 16)).transpose(1, 2)
 
 
 _codecs: weakref.WeakKeyDictionary[KVCodec, tuple[_Codec, list[torch.Tensor]]] = (

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// The codec's inner loops: rotation, nearest codeword, packing, and codes back to floats.
+// The codec's inner loops: rotation, packing, and codes back to floats.
 #pragma once
 
 #include <type_traits>
 
 #include "cpu/params.h"
+#include "cpu/search.h"
 #include "cpu/simd.h"
 
 namespace fq::FQ_ISA {
@@ -255,58 +256,6 @@ static void decode_records_any(const FqCode& code, int head_dim, const uint8_t* 
 }
 
 // ---- floats to codes ----------------------------------------------------------------------------
-
-// Nearest codewords of kCount subvectors y, each at stride `dim`: argmax <y, c> - |c|^2 / 2, ties
-// to the lowest index. Lanes are codewords.
-template <int kDim, int kCount>
-static inline void nearest(const FqCode& code, const float* y, uint32_t* index) {
-  const int dim = kDim ? kDim : code.subvec_dim;
-  const int num_rows = code.num_rows_padded;
-  vf coords[kCount][kDim ? kDim : 64];
-  vf best[kCount];
-  vi best_row[kCount];
-  for (int s = 0; s < kCount; ++s) {
-    for (int j = 0; j < dim; ++j) coords[s][j] = splat(y[s * dim + j]);
-    best[s] = splat(kMinusInf);
-    best_row[s] = vi{};
-  }
-  vi row;
-  for (int i = 0; i < kLanes; ++i) row[i] = i;
-  for (int n = 0; n < num_rows; n += kLanes, row += kLanes) {
-    const vf minus_half_sq = -load(code.half_sq + n);
-    vf score[kCount];
-    for (int s = 0; s < kCount; ++s) score[s] = minus_half_sq;
-    for (int j = 0; j < dim; ++j) {
-      const vf c = load(code.rows_t + (int64_t)j * num_rows + n);
-      for (int s = 0; s < kCount; ++s) score[s] = madd(c, coords[s][j], score[s]);
-    }
-    for (int s = 0; s < kCount; ++s) {
-      const vi better = score[s] > best[s];
-      best[s] = vmax(score[s], best[s]);
-      best_row[s] = better ? row : best_row[s];
-    }
-  }
-  for (int s = 0; s < kCount; ++s) {
-    float top = best[s][0];
-    int32_t winner = best_row[s][0];
-    for (int i = 1; i < kLanes; ++i) {
-      if (best[s][i] > top || (best[s][i] == top && best_row[s][i] < winner)) {
-        top = best[s][i];
-        winner = best_row[s][i];
-      }
-    }
-    index[s] = (uint32_t)winner;
-  }
-}
-
-template <int kDim>
-static inline void nearest_all(const FqCode& code, int num_subvecs, const float* y,
-                               uint32_t* index) {
-  const int dim = kDim ? kDim : code.subvec_dim;
-  int s = 0;
-  for (; s + 4 <= num_subvecs; s += 4) nearest<kDim, 4>(code, y + s * dim, index + s);
-  for (; s < num_subvecs; ++s) nearest<kDim, 1>(code, y + s * dim, index + s);
-}
 
 // Encodes x [head_dim] (overwritten) into a zeroed index field and a norm.
 // Returns false, storing the zero vector, when x holds a NaN or infinity.

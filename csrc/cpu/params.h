@@ -21,6 +21,14 @@ struct FqCode {
   const float* rows;        // [num_rows, subvec_dim], 64-byte aligned
   const float* rows_t;      // [subvec_dim, num_rows_padded], 64-byte aligned, zero padded
   const float* half_sq;     // [num_rows_padded], |row|^2 / 2, padded with +inf
+  // Coarse-to-fine search (search.h): a tile is 16 rows, [subvec_dim + 1, 16] floats, its first
+  // row -|c|^2 / 2, padded with -inf. All null and 0 for an exhaustive search.
+  int32_t num_cells;          // at most 256
+  int32_t num_lists;          // cells searched, 1 to num_cells
+  const float* cell_tiles;    // [ceil(num_cells / 16)] tiles, 64-byte aligned
+  const float* list_tiles;    // [list_begin[num_cells]] tiles, 64-byte aligned
+  const int32_t* list_begin;  // [num_cells + 1], first tile of each cell's list
+  const int32_t* list_index;  // [list_begin[num_cells], 16], row numbers, ascending in a list
 };
 
 // Both codes and the rotation they share.
