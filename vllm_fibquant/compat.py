@@ -2,7 +2,7 @@
 """Every touch of vLLM that is not documented by vLLM, and nothing else.
 
 vLLM 0.32 has hooks for an attention backend's class, page size and layout, but none for a new
---kv-cache-dtype value. Four touches fill that gap. Each says what it changes and why; each is made
+--kv-cache-dtype value. Five touches fill that gap. Each says what it changes and why; each is made
 once per process, leaves every other dtype alone, and can go when vLLM has a hook for it. All were
 read in, and are tested against, the versions in TESTED_VERSIONS. On any other version nothing but
 the guard and the names are installed, so that asking for one of our dtypes gives a clear error
@@ -163,6 +163,10 @@ def before_pages_are_allocated(prepare: Callable[[Any, int], int]) -> None:
     Range: 0.32.0 and, as read, 0.33.0.
     Delete when: a backend can reserve memory beside its pages.
     """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return  # other devices are refused
     from vllm.v1.worker.cpu_worker import CPUWorker
 
     original = CPUWorker.determine_available_memory
