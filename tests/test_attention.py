@@ -313,6 +313,7 @@ def test_bad_arguments_are_refused(change: dict, message: str) -> None:
         ({"soft_cap": -1.0}, "at least 0"),
         ({"sinks": torch.zeros(3)}, "sinks must be"),
         ({"raw_key": torch.zeros(2, 2, 64)}, "given together"),
+        (dict.fromkeys(("raw_key", "raw_value"), torch.zeros(1, 2, 64)), "query's 2 rows"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )

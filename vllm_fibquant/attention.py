@@ -29,13 +29,14 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from vllm_fibquant import ops, rotary
+from vllm_fibquant.checks import DTYPES
 from vllm_fibquant.codec import KVCodec
 from vllm_fibquant.config import PRESETS
 from vllm_fibquant.layout import preset_layout
 from vllm_fibquant.metadata import FibQuantMetadata, FibQuantMetadataBuilder, StepCopies
 from vllm_fibquant.options import Options
 from vllm_fibquant.reference import TokenCopies
-from vllm_fibquant.support import BACKEND_NAME, DTYPES, head_dim_problem, refusal, run_options
+from vllm_fibquant.support import BACKEND_NAME, head_dim_problem, refusal, run_options
 
 logger = init_logger(f"vllm.{__name__}")
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from vllm_fibquant import gpu, native, reference
+from vllm_fibquant import checks, gpu, native, reference
 from vllm_fibquant.codec import KVCodec
 from vllm_fibquant.reference import TokenCopies
 
@@ -83,20 +83,8 @@ def encode_kv(
     """
     if cache.device.type == "cuda" and not _forced_reference:
         return gpu.encode_kv(key, value, cache, slot_mapping, codec)
-    _check_cache("encode_kv", cache, codec)
-    for name, x in (("key", key), ("value", value)):
-        _check_vectors("encode_kv", name, x, cache.shape[1], codec.head_dim)
-    if key.dtype != value.dtype or key.shape != value.shape:
-        raise ValueError(
-            f"encode_kv: value must have key's dtype and shape {key.dtype} {list(key.shape)}, "
-            f"got {value.dtype} {list(value.shape)}"
-        )
-    _check_integers("encode_kv", "slot_mapping", slot_mapping, torch.int64, 1)
-    if slot_mapping.shape[0] > key.shape[0]:
-        raise ValueError(
-            f"encode_kv: slot_mapping must have at most key's {key.shape[0]} entries, "
-            f"got {slot_mapping.shape[0]}"
-        )
+    checks.check_encode(key, value, cache, slot_mapping, codec)
+    _check_cpu("encode_kv", cache, codec)
     if _forced_reference:
         return reference.encode_kv(key, value, cache, slot_mapping, codec)
     nonfinite = native.encode_kv(key, value, cache, slot_mapping, codec)
@@ -167,59 +155,13 @@ def paged_attention(
             copies=copies, keep_first=keep_first or None, first_query=first_query,
         )  # fmt: skip
         return
-    name = "paged_attention"
-    _check_cache(name, cache, codec)
-    num_kv_heads = cache.shape[1]
-    num_q_heads = query.shape[1] if query.dim() == 3 else -1
-    if num_q_heads <= 0 or num_q_heads % num_kv_heads:
-        raise ValueError(
-            f"{name}: query must be [num_tokens, a multiple of {num_kv_heads} heads, "
-            f"{codec.head_dim}], got {list(query.shape)}"
-        )
-    _check_vectors(name, "query", query, num_q_heads, codec.head_dim)
-    _check_vectors(name, "out", out, num_q_heads, codec.head_dim, query.dtype)
-    if out.shape[0] < query.shape[0]:
-        raise ValueError(f"{name}: out must have query's {query.shape[0]} rows, got {out.shape[0]}")
-    for raw_name, raw in (("raw_key", raw_key), ("raw_value", raw_value)):
-        if raw is not None:
-            _check_vectors(name, raw_name, raw, num_kv_heads, codec.head_dim, query.dtype)
-    if (raw_key is None) != (raw_value is None):
-        raise ValueError(f"{name}: raw_key and raw_value must be given together")
-    if copies is not None:
-        _check_copies(name, copies, num_kv_heads, codec.head_dim, seq_lens.shape[0], raw_key)
-    if keep_first < 0 or (keep_first > 0 and raw_key is not None):
-        raise ValueError(
-            f"{name}: keep_first must be at least 0, and 0 with raw_key, got {keep_first}"
-        )
-    if first_query is not None:
-        _check_vectors(name, "first_query", first_query, num_q_heads, codec.head_dim, query.dtype)
-        if keep_first == 0 or first_query.shape[0] != query.shape[0]:
-            raise ValueError(
-                f"{name}: first_query must have query's {query.shape[0]} rows and a keep_first "
-                f"above 0, got {first_query.shape[0]} rows and {keep_first}"
-            )
-    _check_integers(name, "query_start_loc", query_start_loc, torch.int32, 1)
-    _check_integers(name, "seq_lens", seq_lens, torch.int32, 1)
-    _check_integers(name, "block_table", block_table, torch.int32, 2)
-    num_reqs = seq_lens.shape[0]
-    if query_start_loc.shape[0] != num_reqs + 1 or block_table.shape[0] < num_reqs:
-        raise ValueError(
-            f"{name}: query_start_loc must have {num_reqs + 1} entries and block_table at least "
-            f"{num_reqs} rows for {num_reqs} seq_lens, got {query_start_loc.shape[0]} and "
-            f"{block_table.shape[0]}"
-        )
-    if sinks is not None and (
-        sinks.dtype != torch.float32 or sinks.shape != (num_q_heads,) or not sinks.is_contiguous()
-    ):
-        raise ValueError(
-            f"{name}: sinks must be contiguous float32 [{num_q_heads}], "
-            f"got {sinks.dtype} {list(sinks.shape)}"
-        )
-    if window < 0 or soft_cap < 0:
-        raise ValueError(
-            f"{name}: window and soft_cap must be at least 0, got {window} and {soft_cap}"
-        )
-    if num_reqs == 0 or query.shape[0] == 0:
+    checks.check_attention(
+        query, cache, codec, query_start_loc, seq_lens, block_table, out, window=window,
+        soft_cap=soft_cap, sinks=sinks, raw_key=raw_key, raw_value=raw_value, copies=copies,
+        keep_first=keep_first, first_query=first_query,
+    )  # fmt: skip
+    _check_cpu("paged_attention", cache, codec)
+    if seq_lens.shape[0] == 0 or query.shape[0] == 0:
         return
     kernel = reference.paged_attention if _forced_reference else native.paged_attention
     error = kernel(
@@ -241,84 +183,13 @@ def paged_attention(
         first_query=first_query,
     )
     if error:
-        raise ValueError(f"{name}: {_ERRORS[error]}")
+        raise ValueError(f"paged_attention: {_ERRORS[error]}")
 
 
-def _check_cache(function: str, cache: torch.Tensor, codec: KVCodec) -> None:
-    record_bytes = codec.layout.record_bytes
+def _check_cpu(function: str, cache: torch.Tensor, codec: KVCodec) -> None:
+    """What the CPU kernels need beside what every device needs (`checks`)."""
     reason = unsupported_head_dim(codec.head_dim)
     if reason:
         raise ValueError(f"{function}: {reason}")
-    if (
-        cache.dtype != torch.uint8
-        or cache.dim() != 4
-        or cache.shape[3] != record_bytes
-        or cache.stride(3) != 1
-        or cache.stride(2) != record_bytes
-        or cache.device.type != "cpu"
-    ):
-        raise ValueError(
-            f"{function}: cache must be uint8 [num_blocks, num_kv_heads, block_size, "
-            f"{record_bytes}] on the CPU with contiguous records, got {cache.dtype} "
-            f"{list(cache.shape)} with strides {cache.stride()} on {cache.device}"
-        )
-
-
-def _check_vectors(
-    function: str,
-    name: str,
-    x: torch.Tensor,
-    num_heads: int,
-    head_dim: int,
-    dtype: torch.dtype | None = None,
-) -> None:
-    dtypes = native.DTYPES if dtype is None else {dtype: 0}
-    if (
-        x.dim() != 3
-        or x.shape[1:] != (num_heads, head_dim)
-        or x.stride(2) != 1
-        or x.dtype not in dtypes
-        or x.device.type != "cpu"
-    ):
-        raise ValueError(
-            f"{function}: {name} must be [num_tokens, {num_heads}, {head_dim}] of "
-            f"{' or '.join(str(d) for d in dtypes)} on the CPU with a contiguous last axis, "
-            f"got {x.dtype} {list(x.shape)} with strides {x.stride()} on {x.device}"
-        )
-
-
-def _check_copies(
-    function: str,
-    copies: TokenCopies,
-    num_kv_heads: int,
-    head_dim: int,
-    num_reqs: int,
-    raw_key: torch.Tensor | None,
-) -> None:
-    for name, x in (("copies.key", copies.key), ("copies.value", copies.value)):
-        _check_vectors(function, name, x, num_kv_heads, head_dim, copies.key.dtype)
-        if not x.is_contiguous():
-            raise ValueError(f"{function}: {name} must be contiguous, got strides {x.stride()}")
-    table = copies.table
-    _check_integers(function, "copies.table", table, torch.int32, 2)
-    if (
-        table.shape[0] != num_reqs
-        or not table.is_contiguous()
-        or not 0 <= copies.num_first <= table.shape[1]
-    ):
-        raise ValueError(
-            f"{function}: copies.table must be contiguous with {num_reqs} rows and at least "
-            f"num_first {copies.num_first} columns, got {list(table.shape)}"
-        )
-    if raw_key is None:
-        raise ValueError(f"{function}: copies need raw_key, got None; give both or neither")
-
-
-def _check_integers(
-    function: str, name: str, x: torch.Tensor, dtype: torch.dtype, num_axes: int
-) -> None:
-    if x.dtype != dtype or x.dim() != num_axes or (x.numel() and x.stride(-1) != 1):
-        raise ValueError(
-            f"{function}: {name} must be {dtype} with {num_axes} axes, the last contiguous, "
-            f"got {x.dtype} {list(x.shape)}"
-        )
+    if cache.device.type != "cpu":
+        raise ValueError(f"{function}: cache must be on the CPU or a CUDA GPU, got {cache.device}")

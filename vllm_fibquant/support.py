@@ -10,9 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from vllm_fibquant import ops
+from vllm_fibquant.checks import DTYPES
 from vllm_fibquant.codec import KVCodec
 from vllm_fibquant.config import PRESETS
 from vllm_fibquant.options import Options, parse_options
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
 
 BACKEND_NAME = "FIBQUANT"
 """vLLM's name for our attention backend."""
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Models of which every layer attends what its rotary embedding returns, with no norm in between.
 # Read in vLLM 0.32.0's model files; the rotary embedding itself is probed when a layer is built.
