@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 
 from vllm_fibquant.codec import KVCodec
-from vllm_fibquant.kernels.tables import GAINS, DeviceCode, device_codec, next_power_of_two
+from vllm_fibquant.config import GAIN_NUMBERS, GainRule
+from vllm_fibquant.kernels.tables import DeviceCode, device_codec, next_power_of_two
 
 BLOCK_V = 16  # the least number of rows of a matrix product
 CHUNK = 32
@@ -181,13 +182,13 @@ def _encode(
         )  # fmt: skip
 
 
-def _side(code: DeviceCode, gain: str, index_offset: int, norm_offset: int, pad: int) -> tuple:
+def _side(code: DeviceCode, gain: GainRule, index_offset: int, norm_offset: int, pad: int) -> tuple:
     """A side's compile-time constants, in the order `_encode` unpacks them."""
     c = code.constants
     index_bytes = -(-c["NUM_SUBVECS"] * c["INDEX_BITS"] // 8)
     return (
         index_offset, norm_offset, index_bytes, pad, c["SUBVEC_DIM"], c["INDEX_BITS"],
-        c["ROW_BITS"], c["FOLDED"], c["NUM_SUBVECS"], c["SUBVECS"], GAINS[gain],
+        c["ROW_BITS"], c["FOLDED"], c["NUM_SUBVECS"], c["SUBVECS"], GAIN_NUMBERS[gain],
         next_power_of_two(index_bytes),
     )  # fmt: skip
 

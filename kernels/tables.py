@@ -12,8 +12,6 @@ import torch
 
 from vllm_fibquant.codec import KVCodec, VectorCodec
 
-GAINS = {"norm": 0, "preserve": 1, "mse": 2, "unbiased": 3}
-
 
 def next_power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()

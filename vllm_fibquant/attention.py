@@ -18,8 +18,9 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
-from vllm.config import VllmConfig, get_current_vllm_config
+from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
 from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionImpl,
@@ -311,19 +312,18 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
         )
 
 
-def allocate_copies(
-    vllm_config: VllmConfig, layers: list[FibQuantImpl], available_bytes: int
-) -> int:
-    """Gives every layer its copies, as many as full batches need but few beside the pages.
+def allocate_copies(vllm_config: VllmConfig, available_bytes: int) -> int:
+    """Gives every layer of this process its copies, as full batches need but few beside the pages.
 
     Args:
-        layers: all layers of this process that keep codes.
         available_bytes: what copies and pages may take together.
 
     Returns:
         Bytes taken.
     """
     dtype = vllm_config.model_config.dtype
+    impls = [layer.impl for layer in get_layers_from_vllm_config(vllm_config, Attention).values()]
+    layers = [impl for impl in impls if isinstance(impl, FibQuantImpl)]
     row_bytes = sum(layer.copy_row_bytes(dtype) for layer in layers)
     if row_bytes == 0:
         return 0

@@ -306,9 +306,8 @@ class KVCodec:
 
 @functools.lru_cache(maxsize=64)
 def _kv_codec(preset: Preset, head_dim: int) -> KVCodec:
-    rotation = make_rotation(head_dim, preset.rotation_seed)
     key, value = (
-        VectorCodec(spec, head_dim, load_codebook(spec, head_dim), rotation)
+        VectorCodec.from_spec(spec, head_dim, preset.rotation_seed)
         for spec in (preset.key, preset.value)
     )
     return KVCodec(key, value, preset)

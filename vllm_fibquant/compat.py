@@ -179,8 +179,3 @@ def before_pages_are_allocated(prepare: Callable[[Any, int], int]) -> None:
 
     setattr(determine_available_memory, _MARK, True)
     CPUWorker.determine_available_memory = determine_available_memory
-
-
-def attention_layers(vllm_config: VllmConfig) -> dict[str, Any]:
-    """The attention layers of this process by name: `static_forward_context`, as vLLM keeps it."""
-    return dict(vllm_config.compilation_config.static_forward_context)

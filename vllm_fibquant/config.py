@@ -20,6 +20,9 @@ GainRule = Literal["norm", "preserve", "mse", "unbiased"]
 ``unbiased``  n / <y,v>              <x, decoded x> = |x|^2
 """
 
+GAIN_NUMBERS: dict[GainRule, int] = {"norm": 0, "preserve": 1, "mse": 2, "unbiased": 3}
+"""How kernels are told the rule; csrc/cpu/params.h has the same numbers."""
+
 StorageDtype = Literal["int8", "float16"]
 PrefillMode = Literal["codes", "raw"]
 

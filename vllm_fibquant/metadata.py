@@ -69,21 +69,22 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         dtype = vllm_config.model_config.dtype
         self.retain: Retain | None = None
+        self._pool: CopyPool | None = None
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         for impl in (layer.impl for layer in layers.values()):
-            self.retain = impl.options.retain
-            if impl.options.self_check:
+            # The layers of a group have the same options, and share block tables and so one pool.
+            options, self.retain = impl.options, impl.options.retain
+            if impl.num_copy_rows and self._pool is None:
+                self._pool = CopyPool(
+                    impl.num_copy_rows,
+                    options.num_copied_first,
+                    options.recent_window,
+                    kv_cache_spec.block_size,
+                )
+            if options.self_check:
                 _check_kernels(
                     impl.codec, dtype, impl.num_heads, impl.num_kv_heads, kv_cache_spec.block_size
                 )
-        # The layers of a group share block tables, and so one pool.
-        rows = {impl.num_copy_rows for impl in (layer.impl for layer in layers.values())}
-        self._pool: CopyPool | None = None
-        if max(rows, default=0):
-            options = next(iter(layers.values())).impl.options
-            self._pool = CopyPool(
-                min(rows), options.num_copied_first, options.recent_window, kv_cache_spec.block_size
-            )
 
     def build(
         self,

@@ -17,14 +17,13 @@ from pathlib import Path
 import torch
 
 from vllm_fibquant.codec import KVCodec, VectorCodec
-from vllm_fibquant.config import GainRule
+from vllm_fibquant.config import GAIN_NUMBERS
 from vllm_fibquant.reference import TokenCopies
 
 LIBRARY_PATH = Path(__file__).parent / "lib" / "libfibquant_cpu.so"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MAX_HEAD_DIM = 512
 HEAD_DIM_MULTIPLE = 16
-_GAINS: dict[GainRule, int] = {"norm": 0, "preserve": 1, "mse": 2, "unbiased": 3}
 _ALIGNMENT = 64
 
 
@@ -165,7 +164,7 @@ def _code(vector_codec: VectorCodec, keep: list[torch.Tensor]) -> _Code:
     tables = [_aligned(t) for t in (rows, rows_t, half_sq)]
     keep.extend(tables)
     pointers = [t.data_ptr() for t in tables]
-    gain = _GAINS[spec.gain]
+    gain = GAIN_NUMBERS[spec.gain]
     lists = _lists(vector_codec, keep)
     return _Code(dim, spec.index_bits, num_rows, int(spec.folded), gain, padded, *pointers, *lists)
 

@@ -5,11 +5,11 @@
         --additional-config '{"fibquant": {"mode": "quality", "recent_window": 128}}'
 
     name            value                            meaning
-    mode            "exact" or "quality"             defaults of the next three, see docs/engine.md
+    mode            "exact" or "quality"             defaults of the next two, see docs/engine.md
     prefill         "codes" or "raw"                 what a step's own new tokens are read from
     recent_window   integer from 0 to 4096           newest tokens of a request also kept in 16 bits
-    first_tokens    integer from 0 to 64             first tokens treated apart: coded as they are,
-                                                     and kept in 16 bits with a recent_window
+    first_tokens    integer from 0 to 64             first tokens also kept in 16 bits, with a
+                                                     recent_window
     key, value      object with fields of CodeSpec   replaces parts of the preset's code
     rotation_seed   integer of at least 0            seed of the rotation
     self_check      true (default) or false          compare kernel and oracle at start
@@ -31,15 +31,13 @@ DEFAULT_MODE: Mode = "exact"
 MAX_RECENT_WINDOW = 4096
 MAX_FIRST_TOKENS = 64
 
-# prefill, recent_window, first_tokens
-_MODES: dict[Mode, tuple[PrefillMode, int, int]] = {
-    "exact": ("codes", 0, 4),
-    "quality": ("raw", 64, 4),
-}
+# prefill, recent_window
+_MODES: dict[Mode, tuple[PrefillMode, int]] = {"exact": ("codes", 0), "quality": ("raw", 64)}
 _OWN_NAMES = ("mode", "prefill", "recent_window", "first_tokens", "self_check", "retain")
 
 DEFAULT_FIRST = 4
-"""Tokens at the start of a request that StreamingLLM (arXiv 2309.17453, section 3.2) keeps."""
+"""First tokens of a request that are treated apart, as many as StreamingLLM (arXiv 2309.17453,
+section 3.2) keeps."""
 
 _PRESET_NAMES = ("key", "value", "rotation_seed")
 
@@ -63,7 +61,7 @@ class Options:
     preset: Preset
     prefill: PrefillMode = _MODES[DEFAULT_MODE][0]
     recent_window: int = _MODES[DEFAULT_MODE][1]
-    first_tokens: int = _MODES[DEFAULT_MODE][2]
+    first_tokens: int = DEFAULT_FIRST
     self_check: bool = True
     retain: Retain | None = None
 
@@ -118,7 +116,7 @@ def parse_options(preset_name: str, additional_config: Any = None) -> Options:
             'not depend on what was cached, "quality" for better text at low rates'
         )
         mode = DEFAULT_MODE
-    prefill, recent_window, first_tokens = _MODES[mode]
+    prefill, recent_window = _MODES[mode]
     prefill = given.get("prefill", prefill)
     if "prefill" in given and prefill == "codes":
         recent_window = 0  # what the mode would add contradicts what was asked for
@@ -131,12 +129,12 @@ def parse_options(preset_name: str, additional_config: Any = None) -> Options:
     if not isinstance(self_check, bool):
         problems.append(f"self_check must be true or false, got {self_check!r}; leave it out")
     recent_window = given.get("recent_window", recent_window)
-    first_tokens = given.get("first_tokens", first_tokens)
+    first_tokens = given.get("first_tokens", DEFAULT_FIRST)
     for name, number, most in (
         ("recent_window", recent_window, MAX_RECENT_WINDOW),
         ("first_tokens", first_tokens, MAX_FIRST_TOKENS),
     ):
-        if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number <= most:
+        if not _is_count(number) or number > most:
             problems.append(
                 f"{name} must be an integer from 0 to {most}, got {number!r}; leave it out"
             )
@@ -165,6 +163,10 @@ def parse_options(preset_name: str, additional_config: Any = None) -> Options:
     return Options(preset, prefill, recent_window, first_tokens, self_check, retain)
 
 
+def _is_count(value: Any, least: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
 def _parse_retain(given: Any) -> Retain | None:
     """What to keep; None means everything.
 
@@ -174,14 +176,11 @@ def _parse_retain(given: Any) -> Retain | None:
     if given is None:
         return None
 
-    def is_count(value: Any, least: int) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
     if (
         not isinstance(given, dict)
         or not given.keys() <= {"first", "recent"}
-        or not is_count(given.get("recent"), 1)
-        or not is_count(given.get("first", 0), 0)
+        or not _is_count(given.get("recent"), least=1)
+        or not _is_count(given.get("first", 0))
     ):
         raise ValueError(
             'retain must be an object with "recent", a number of tokens of at least 1, and '

@@ -98,12 +98,4 @@ def _prepare(worker: Any, available_bytes: int) -> int:
     """What is done in a worker once its model is loaded. Returns the bytes left for pages."""
     from vllm_fibquant import attention
 
-    layers = compat.attention_layers(worker.vllm_config)
-    ours = [layer.impl for layer in layers.values() if _is_ours(layer)]
-    return available_bytes - attention.allocate_copies(worker.vllm_config, ours, available_bytes)
-
-
-def _is_ours(layer: Any) -> bool:
-    from vllm_fibquant.attention import FibQuantImpl
-
-    return isinstance(getattr(layer, "impl", None), FibQuantImpl)
+    return available_bytes - attention.allocate_copies(worker.vllm_config, available_bytes)

@@ -34,8 +34,8 @@ struct Dense {
   int dtype;
 };
 
-// Adds tokens at positions [begin, end) to s.raw. Token i of them is row rows[i] of `dense`, a
-// negative one being left out, or row first_row + i where rows is null.
+// Adds tokens at positions [begin, end) to s.raw. Token i of them is row table[i] of `dense`, a
+// negative one being left out, or row first_row + i where table is null.
 static void attend_dense(const Call& call, const RowBlock& b, const Dense& dense, int begin,
                          int end, const int32_t* table, int64_t first_row, const Scratch& s) {
   const FqAttend& a = call.args;
