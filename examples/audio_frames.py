@@ -6,13 +6,11 @@ python -m examples.audio_frames [--vectors 8000] [--plot docs/images/audio_frame
 
 from __future__ import annotations
 
-import argparse
 import math
-from pathlib import Path
 
 import torch
 
-from examples.compare import compare, plot, print_table
+from examples.compare import run
 
 RATE = 16000  # samples per second
 FRAME, HOP = 512, 160  # samples
@@ -66,15 +64,7 @@ def frames(count: int, seed: int = 0) -> torch.Tensor:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--vectors", type=int, default=8000)
-    parser.add_argument("--queries", type=int, default=400)
-    parser.add_argument("--plot", type=Path, help="write a plot to this file")
-    args = parser.parse_args(arguments)
-    rows = compare(frames(args.vectors + args.queries), args.queries)
-    print_table(f"{args.vectors} frames of {BANDS} log-mel bands", rows)
-    if args.plot:
-        plot("audio frames", rows, args.plot)
+    run(__doc__, "audio frames", f"frames of {BANDS} log-mel bands", frames, arguments)
 
 
 if __name__ == "__main__":

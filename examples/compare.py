@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 
 from vllm_fibquant.codec import VectorCodec
 from vllm_fibquant.config import CodeSpec
+from vllm_fibquant.layout import NORM_BYTES
 
 CODES = (
     CodeSpec(8, 256, gain="mse"),
@@ -19,7 +22,6 @@ CODES = (
     CodeSpec(2, 1024, folded=True, gain="mse", storage="float16"),
 )
 SCALAR_BITS = (2, 3, 4, 8)
-NORM_BYTES = 2
 
 
 def scalar(x: torch.Tensor, bits: int) -> torch.Tensor:
@@ -105,3 +107,30 @@ def plot(title: str, rows: list[dict[str, Any]], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, bbox_inches="tight")
     plt.close(figure)
+
+
+def run(
+    description: str,
+    title: str,
+    what: str,
+    make: Callable[[int], torch.Tensor],
+    arguments: list[str] | None,
+) -> None:
+    """An example's command line: compares vectors, prints the table, and plots if asked to.
+
+    Args:
+        description: the example's documentation, of which the first line is shown.
+        title: the plot's.
+        what: what the vectors are, for the table's title.
+        make: makes so many vectors, float32 `[count, d]`.
+        arguments: those of the command line; None for the process's own.
+    """
+    parser = argparse.ArgumentParser(description=description.split("\n")[0])
+    parser.add_argument("--vectors", type=int, default=8000)
+    parser.add_argument("--queries", type=int, default=400)
+    parser.add_argument("--plot", type=Path, help="write a plot to this file")
+    args = parser.parse_args(arguments)
+    rows = compare(make(args.vectors + args.queries), args.queries)
+    print_table(f"{args.vectors} {what}", rows)
+    if args.plot:
+        plot(title, rows, args.plot)

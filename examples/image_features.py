@@ -6,13 +6,11 @@ python -m examples.image_features [--vectors 8000] [--plot docs/images/image_fea
 
 from __future__ import annotations
 
-import argparse
 import math
-from pathlib import Path
 
 import torch
 
-from examples.compare import compare, plot, print_table
+from examples.compare import run
 
 SIDE = 64  # pixels of a texture
 PATCH = 8  # a vector is 8 x 8 pixels
@@ -42,15 +40,7 @@ def patches(count: int, seed: int = 0) -> torch.Tensor:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--vectors", type=int, default=8000)
-    parser.add_argument("--queries", type=int, default=400)
-    parser.add_argument("--plot", type=Path, help="write a plot to this file")
-    args = parser.parse_args(arguments)
-    rows = compare(patches(args.vectors + args.queries), args.queries)
-    print_table(f"{args.vectors} patches of {PATCH} x {PATCH} pixels", rows)
-    if args.plot:
-        plot("image patches", rows, args.plot)
+    run(__doc__, "image patches", f"patches of {PATCH} x {PATCH} pixels", patches, arguments)
 
 
 if __name__ == "__main__":
