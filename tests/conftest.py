@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,3 +25,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the tiny random models of this run are written."""
     return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set of this CPU in turn."""
+    from vllm_fibquant import native
+
+    try:
+        native.select_isa(request.param)
+    except ValueError:
+        pytest.skip(f"this CPU does not have {request.param}")
+    yield request.param
+    native.select_isa(None)

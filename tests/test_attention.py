@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.paged import make_paged
-from vllm_fibquant import native, ops
+from vllm_fibquant import ops
 from vllm_fibquant.codebook import make_codebook
 from vllm_fibquant.codec import KVCodec, VectorCodec
 from vllm_fibquant.config import PRESETS, CodeSpec
@@ -254,16 +254,6 @@ def test_nan_query_spoils_only_its_own_row() -> None:
 
 
 # ---- instruction sets ---------------------------------------------------------------------------
-
-
-@pytest.fixture(params=["portable", "avx2", "avx512"])
-def isa(request):
-    try:
-        native.select_isa(request.param)
-    except ValueError:
-        pytest.skip(f"this CPU does not have {request.param}")
-    yield request.param
-    native.select_isa(None)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.test_encode import check_records, encode_both
-from vllm_fibquant import native
 from vllm_fibquant.codebook import Codebook, make_codebook
 from vllm_fibquant.codec import KVCodec, VectorCodec
 from vllm_fibquant.config import DEFAULT_NUM_LISTS, CodeSpec
@@ -136,16 +135,6 @@ def test_defaults() -> None:
 
 
 # ---- the kernel ---------------------------------------------------------------------------------
-
-
-@pytest.fixture(params=["portable", "avx2", "avx512"])
-def isa(request):
-    try:
-        native.select_isa(request.param)
-    except ValueError:
-        pytest.skip(f"this CPU does not have {request.param}")
-    yield request.param
-    native.select_isa(None)
 
 
 @pytest.mark.parametrize("num_lists", [1, 2, 3, "all"])
