@@ -12,16 +12,14 @@ to vLLM's own attention in the model's dtype, and the bytes read per second.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from benchmarks.common import add_one_thread, add_out, append, clock_of
 from vllm_fibquant import ops
 from vllm_fibquant.codec import KVCodec
 from vllm_fibquant.config import PRESETS
@@ -123,16 +121,12 @@ def main() -> None:
                         help="head_dim,num_kv_heads,group_size")  # fmt: skip
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32", "float16"])
     parser.add_argument("--repetitions", type=int, default=9)
-    parser.add_argument("--one-thread", action="store_true",
-                        help="one thread, timed by its CPU time: for shared machines")  # fmt: skip
-    parser.add_argument("--out", type=Path, help="append results to this jsonl file")
+    add_one_thread(parser)
+    add_out(parser)
     args = parser.parse_args()
 
     dtype = getattr(torch, args.dtype)
-    clock = time.perf_counter
-    if args.one_thread:
-        torch.set_num_threads(1)
-        clock = time.thread_time
+    clock = clock_of(args)
     baseline = "vllm_" + args.dtype
     cases = [(s, b, c) for s in args.shapes for b in args.batches for c in args.contexts]
     print(f"kernel {ops.kernel_name()}, {torch.get_num_threads()} threads, model {args.dtype}")
@@ -152,17 +146,15 @@ def main() -> None:
             gigabytes = case.formats[name][0] / median / 1e9
             tqdm.write(f"| {shape_text} | {batch} | {context} | {name} | {median * 1e6:.0f} | "
                        f"{gigabytes:.2f} | {ratio:.2f}x |")  # fmt: skip
-            if args.out:
-                row = dict(
-                    bench="attention", shape=shape, batch=batch, context=context, format=name,
-                    model_dtype=args.dtype, layers=case.num_layers, seconds=times[name],
-                    median=median, vs_vllm=ratio, bytes=case.formats[name][0],
-                    kernel=ops.kernel_name(), threads=torch.get_num_threads(),
-                    clock="cpu" if args.one_thread else "wall",
-                    cpu=platform.processor() or platform.machine(), torch=torch.__version__,
-                )  # fmt: skip
-                with args.out.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+            append(
+                args.out,
+                bench="attention", shape=shape, batch=batch, context=context, format=name,
+                model_dtype=args.dtype, layers=case.num_layers, seconds=times[name],
+                median=median, vs_vllm=ratio, bytes=case.formats[name][0],
+                kernel=ops.kernel_name(), threads=torch.get_num_threads(),
+                clock="cpu" if args.one_thread else "wall",
+                cpu=platform.processor() or platform.machine(), torch=torch.__version__,
+            )  # fmt: skip
 
 
 if __name__ == "__main__":

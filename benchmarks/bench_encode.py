@@ -9,14 +9,12 @@ Reported: microseconds per token of one layer, for a prefill chunk and for a sin
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
+from benchmarks.common import add_one_thread, add_out, append, clock_of
 from vllm_fibquant import ops
 from vllm_fibquant.codec import KVCodec
 from vllm_fibquant.config import PRESETS
@@ -58,14 +56,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 512])
     parser.add_argument("--repetitions", type=int, default=15)
-    parser.add_argument("--one-thread", action="store_true",
-                        help="one thread, timed by its CPU time: for shared machines")  # fmt: skip
-    parser.add_argument("--out", type=Path, help="append results to this jsonl file")
+    add_one_thread(parser)
+    add_out(parser)
     args = parser.parse_args()
-    clock = time.perf_counter
-    if args.one_thread:
-        torch.set_num_threads(1)
-        clock = time.thread_time
+    clock = clock_of(args)
 
     print(f"kernel {ops.kernel_name()}, {torch.get_num_threads()} threads")
     print("| d, kv heads | tokens | format | us / token and layer |")
@@ -85,14 +79,12 @@ def main() -> None:
                 print(
                     f"| {head_dim}, {num_kv_heads} | {num_tokens} | {name} | {median * 1e6:.2f} |"
                 )
-                if args.out:
-                    row = dict(
-                        bench="encode", head_dim=head_dim, num_kv_heads=num_kv_heads,
-                        tokens=num_tokens, format=name, seconds_per_token=seconds, median=median,
-                        kernel=ops.kernel_name(), threads=torch.get_num_threads(),
-                    )  # fmt: skip
-                    with args.out.open("a") as file:
-                        file.write(json.dumps(row) + "\n")
+                append(
+                    args.out,
+                    bench="encode", head_dim=head_dim, num_kv_heads=num_kv_heads,
+                    tokens=num_tokens, format=name, seconds_per_token=seconds, median=median,
+                    kernel=ops.kernel_name(), threads=torch.get_num_threads(),
+                )  # fmt: skip
 
 
 if __name__ == "__main__":

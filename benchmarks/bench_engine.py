@@ -15,13 +15,12 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+from benchmarks.common import add_out, append, model_or_demo, run_apart
 
 PREFILL_TOKENS = 1024
 BLOCK_SIZE = 128
@@ -90,13 +89,10 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--out", type=Path, help="append results to this jsonl file")
+    add_out(parser)
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.model is None:
-        from vllm_fibquant.demo_model import ensure_demo_model
-
-        args.model = str(ensure_demo_model())
+    args.model = model_or_demo(args.model)
     if args.measure:
         measure(args)
         return
@@ -105,14 +101,10 @@ def main() -> None:
     decode: dict[tuple[int, int, str], list[float]] = {}
     runs = [(number, name) for number in range(args.rounds) for name in args.formats]
     for _, name in tqdm(runs, disable=None, leave=False):
-        command = [sys.executable, "-m", "benchmarks.bench_engine", "--measure", name]
-        command += ["--model", args.model, "--dtype", args.dtype, "--steps", str(args.steps)]
-        command += ["--contexts", *map(str, args.contexts), "--batches", *map(str, args.batches)]
-        run = subprocess.run(command, capture_output=True, text=True)
-        lines = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
-        if not lines:
-            sys.exit(f"bench_engine: {name} failed:\n{run.stdout[-3000:]}\n{run.stderr[-3000:]}")
-        result = json.loads(lines[0].removeprefix("RESULT "))
+        arguments = ["--measure", name, "--model", args.model, "--dtype", args.dtype]
+        arguments += ["--steps", str(args.steps), "--contexts", *map(str, args.contexts)]
+        arguments += ["--batches", *map(str, args.batches)]
+        result = run_apart("bench_engine", arguments, name)
         prefill.setdefault(name, []).extend(result["prefill"])
         for row in result["decode"]:
             decode.setdefault((row["context"], row["batch"], name), []).extend(row["seconds"])
@@ -123,21 +115,15 @@ def main() -> None:
         median = statistics.median(seconds)
         ratio = statistics.median(decode[context, batch, baseline]) / median
         print(f"| {context} | {batch} | {name} | {median * 1e3:.1f} | {ratio:.2f}x |")
-        write(args.out, bench="decode_step", context=context, batch=batch, format=name,
+        append(args.out, bench="decode_step", context=context, batch=batch, format=name,
               seconds=seconds, median=median, ratio=ratio, model_dtype=args.dtype)  # fmt: skip
     print(f"\n| format | us / prefilled token | vs {baseline} |\n|---|---|---|")
     for name, seconds in prefill.items():
         median = statistics.median(seconds)
         ratio = statistics.median(prefill[baseline]) / median
         print(f"| {name} | {median * 1e6:.0f} | {ratio:.2f}x |")
-        write(args.out, bench="prefill", tokens=PREFILL_TOKENS, format=name, seconds=seconds,
+        append(args.out, bench="prefill", tokens=PREFILL_TOKENS, format=name, seconds=seconds,
               median=median, ratio=ratio, model_dtype=args.dtype)  # fmt: skip
-
-
-def write(path: Path | None, **row: Any) -> None:
-    if path:
-        with path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
 
 
 if __name__ == "__main__":

@@ -11,15 +11,14 @@ few samples and steps, into the user's cache; the row says what its own MSE is.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import torch
 
+from benchmarks.common import add_one_thread, add_out, append, clock_of
 from vllm_fibquant import ops
 from vllm_fibquant.codebook import (
     Codebook,
@@ -103,14 +102,10 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1 << 14)
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--codes", nargs="+", help="names such as k8n4096; default: all")
-    parser.add_argument("--one-thread", action="store_true",
-                        help="one thread, timed by its CPU time: for shared machines")  # fmt: skip
-    parser.add_argument("--out", type=Path, help="append results to this jsonl file")
+    add_one_thread(parser)
+    add_out(parser)
     args = parser.parse_args()
-    clock = time.perf_counter
-    if args.one_thread:
-        torch.set_num_threads(1)
-        clock = time.thread_time
+    clock = clock_of(args)
 
     print(f"kernel {ops.kernel_name()}, {torch.get_num_threads()} threads, d={HEAD_DIM}")
     print("| code | lists | recall | added MSE | us / vector | vs exhaustive |")
@@ -137,17 +132,14 @@ def main() -> None:
                 f"| {row['added_mse']:+.3%} | {median * 1e6:.2f} | {exhaustive / median:.2f}x |",
                 flush=True,
             )
-            if args.out:
-                row |= dict(
-                    bench="list", code=spec.name, head_dim=HEAD_DIM, num_cells=spec.num_cells,
-                    default=is_default, seconds_per_vector=sample, median=median,
-                    vs_exhaustive=exhaustive / median, lists_seconds=lists_seconds,
-                    listed=listed, kernel=ops.kernel_name(),
-                    threads=torch.get_num_threads(), book_samples=book.provenance["samples"],
-                    book_iterations=book.provenance["iterations"],
-                )  # fmt: skip
-                with args.out.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+            append(
+                args.out, **row, bench="list", code=spec.name, head_dim=HEAD_DIM,
+                num_cells=spec.num_cells, default=is_default, seconds_per_vector=sample,
+                median=median, vs_exhaustive=exhaustive / median, lists_seconds=lists_seconds,
+                listed=listed, kernel=ops.kernel_name(), threads=torch.get_num_threads(),
+                book_samples=book.provenance["samples"],
+                book_iterations=book.provenance["iterations"],
+            )  # fmt: skip
 
 
 if __name__ == "__main__":

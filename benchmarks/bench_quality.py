@@ -16,13 +16,12 @@ import json
 import math
 import os
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from benchmarks.common import add_out, append, model_or_demo, run_apart
 from vllm_fibquant.config import PRESETS
 from vllm_fibquant.layout import preset_layout
 from vllm_fibquant.options import parse_options
@@ -116,13 +115,10 @@ def main() -> None:
                         metavar=("LABEL", "PRESET", "OPTIONS"),
                         help="also a preset with these fibquant options (JSON)")  # fmt: skip
     parser.add_argument("--ablation", action="store_true", help="every gain rule on either side")
-    parser.add_argument("--out", type=Path, help="append results to this jsonl file")
+    add_out(parser)
     parser.add_argument("--score", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.model is None:
-        from vllm_fibquant.demo_model import ensure_demo_model
-
-        args.model = str(ensure_demo_model())
+    args.model = model_or_demo(args.model)
     if args.score:
         score(args)
         return
@@ -135,23 +131,15 @@ def main() -> None:
     print("|---|---|---|---|---|")
     truth: dict = {}
     for label, dtype, options in tqdm(rows, disable=None, leave=False):
-        command = [sys.executable, "-m", "benchmarks.bench_quality", "--model", args.model]
-        command += ["--length", str(args.length), "--chunks", str(args.chunks)]
-        command += ["--chunk", str(args.chunk)]
-        command += ["--score", json.dumps([label, dtype, options])]
-        run = subprocess.run(command, capture_output=True, text=True)
-        lines = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
-        if not lines:
-            sys.exit(f"bench_quality: {label} failed:\n{run.stdout[-3000:]}\n{run.stderr[-3000:]}")
-        result = json.loads(lines[0].removeprefix("RESULT "))
+        arguments = ["--model", args.model, "--length", str(args.length)]
+        arguments += ["--chunks", str(args.chunks), "--chunk", str(args.chunk)]
+        arguments += ["--score", json.dumps([label, dtype, options])]
+        result = run_apart("bench_quality", arguments, label)
         truth = truth or result
         row = summarise(label, dtype, options, result, truth, head_dim)
         tqdm.write("| {format} | {effective_rate:.2f} | {perplexity:.2f} | {relative:.3f} ± "
                    "{relative_error:.3f} | {agreement:.1%} |".format(**row))  # fmt: skip
-        if args.out:
-            with args.out.open("a") as file:
-                row = {"bench": "quality", "model": Path(args.model).name, **row}
-                file.write(json.dumps(row) + "\n")
+        append(args.out, bench="quality", model=Path(args.model).name, **row)
 
 
 if __name__ == "__main__":

@@ -17,10 +17,11 @@ import json
 import math
 import os
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from benchmarks.common import add_out, append, model_or_demo, run_apart
 
 STRIDE = 64  # tokens scored by one fresh prompt
 NUM_SEGMENTS = 4
@@ -97,13 +98,10 @@ def main() -> None:
     parser.add_argument("--generate", type=int, default=0, help="tokens to generate after the text")
     parser.add_argument("--every", type=int, default=2, help="recompute every so many-th stride")
     parser.add_argument("--bounded", action="store_true", help="no cache of the whole text")
-    parser.add_argument("--out", type=Path, help="append results to this jsonl file")
+    add_out(parser)
     parser.add_argument("--score", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.model is None:
-        from vllm_fibquant.demo_model import ensure_demo_model
-
-        args.model = str(ensure_demo_model())
+    args.model = model_or_demo(args.model)
     if args.score:
         score(args)
         return
@@ -112,15 +110,9 @@ def main() -> None:
     for label, dtype, options in formats(args.preset, args.kept):
         if args.bounded and "everything" in label:
             continue
-        command = [sys.executable, "-m", "benchmarks.bench_retention", *sys.argv[1:]]
-        command += ["--model", args.model, "--score", json.dumps([label, dtype, options])]
-        run = subprocess.run(command, capture_output=True, text=True)
-        lines = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
-        if not lines:
-            sys.exit(
-                f"bench_retention: {label} failed:\n{run.stdout[-3000:]}\n{run.stderr[-3000:]}"
-            )
-        result = json.loads(lines[0].removeprefix("RESULT "))
+        arguments = [*sys.argv[1:], "--model", args.model]
+        arguments += ["--score", json.dumps([label, dtype, options])]
+        result = run_apart("bench_retention", arguments, label)
         scored = {int(position): value for position, value in result["scored"].items()}
         results.append((label, scored, result["blocks"]))
 
@@ -137,15 +129,11 @@ def main() -> None:
         perplexities = [math.exp(-statistics.fmean(segment)) for segment in segments]
         shown = " | ".join(f"{value:.2f}" for value in perplexities)
         print(f"| {label} | {shown} | {blocks} |", flush=True)
-        if args.out:
-            with args.out.open("a") as file:
-                row = {
-                    "bench": "retention", "model": Path(args.model).name, "cache": label,
-                    "length": args.length, "kept": args.kept, "generated": args.generate,
-                    "segments": names, "perplexities": perplexities, "blocks": blocks,
-                    "tokens": len(segments[-1]),
-                }  # fmt: skip
-                file.write(json.dumps(row) + "\n")
+        append(
+            args.out, bench="retention", model=Path(args.model).name, cache=label,
+            length=args.length, kept=args.kept, generated=args.generate, segments=names,
+            perplexities=perplexities, blocks=blocks, tokens=len(segments[-1]),
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -19,9 +19,10 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+
+from benchmarks.common import add_out, append
 
 SHAPES = ((64, 8, 1), (64, 8, 4), (128, 8, 1), (128, 8, 4), (128, 8, 8))  # d, kv heads, group
 BLOCK_SIZE = 16
@@ -102,7 +103,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 128])
     parser.add_argument("--contexts", type=int, nargs="+", default=[4096, 32768, 131072])
     parser.add_argument("--repetitions", type=int, default=20)
-    parser.add_argument("--out", type=Path, help="append results to this jsonl file")
+    add_out(parser)
     args = parser.parse_args()
     if args.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
@@ -122,9 +123,7 @@ def main() -> None:
                         continue
                     row = bench_case(args, preset, shape, batch, context)
                     print(json.dumps(row), flush=True)
-                    if args.out:
-                        with args.out.open("a") as file:
-                            file.write(json.dumps(row) + "\n")
+                    append(args.out, **row)
 
 
 if __name__ == "__main__":
