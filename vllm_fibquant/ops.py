@@ -37,17 +37,27 @@ def use_reference() -> Iterator[None]:
         _forced_reference = before
 
 
-def kernel_name() -> str:
-    """The kernel CPU tensors take: ``cpu-avx512``, ``cpu-avx2``, ``cpu-portable``, ``reference``.
+def kernel_name(device_type: str = "cpu") -> str:
+    """The kernel that tensors on a device take: ``cpu-avx512``, ``cpu-avx2``, ``cpu-portable``,
+    ``triton``, or ``reference``.
 
     Raises:
         RuntimeError: the CPU library is not built or does not load.
     """
-    return "reference" if _forced_reference else f"cpu-{native.isa()}"
+    if _forced_reference:
+        return "reference"
+    return gpu.kernel_name() if device_type == "cuda" else f"cpu-{native.isa()}"
+
+
+def unsupported_codec(codec: KVCodec, device_type: str = "cpu") -> str | None:
+    """Why the kernels of a device cannot take this codec, or None when they can."""
+    if device_type == "cuda":
+        return gpu.unsupported_codec(codec)
+    return unsupported_head_dim(codec.head_dim)
 
 
 def unsupported_head_dim(head_dim: int) -> str | None:
-    """Why the kernels cannot take this head_dim, or None when they can."""
+    """Why the CPU kernels cannot take this head_dim, or None when they can."""
     multiple, most = native.HEAD_DIM_MULTIPLE, native.MAX_HEAD_DIM
     if head_dim % multiple or not 0 < head_dim <= most:
         return f"head_dim must be a multiple of {multiple}, at most {most}, got {head_dim}"
@@ -184,6 +194,16 @@ def paged_attention(
     )
     if error:
         raise ValueError(f"paged_attention: {_ERRORS[error]}")
+
+
+def reserve(query: torch.Tensor, raw: bool) -> None:
+    """Takes and frees the memory `paged_attention` would need beside its arguments.
+
+    For an engine that measures its peak with a step in which nothing is attended. On a CPU, whose
+    scratch memory is small and kept from call to call, nothing is done.
+    """
+    if query.device.type == "cuda" and not _forced_reference:
+        gpu.reserve(query, raw)
 
 
 def _check_cpu(function: str, cache: torch.Tensor, codec: KVCodec) -> None:

@@ -13,6 +13,7 @@
     key, value      object with fields of CodeSpec   replaces parts of the preset's code
     rotation_seed   integer of at least 0            seed of the rotation
     self_check      true (default) or false          compare kernel and oracle at start
+    unproven_gpu    true or false (default)          serve on a GPU, where no kernel has run yet
     retain          {"first": 4, "recent": 1024}     keep a request's first and newest tokens alone;
                                                      "first" may be left out; default: keep all
 """
@@ -33,7 +34,7 @@ MAX_FIRST_TOKENS = 64
 
 # prefill, recent_window
 _MODES: dict[Mode, tuple[PrefillMode, int]] = {"exact": ("codes", 0), "quality": ("raw", 64)}
-_OWN_NAMES = ("mode", "prefill", "recent_window", "first_tokens", "self_check", "retain")
+_OWN_NAMES = ("mode", "prefill", "recent_window", "first_tokens", "self_check", "retain", "unproven_gpu")
 
 DEFAULT_FIRST = 4
 """First tokens of a request that are treated apart, as many as StreamingLLM (arXiv 2309.17453,
@@ -64,6 +65,7 @@ class Options:
     first_tokens: int = DEFAULT_FIRST
     self_check: bool = True
     retain: Retain | None = None
+    unproven_gpu: bool = False
 
     @property
     def num_copied_first(self) -> int:
@@ -125,9 +127,10 @@ def parse_options(preset_name: str, additional_config: Any = None) -> Options:
             f'prefill must be "codes" or "raw", got {prefill!r}; use "codes" for results that do '
             'not depend on what was cached, "raw" for better text at low rates'
         )
-    self_check = given.get("self_check", True)
-    if not isinstance(self_check, bool):
-        problems.append(f"self_check must be true or false, got {self_check!r}; leave it out")
+    self_check, unproven_gpu = given.get("self_check", True), given.get("unproven_gpu", False)
+    for name, switch in (("self_check", self_check), ("unproven_gpu", unproven_gpu)):
+        if not isinstance(switch, bool):
+            problems.append(f"{name} must be true or false, got {switch!r}; leave it out")
     recent_window = given.get("recent_window", recent_window)
     first_tokens = given.get("first_tokens", DEFAULT_FIRST)
     for name, number, most in (
@@ -160,7 +163,7 @@ def parse_options(preset_name: str, additional_config: Any = None) -> Options:
         problems.append(str(error).removeprefix("fibquant options: "))
     if problems:
         raise ValueError("fibquant options: " + "\n  also: ".join(problems))
-    return Options(preset, prefill, recent_window, first_tokens, self_check, retain)
+    return Options(preset, prefill, recent_window, first_tokens, self_check, retain, unproven_gpu)
 
 
 def _is_count(value: Any, least: int = 0) -> bool:

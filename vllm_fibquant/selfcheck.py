@@ -43,6 +43,7 @@ def run_self_check(
     num_q_heads: int,
     num_kv_heads: int,
     block_size: int,
+    device: torch.device | None = None,
 ) -> SelfCheckResult:
     """Encodes and attends a small random batch with the kernel and with the oracle.
 
@@ -50,6 +51,7 @@ def run_self_check(
         codec: the codec to be served.
         dtype: the model's dtype.
         num_q_heads, num_kv_heads, block_size: as the model will use them.
+        device: where the kernel runs; None for the CPU. The oracle runs on the CPU.
 
     Returns:
         The result, when it is within bounds.
@@ -83,29 +85,35 @@ def run_self_check(
     shape = (num_blocks, num_kv_heads, block_size, codec.layout.record_bytes)
     # 0xFF bytes are NaN norms: reading a slot nobody wrote would show.
     cache, expected_cache = (torch.full(shape, 0xFF, dtype=torch.uint8) for _ in range(2))
-    ops.encode_kv(key, value, cache, slot_mapping, codec)
+    cache = cache.to(device)
+    ops.encode_kv(key.to(device), value.to(device), cache, slot_mapping.to(device), codec)
     reference.encode_kv(key, value, expected_cache, slot_mapping, codec)
     written = len(slot_mapping) * num_kv_heads
-    mismatch = int((cache != expected_cache).any(-1).sum()) / written
+    mismatch = int((cache.cpu() != expected_cache).any(-1).sum()) / written
 
     query = random(sum(_QUERY_LENS), num_q_heads)
     bounds = torch.tensor([0, *_QUERY_LENS]).cumsum(0).to(torch.int32)
     seq_lens = torch.tensor(_SEQ_LENS, dtype=torch.int32)
     out, expected = torch.empty_like(query), torch.empty_like(query, dtype=torch.float32)
     scale = codec.head_dim**-0.5
-    args = (cache, codec, bounds, seq_lens, block_table)
-    ops.paged_attention(query, *args, out, scale=scale)
-    reference.paged_attention(query.float(), *args, expected, scale=scale)
+    paged = (bounds, seq_lens, block_table)
+    out = out.to(device)
+    ops.paged_attention(
+        query.to(device), cache, codec, *(x.to(device) for x in paged), out, scale=scale
+    )
+    out, cache = out.cpu(), cache.cpu()
+    reference.paged_attention(query.float(), cache, codec, *paged, expected, scale=scale)
     error = float((out.float() - expected).abs().max())
     # Outputs are at most a few units; rounding them to the model's dtype costs up to eps / 2 each.
     tolerance = 8 * torch.finfo(dtype).eps + 1e-5
 
-    result = SelfCheckResult(ops.kernel_name(), mismatch, error, tolerance)
+    device_type = device.type if device else "cpu"
+    result = SelfCheckResult(ops.kernel_name(device_type), mismatch, error, tolerance)
     if not (mismatch <= MAX_RECORD_MISMATCH and error <= tolerance):
         raise RuntimeError(
             f"run_self_check: kernel {result.kernel} must equal the oracle (at most "
             f"{MAX_RECORD_MISMATCH:.0%} of records differing, attention error at most "
             f"{tolerance:.1e}), got {mismatch:.1%} and {error:.1e} with head_dim {codec.head_dim}; "
-            "refusing to serve: rebuild the library, and report this machine's CPU if it persists"
+            "refusing to serve: rebuild the library, and report this machine's processor if it persists"
         )
     return result

@@ -44,19 +44,19 @@ def run_options(vllm_config: VllmConfig, kv_cache_dtype: str) -> Options:
     return parse_options(kv_cache_dtype, vllm_config.additional_config)
 
 
-def head_dim_problem(options: Options, head_dim: int) -> str | None:
-    """Why vectors of `head_dim` cannot be stored, or None. Loads the codebooks."""
+def head_dim_problem(options: Options, head_dim: int, device_type: str = "cpu") -> str | None:
+    """Why vectors of `head_dim` cannot be stored on a device, or None. Loads the codebooks."""
     try:
-        KVCodec.from_preset(options.preset, head_dim)
+        codec = KVCodec.from_preset(options.preset, head_dim)
     except (ValueError, OSError) as error:
         return str(error)
-    return ops.unsupported_head_dim(head_dim)
+    return ops.unsupported_codec(codec, device_type)
 
 
 def config_problems(vllm_config: VllmConfig) -> list[str]:
     """Every reason why this configuration cannot be served with its kv_cache_dtype."""
     problems: list[str] = []
-    cache = vllm_config.cache_config
+    cache, device = vllm_config.cache_config, vllm_config.device_config.device_type
     try:
         options = run_options(vllm_config, cache.cache_dtype)
     except ValueError as error:
@@ -121,12 +121,24 @@ def config_problems(vllm_config: VllmConfig) -> list[str]:
             other_dtype,
         )
         if not model.use_mla:
-            problem = head_dim_problem(options, model.get_head_size())
+            problem = head_dim_problem(options, model.get_head_size(), device)
             if problem:
                 problems.append(problem)
 
-    platform = vllm_config.device_config.device_type
-    require(platform == "cpu", "device", "cpu", platform, "run it on vLLM's CPU build")
+    require(
+        device == "cpu" or (device == "cuda" and options.unproven_gpu),
+        "device",
+        "cpu",
+        device,
+        "run it on vLLM's CPU build, or help to prove the GPU kernels, which have been interpreted "
+        'and compiled but have not run on a GPU: give "unproven_gpu": true',
+    )
+    if device == "cuda":
+        for name, asked in (
+            ("recent_window", options.recent_window),
+            ("retain", options.retain),
+        ):
+            require(not asked, name, "left out on a GPU", asked, 'use "mode": "exact" without it')
 
     parallel = vllm_config.parallel_config
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
