@@ -14,7 +14,7 @@ TORCH   := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 LIBRARY := vllm_fibquant/lib/libfibquant_cpu.so
 CSRC    := $(shell find csrc -name '*.h' -o -name '*.cpp')
 
-.PHONY: help serve test test-slow lint format bench wheel clean
+.PHONY: help serve test test-slow test-next lint format bench wheel clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -28,6 +28,10 @@ test: $(VENV)/.dev $(LIBRARY)  ## run the tests (ARGS= goes to pytest)
 
 test-slow: $(VENV)/.dev $(LIBRARY)  ## run the slow tests as well
 	$(BIN)/python -m pytest $(ARGS)
+
+test-next: $(VENV)/.dev $(LIBRARY)  ## run plugin and engine tests on vLLM 0.33.0's Python sources
+	$(BIN)/python -m tests.other_vllm 0.33.0 -m "not slow" tests/test_plugin.py \
+	  tests/engine/test_features.py tests/engine/test_recent_window.py $(ARGS)
 
 lint: $(VENV)/.dev  ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
@@ -46,7 +50,7 @@ wheel: $(VENV)/.deps  ## build a wheel into dist/
 	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
 
 clean:  ## remove everything built here, the environment and the demo model
-	rm -rf $(VENV) .models build dist $(LIBRARY) *.egg-info
+	rm -rf $(VENV) .models .vllm-* build dist $(LIBRARY) *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

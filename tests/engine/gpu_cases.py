@@ -26,7 +26,6 @@ SETTINGS = {
     "max_num_batched_tokens": 16,
     "max_num_seqs": 2,
     "num_gpu_blocks_override": 5,
-    "hf_overrides": {"num_hidden_layers": 1},
 }
 
 
@@ -51,7 +50,7 @@ def gpu_door(monkeypatch):
 @pytest.mark.parametrize("prefill", ["codes", "raw"])
 def test_an_engine_answers_as_with_the_cpu_kernels(model_folder, gpu_door, monkeypatch, prefill):
     settings = dict(SETTINGS, fibquant={"prefill": prefill, "self_check": prefill == "codes"})
-    model = make_model("llama", model_folder)
+    model = make_model("llama-1layer", model_folder)
     with engine(model, "fibquant_2bit", **settings) as llm:
         answers = generate(llm, PROMPTS, NUM_TOKENS)
         again = generate(llm, PROMPTS[:1], NUM_TOKENS)
