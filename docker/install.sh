@@ -8,7 +8,7 @@
 #
 # The CUDA image has vLLM already and needs the last two. Runs as root on Debian or Ubuntu.
 #
-#   VENV         a virtual environment to install into; unset: the python3 of the image
+#   VENV         the virtual environment `python` makes; its bin must come first in PATH
 #   TORCH_INDEX  where pip finds PyTorch's CPU build; empty: the index pip is set up with
 #   STATE        the directory of everything written: models fetched, compiled code, settings
 set -eu
@@ -20,20 +20,8 @@ usage() {
     exit 2
 }
 
-required() {
-    eval "value=\${$1:-}"
-    if [ -z "$value" ]; then
-        echo "install.sh: $1 must be set for this step, got nothing; see the Dockerfile" >&2
-        exit 2
-    fi
-}
-
-python() {
-    if [ -n "${VENV:-}" ]; then "$VENV/bin/python" "$@"; else python3 "$@"; fi
-}
-
 pip_install() {
-    python -m pip --disable-pip-version-check install --no-cache-dir --root-user-action=ignore "$@"
+    python3 -m pip --disable-pip-version-check install --no-cache-dir --root-user-action=ignore "$@"
 }
 
 install_system() {
@@ -64,7 +52,7 @@ PYTHON
 }
 
 install_python() {
-    required VENV
+    : "${VENV:?must be set for this step; see the Dockerfile}"
     [ -f "$1" ] || usage python "$1"
     python3 -m venv "$VENV"
     # PyTorch first: asked for alone, its CPU build is found; vLLM's requirement would decide else.
@@ -73,15 +61,16 @@ install_python() {
     pip_install --requirement "$VENV/requirements.txt"
     # The registry's torchvision does not load beside CPU PyTorch, and then breaks
     # `import transformers`. Text models need none of the three.
-    if ! python -c 'import torchvision' 2>/dev/null; then
-        python -m pip uninstall --yes torchvision torchaudio torchcodec
+    if ! python3 -c 'import torchvision' 2>/dev/null; then
+        python3 -m pip uninstall --yes torchvision torchaudio torchcodec
     fi
+    python3 -c 'import transformers, vllm'
     # What was installed, for whoever must compare two images.
-    python -m pip freeze > "$VENV/requirements.txt"
+    python3 -m pip freeze > "$VENV/requirements.txt"
 }
 
 install_user() {
-    required STATE
+    : "${STATE:?must be set for this step; see the Dockerfile}"
     groupadd --gid "$UID_GID" fibquant
     useradd --uid "$UID_GID" --gid "$UID_GID" --home-dir "$STATE" --no-create-home \
         --shell /usr/sbin/nologin fibquant
@@ -93,7 +82,6 @@ install_wheel() {
     [ -d "$1" ] || usage wheel "$1"
     pip_install --no-deps "$1"/vllm_fibquant-*.whl
     vllm-fibquant info
-    python -c 'import transformers, vllm'
 }
 
 case "${1:-} $#" in
