@@ -12,9 +12,10 @@ BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip --disable-pip-version-check
 TORCH   := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 LIBRARY := vllm_fibquant/lib/libfibquant_cpu.so
+COMPOSE := docker/compose.yaml docker/compose.gpu.yaml
 CSRC    := $(shell find csrc -name '*.h' -o -name '*.cpp')
 
-.PHONY: help serve test test-slow lint format bench wheel clean
+.PHONY: help serve test test-slow lint docker-lint docker-test format bench wheel clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -29,11 +30,22 @@ test: $(VENV)/.dev $(LIBRARY)  ## run the tests (ARGS= goes to pytest)
 test-slow: $(VENV)/.dev $(LIBRARY)  ## run the slow tests as well
 	$(BIN)/python -m pytest $(ARGS)
 
-lint: $(VENV)/.dev  ## ruff, mypy, clang-format
+lint: $(VENV)/.dev docker-lint  ## ruff, mypy, clang-format, and docker-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CSRC)
+
+docker-lint: $(VENV)/.dev  ## hadolint, shellcheck, the compose files
+	$(BIN)/hadolint docker/Dockerfile.*
+	$(BIN)/shellcheck docker/*.sh
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec $(COMPOSE)
+	@# The schema does not see variables and anchors; Docker's own reader does, where it is installed.
+	! docker compose version >/dev/null 2>&1 \
+	  || VLLM_API_KEY=lint docker compose $(COMPOSE:%=-f %) config --quiet
+
+docker-test: $(VENV)/.dev  ## build and run the CPU image without Docker (root; see docs/deploy.md)
+	$(BIN)/python -m pytest tests/test_image.py $(ARGS)
 
 format: $(VENV)/.dev  ## rewrite the sources in the project's format
 	$(BIN)/ruff format .

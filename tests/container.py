@@ -75,8 +75,7 @@ class Store:
         self.root = root
         self.config = root / "storage.conf"
         self.config.write_text(
-            '[storage]\ndriver = "overlay"\n'
-            f'runroot = "{root}/run"\ngraphroot = "{root}/images"\n'
+            f'[storage]\ndriver = "overlay"\nrunroot = "{root}/run"\ngraphroot = "{root}/images"\n'
         )
 
     def buildah(self, *args: str, log: IO[str] | None = None) -> str:
