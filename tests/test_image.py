@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -20,7 +21,7 @@ from vllm_fibquant import __version__
 from vllm_fibquant.demo_model import MODEL_NAME, ensure_demo_model
 
 ROOT = Path(__file__).parent.parent
-START_LIMIT_S = 400
+START_LIMIT_S = 600
 STOP_LIMIT_S = 60
 KEY = "a-key-of-this-test"
 
@@ -57,7 +58,10 @@ def store(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(store, tmp_path_factory):
     """A server with the demo model that has answered nothing yet."""
-    models = Path(ensure_demo_model()).resolve().parent
+    models = tmp_path_factory.mktemp("models")
+    shutil.copytree(ensure_demo_model(), models / MODEL_NAME)
+    for path in (models, *models.rglob("*")):
+        path.chmod(0o755)  # readable to the image's user, as the documents ask for
     container = Container(
         store, "cpu", tmp_path_factory.mktemp("server"), models, VLLM_API_KEY=KEY
     )  # fmt: skip

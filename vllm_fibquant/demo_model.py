@@ -138,3 +138,7 @@ def _convert(gguf: Path, out: Path) -> None:
     config_path.write_text(json.dumps(config, indent=2) + "\n")
     generation = json.loads(generation_path.read_text())
     generation_path.write_text(json.dumps({**generation, **GENERATION}, indent=2) + "\n")
+    for (
+        path
+    ) in out.iterdir():  # weights are written for their owner's eyes; containers read them too
+        path.chmod(0o644)
