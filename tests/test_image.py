@@ -132,7 +132,7 @@ def test_writes_to_its_volume_alone(server):
 def test_finishes_requests_before_it_stops(server):
     """SIGTERM while an answer is being written: it arrives whole, then the server ends with 0."""
     code = """
-body = dict(messages=QUESTION, max_tokens=200, min_tokens=200, stream=True)
+body = dict(messages=QUESTION, max_tokens=60, min_tokens=60, stream=True)
 with ask('/v1/chat/completions', **body) as answer:
     for line in answer:
         print(line.decode().strip(), flush=True)
