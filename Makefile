@@ -12,9 +12,10 @@ BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip --disable-pip-version-check
 TORCH   := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 LIBRARY := vllm_fibquant/lib/libfibquant_cpu.so
+COMPOSE := docker/compose.yaml docker/compose.gpu.yaml
 CSRC    := $(shell find csrc -name '*.h' -o -name '*.cpp')
 
-.PHONY: help serve test test-slow test-next lint format bench wheel clean
+.PHONY: help serve test test-slow test-next lint docker-lint docker-test format bench wheel clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -33,11 +34,22 @@ test-next: $(VENV)/.dev $(LIBRARY)  ## run plugin and engine tests on vLLM 0.33.
 	$(BIN)/python -m tests.other_vllm 0.33.0 -m "not slow" tests/test_plugin.py \
 	  tests/engine/test_features.py tests/engine/test_recent_window.py $(ARGS)
 
-lint: $(VENV)/.dev  ## ruff, mypy, clang-format
+lint: $(VENV)/.dev docker-lint  ## ruff, mypy, clang-format, and docker-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CSRC)
+
+docker-lint: $(VENV)/.dev  ## hadolint, shellcheck, the compose files
+	$(BIN)/hadolint docker/Dockerfile.*
+	$(BIN)/shellcheck docker/*.sh
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec $(COMPOSE)
+	@# The schema does not see variables and anchors; Docker's own reader does, where it is installed.
+	! docker compose version >/dev/null 2>&1 \
+	  || VLLM_API_KEY=lint docker compose $(COMPOSE:%=-f %) config --quiet
+
+docker-test: $(VENV)/.dev  ## build and run the CPU image without Docker (root; see docs/deploy.md)
+	$(BIN)/python -m pytest tests/test_image.py $(ARGS)
 
 format: $(VENV)/.dev  ## rewrite the sources in the project's format
 	$(BIN)/ruff format .

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -198,8 +199,9 @@ def _free_memory() -> int:
             node = _read_meminfo(path)
             if node["MemTotal"]:
                 limits.append(node["MemFree"] + node["Active(file)"] + node["Inactive(file)"])
-    with contextlib.suppress(OSError, ValueError):
-        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # control groups v2 and v1
+        with contextlib.suppress(OSError, ValueError):
+            limits.append(int(Path("/sys/fs/cgroup", name).read_text()))
     return min(limits)
 
 
@@ -211,6 +213,9 @@ def _read_meminfo(path: Path) -> dict[str, int]:
 
 def serve(args: list[str]) -> int:
     """Serve until interrupted; returns the exit status."""
+    # Until vLLM sets its own handler, after half a minute of imports. Without one, process 1 of a
+    # container ignores the signal, and stopping a server that still starts waits for the kill.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         machine = this_machine()
         if any(arg.split("=")[0] in ("-h", "--help") for arg in args):
