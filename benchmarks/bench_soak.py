@@ -122,6 +122,7 @@ def main() -> None:
     prompts = prompts_of(seed=0)
     flags = ["--kv-cache-dtype", args.kv_cache_dtype, "--dtype", "float32", "--enforce-eager"]
     flags += ["--max-model-len", "1024", "--block-size", str(BLOCK_SIZE), "--max-num-seqs", "8"]
+    flags += ["--kv-cache-memory-bytes", str(256 << 20)]
     flags += ["--num-gpu-blocks-override", str(CACHE_TOKENS // BLOCK_SIZE)]
     flags += ["--no-enable-log-requests", "--uvicorn-log-level", "warning"]
     # One thread that may run anywhere: the machine may have something else to do.

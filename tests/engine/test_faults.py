@@ -28,6 +28,7 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 FLAGS = (
     "--kv-cache-dtype", "fibquant_2bit", "--dtype", "float32", "--enforce-eager",
     "--max-model-len", str(CACHE_TOKENS), "--max-num-seqs", "8", "--block-size", "32",
+    "--kv-cache-memory-bytes", str(64 << 20),
     "--uvicorn-log-level", "warning",
 )  # fmt: skip
 
