@@ -51,6 +51,7 @@ COUNTERS = ("prefix_cache_hits", "prefix_cache_queries", "num_preemptions")
 def documents_of(model: str) -> list[str]:
     """Texts of DOCUMENT_TOKENS tokens, up to what cutting a text between two tokens changes."""
     import pydoc_data.topics
+
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -140,7 +141,7 @@ def main() -> None:
             )
         tokens = {name: server.cache_tokens() for name, server in servers.items()}
         print(f"documents: {sum(DOCUMENT_TOKENS)} tokens; the cache holds {tokens}", flush=True)
-        for name, server in servers.items():
+        for server in servers.values():
             run_client(server, model, requests_of(documents, 1, seed=0), 1)
         print("| concurrency | format | requests / s | vs auto | TTFT p50, p95 (s) "
               "| TPOT p50, p95 (ms) | found in cache | preemptions |")  # fmt: skip

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 NONSENSE = [
-    None, True, "", "high", "1.5", [], {}, [1], {"a": 1}, -1, 0, 1e308, -1e308, 2**31, 2**63, 10**30,
+    None, True, "", "high", "1.5", [], {}, [1], {"a": 1}, -1, 0, 1e308, -1e308, 2**31, 2**63,
+    10**30,
     float("nan"), float("inf"), -float("inf"), 1e-300, "\x00", "\ud83d\ude00" * 50,
 ]  # fmt: skip
 

@@ -43,7 +43,9 @@ def warnings(monkeypatch) -> list[str]:
 
 def test_keys_with_nan(model_folder, tmp_path, warnings):
     """Every key of one KV head of layer 0 holds a NaN: it is stored as zero, all else is finite."""
-    model = with_nan(make_model("llama", model_folder), tmp_path, "layers.0.self_attn.k_proj.weight")
+    model = with_nan(
+        make_model("llama", model_folder), tmp_path, "layers.0.self_attn.k_proj.weight"
+    )
     prompts = varied_prompts(12, VOCAB_SIZE, longest=100, seed=31)
     with engine(model, "fibquant_2bit") as llm:
         alone = one_by_one(llm, prompts, NUM_TOKENS)
