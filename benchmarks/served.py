@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-START_S = 300.0
+START_S = 600.0
 STOP_S = 60.0
 NAME = "served"
 """What models are called by requests."""
