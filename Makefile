@@ -15,7 +15,7 @@ LIBRARY := vllm_fibquant/lib/libfibquant_cpu.so
 COMPOSE := docker/compose.yaml docker/compose.gpu.yaml
 CSRC    := $(shell find csrc -name '*.h' -o -name '*.cpp')
 
-.PHONY: help serve test test-slow test-next lint docker-lint docker-test format bench wheel clean
+.PHONY: help serve test test-slow test-next lint docker-lint docker-test format bench load wheel clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -57,6 +57,12 @@ format: $(VENV)/.dev  ## rewrite the sources in the project's format
 
 bench: $(VENV)/.dev $(LIBRARY)  ## measure kernels and engine beside vLLM's own attention
 	$(BIN)/python -m benchmarks $(ARGS)
+
+load: $(VENV)/.dev $(LIBRARY)  ## measure requests per second of the server when its cache is short
+	$(PIP) install --no-build-isolation -e '.[load]'
+	rm -f docs/results/load.jsonl
+	$(BIN)/python -m benchmarks.bench_load --out docs/results/load.jsonl $(ARGS)
+	$(BIN)/python -m benchmarks --plot-only
 
 wheel: $(VENV)/.deps  ## build a wheel into dist/
 	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .

@@ -26,7 +26,7 @@ LAYERS = {
         "options",
         "list_search",
     ],
-    1: ["layout", "copies"],
+    1: ["layout", "copies", "agreement"],
     2: ["reference", "native", "checks", "gpu", "ops", "selfcheck"],
     3: ["support", "metadata", "retention", "rotary", "attention"],
     4: ["compat", "plugin"],

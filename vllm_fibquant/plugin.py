@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
-from vllm_fibquant import compat, support
+from vllm_fibquant import agreement, compat, support
 from vllm_fibquant.config import PRESETS
 from vllm_fibquant.options import SECTION
 
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 BACKEND_PATH = "vllm_fibquant.attention.FibQuantBackend"
+
+RANKS_TIMEOUT_S = 600.0
+"""How long ranks wait for each other before they compare: others may still be compiling."""
 
 
 def register() -> None:
@@ -95,7 +98,39 @@ def _choose_backend(vllm_config: VllmConfig, layer: dict[str, Any]) -> type:
 
 
 def _prepare(worker: Any, available_bytes: int) -> int:
-    """What is done in a worker once its model is loaded. Returns the bytes left for pages."""
+    """What is done in a worker once its model is loaded. Returns the bytes left for pages.
+
+    Raises:
+        ValueError: ranks of this engine would encode or read pages differently.
+        RuntimeError: a rank does not use our cache.
+    """
+    vllm_config = worker.vllm_config
+    if not support.is_ours(vllm_config.cache_config.cache_dtype):
+        return available_bytes
     from vllm_fibquant import attention
 
-    return available_bytes - attention.allocate_copies(worker.vllm_config, available_bytes)
+    _compare_ranks(vllm_config.cache_config.cache_dtype, attention.layers_of(vllm_config))
+    return available_bytes - attention.allocate_copies(vllm_config, available_bytes)
+
+
+def _compare_ranks(kv_cache_dtype: str, layers: list[Any]) -> None:
+    """Refuses to serve with ranks that differ.
+
+    Raises:
+        ValueError: naming what differs, and the ranks.
+        RuntimeError: naming the ranks that say nothing.
+    """
+    from vllm.logger import init_logger
+
+    facts = agreement.facts_of((layer.options, layer.codec) for layer in layers)
+    # Every rank takes part, also one of whose layers none is ours.
+    facts_of_ranks = compat.gather_from_ranks(facts, RANKS_TIMEOUT_S)
+    problems = agreement.differences(facts_of_ranks)
+    if problems:
+        problems[-1] += "; give every node the same installation, codebooks and command line"
+        raise ValueError(support.refusal(kv_cache_dtype, problems))
+    init_logger(f"vllm.{__name__}").info(
+        "FibQuant settings and codebooks have digest %s, rank(s): %d",
+        agreement.digest_of(facts),
+        len(facts_of_ranks),
+    )

@@ -38,6 +38,10 @@ RETAIN_ARCHITECTURES = (
 # These size their buffers from vLLM's dense shapes and would copy the wrong bytes of a page.
 REFUSED_CONNECTORS = ("LMCache",)
 
+# vLLM 0.32.0's offloading to host memory copies on GPU streams. On CPUs these fail late, with any
+# cache dtype: "only supported on CUDA-alike and XPU GPUs", and an AttributeError.
+GPU_CONNECTORS = ("OffloadingConnector", "SimpleCPUOffloadConnector")
+
 
 def run_options(vllm_config: VllmConfig, kv_cache_dtype: str) -> Options:
     """The options of a layer whose cache dtype is `kv_cache_dtype`."""
@@ -172,6 +176,14 @@ def config_problems(vllm_config: VllmConfig) -> list[str]:
         "one that copies pages as bytes",
         ", ".join(refused),
         "LMCache sizes its buffers wrongly for packed pages; use another connector",
+    )
+    offloading = [c for c in connectors if c in GPU_CONNECTORS]
+    require(
+        platform != "cpu" or not offloading,
+        "KV offloading",
+        "off on CPUs, whose cache is in host memory already",
+        ", ".join(offloading),
+        "leave --kv-offloading-size out and give --kv-cache-memory-bytes more",
     )
     require(
         not options.recent_window or not (connectors or cache.kv_offloading_size),
