@@ -26,9 +26,9 @@ LAYERS = {
         "options",
         "list_search",
     ],
-    1: ["layout", "copies"],
-    2: ["reference", "native", "checks", "gpu", "ops", "selfcheck"],
-    3: ["support", "metadata", "retention", "rotary", "attention"],
+    1: ["layout", "copies", "counters"],
+    2: ["reference", "native", "checks", "gpu", "ops", "selfcheck", "monitor"],
+    3: ["support", "metadata", "retention", "rotary", "attention", "report"],
     4: ["compat", "plugin"],
     5: ["__init__", "__main__", "cli", "codebook_cli", "demo_model", "info", "launcher", "plan"],
 }

@@ -13,6 +13,9 @@ from vllm_fibquant.options import SECTION
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+REPORT_METHOD = "fibquant_report"
+"""The method of vLLM's workers that returns `report.worker_report`."""
+
 BACKEND_PATH = "vllm_fibquant.attention.FibQuantBackend"
 
 
@@ -34,6 +37,7 @@ def register() -> None:
             compat.store_as_bytes(list(PRESETS))
             compat.select_backend(list(PRESETS), support.BACKEND_NAME, _choose_backend)
             compat.before_pages_are_allocated(_prepare)
+            compat.add_worker_method(REPORT_METHOD, _report)
         compat.accept_names(list(PRESETS))
     except Exception as error:
         logger.warning(
@@ -99,3 +103,9 @@ def _prepare(worker: Any, available_bytes: int) -> int:
     from vllm_fibquant import attention
 
     return available_bytes - attention.allocate_copies(worker.vllm_config, available_bytes)
+
+
+def _report(worker: Any) -> dict[str, Any]:
+    from vllm_fibquant.report import worker_report
+
+    return worker_report(worker.vllm_config)
