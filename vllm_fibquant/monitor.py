@@ -363,7 +363,8 @@ class Monitor:
         last_row = int(query_start_loc[req + 1]) - 1
         first_row = last_row + 1 - int(self._random.integers(length, reach + 1))
         chosen = slots[first_row : first_row + length]
-        if (chosen < 0).any() or np.isin(slots, chosen).sum() != length:
+        num_writes = np.isin(slots, chosen).sum()
+        if (chosen < 0).any() or not num_writes == length == len(np.unique(chosen)):
             return None  # not stored, or written twice in this step
         end = int(seq_lens[req]) - (last_row + 1 - first_row) + length
         num_blocks = -(-end // self._block_size)
