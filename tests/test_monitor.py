@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_fibquant import monitor, native, ops
+from vllm_fibquant import fidelity, monitor, native, ops
 from vllm_fibquant.codec import KVCodec
 from vllm_fibquant.counters import Counters
-from vllm_fibquant.monitor import DAMAGED, DEGRADED, HEALTHY, UNKNOWN, Ledger, Monitor
+from vllm_fibquant.fidelity import DAMAGED, DEGRADED, HEALTHY, UNKNOWN, Ledger
+from vllm_fibquant.monitor import Monitor
 from vllm_fibquant.options import MonitorOptions
 
 HEAD_DIM, BLOCK_SIZE, NUM_BLOCKS, NUM_HEADS, NUM_KV_HEADS = 64, 16, 32, 4, 2
@@ -98,9 +99,9 @@ def test_what_is_compared_is_the_attention_of_that_head_over_those_tokens():
     records = bench.caches[0][sample.slots // BLOCK_SIZE, sample.head, sample.slots % BLOCK_SIZE]
     key, value = bench.codec.decode_records(records)
     heads = slice(2 * sample.head, 2 * sample.head + 2)
-    from_codes = monitor.exact_attention(sample.query[0, heads], key, value, HEAD_DIM**-0.5, 0.0)
+    from_codes = fidelity.exact_attention(sample.query[0, heads], key, value, HEAD_DIM**-0.5, 0.0)
     torch.testing.assert_close(sample.output[0, heads], from_codes, rtol=0, atol=1e-5)
-    exact = monitor.exact_attention(
+    exact = fidelity.exact_attention(
         sample.query[0, heads], sample.key, sample.value, HEAD_DIM**-0.5, 0.0
     )
     cosine = torch.cosine_similarity(from_codes, exact, dim=-1).mean()
@@ -230,7 +231,7 @@ def test_drill_keys_that_break_the_code(preset):
     for number in range(40):
         bench.step(([2 * number % 30 + 1, 2 * number % 30 + 2], 0, 32))
     assert bench.health == DEGRADED
-    assert bench.counters["monitor_worst_cosine"] < monitor.floor_cosine(bench.codec)
+    assert bench.counters["monitor_worst_cosine"] < fidelity.floor_cosine(bench.codec)
 
 
 def test_the_budget_is_kept():
