@@ -32,7 +32,8 @@ function bar(id, share) { byId(id).style.width = `${Math.min(100, Math.max(0, 10
 function spark(id, values, most) {
   const svg = byId(id);
   const top = Math.max(most, ...values);
-  const points = values.map((v, i) => [(i + HISTORY - values.length) / (HISTORY - 1) * 100,
+  const width = Math.max(HISTORY / 4, values.length);
+  const points = values.map((v, i) => [(i + width - values.length) / (width - 1) * 100,
     top ? 39 - 37 * v / top : 39]);
   if (!points.length) return;
   const line = points.map(([x, y], i) => `${i ? "L" : "M"}${x.toFixed(2)} ${y.toFixed(2)}`).join("");
@@ -144,12 +145,17 @@ function showFidelity(m) {
       row.append(name, track, label);
       return row;
     }));
+  // From a little below the worst layer up to 1: the differences are what one looks for.
+  const low = Math.max(0, Math.floor(20 * Math.min(...layers.map(([, mean]) => mean)) - 0.4) / 20);
+  show("layers-low", layers.length ? low.toFixed(2) : "");
   byId("layers").replaceChildren(...layers.map(([layer, mean, n]) => {
     const column = document.createElement("div");
-    column.style.height = `${Math.max(2, 100 * mean)}%`;
+    column.style.height = `${Math.max(2, 100 * (mean - low) / (1 - low))}%`;
     column.title = `layer ${layer}: ${mean.toFixed(4)}, ${n} samples`;
     return column;
   }));
+  byId("layers").setAttribute("aria-label", "Mean cosine by layer: " +
+    layers.map(([layer, mean]) => `${layer}: ${mean.toFixed(3)}`).join(", "));
   show("samples", count(layers.reduce((sum, [, , n]) => sum + n, 0)));
   show("rereads", count(m.sum("fibquant:monitor_rereads_total")));
   show("changed", count(m.sum("fibquant:monitor_changed_total")));
