@@ -107,7 +107,7 @@ def browser(folder: Path) -> Iterator[Page]:
         [
             program, "--headless=new", "--remote-debugging-port=0", f"--user-data-dir={folder}",
             "--no-first-run", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
-            # Chromium's own sandbox does not start for root in a container. It loads our page alone.
+            # Chromium's sandbox does not start for root in a container; it loads our page alone.
             "--no-sandbox", "about:blank",
         ],
         stdout=subprocess.DEVNULL,

@@ -18,10 +18,10 @@ pytest.importorskip("vllm", reason="starts vLLM's server")
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.browser import browser
 from vllm_fibquant import ops
 from vllm_fibquant.demo_model import MODEL_NAME, ensure_demo_model
 
-from tests.browser import browser
 from .test_server import STOP_LIMIT_S, Server, start, wait_until_healthy
 
 ROOT = Path(__file__).parent.parent.parent
@@ -163,7 +163,7 @@ def test_the_monitor_compares_within_its_budget(server):
 
 
 def test_page(server, tmp_path):
-    """In a browser: figures appear, the key is asked for, an answer streams in, nothing is blocked."""
+    """In a browser: figures appear, the key is asked for, an answer streams in, no error."""
     with browser(tmp_path) as page:
         page.open(f"{server.url}/fibquant")
         page.wait("document.getElementById('ratio').textContent.startsWith('3.7')")
