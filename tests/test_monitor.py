@@ -81,7 +81,7 @@ def test_a_prompt_is_sampled_and_compared_again_while_it_is_read():
     bench = Bench()
     assert bench.step(([1, 2, 3, 4], 0, 50)).first_row is not None
     assert bench.counters["monitor_tokens"] == 50
-    for number in range(1, 6):
+    for number in range(1, 9):
         probe = bench.step(([1, 2, 3, 4], 49 + number, 1))
         assert probe.first_row is None, "one new token is no sample: the old one is compared again"
         assert bench.counters["monitor_rereads"] == number
@@ -224,7 +224,8 @@ def test_drill_a_page_overwritten_behind_our_back():
 def test_drill_keys_that_break_the_code(preset):
     """Finite keys with a huge channel that attention does not feel: all that differs is lost."""
     bench = Bench(preset)
-    for number in range(6):
+    for number in range(8):
+        assert bench.health == UNKNOWN
         bench.step(([2 * number + 1, 2 * number + 2], 0, 32))
     assert bench.health == HEALTHY
     bench.change_keys = lambda key: 3 * key + 2000.0 * torch.eye(HEAD_DIM)[7]
