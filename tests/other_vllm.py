@@ -61,7 +61,9 @@ def main(version: str, *pytest_arguments: str) -> int:
     )  # fmt: skip
     where = shown.stdout.split()[-1]
     if not where.startswith(str(folder)):
-        raise SystemExit(f"other_vllm: vllm must come from {folder}, got {where}; remove the folder")
+        raise SystemExit(
+            f"other_vllm: vllm must come from {folder}, got {where}; remove the folder"
+        )
     command = [sys.executable, "-m", "pytest", *pytest_arguments]
     return subprocess.run(command, env=environment, cwd=ROOT).returncode
 

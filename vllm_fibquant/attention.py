@@ -34,6 +34,7 @@ from vllm_fibquant import gpu, ops, rotary
 from vllm_fibquant.checks import DTYPES
 from vllm_fibquant.codec import KVCodec
 from vllm_fibquant.config import PRESETS
+from vllm_fibquant.counters import own_counters
 from vllm_fibquant.layout import preset_layout
 from vllm_fibquant.metadata import FibQuantMetadata, FibQuantMetadataBuilder, StepCopies
 from vllm_fibquant.options import Options
@@ -232,6 +233,7 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
         if kv_cache.numel() == 0:
             return
         num_tokens = min(slot_mapping.shape[0], key.shape[0])
+        began = time.perf_counter()
         count = ops.encode_kv(
             key[:num_tokens],
             value[:num_tokens],
@@ -239,6 +241,7 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
             slot_mapping[:num_tokens],
             self.codec,
         )
+        own_counters().encoded(began)
         if count:
             _non_finite.add(count)
 
@@ -279,6 +282,7 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
         first_query = None
         if self._turn_back and attn_metadata.num_gone is not None:
             first_query = self._turn_back(query[:num_tokens], attn_metadata.num_gone)
+        began = time.perf_counter()
         ops.paged_attention(
             query[:num_tokens],
             kv_cache,
@@ -297,6 +301,9 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
             keep_first=self.keep_first,
             first_query=first_query,
         )
+        own_counters().attended(began)
+        if attn_metadata.probe is not None:
+            attn_metadata.probe.run(self, query, key, value, kv_cache)
         if attn_metadata.copies is not None:
             # Only now: a row may change hands in this step, and its old owner has just read it.
             tokens, rows = attn_metadata.copies.tokens, attn_metadata.copies.rows
@@ -359,6 +366,7 @@ class _NonFiniteCounter:
 
     def add(self, count: int) -> None:
         self.total += count
+        own_counters()["non_finite_vectors"] = self.total
         now = time.monotonic()
         if now >= self._next_warning:
             self._next_warning = now + WARN_EVERY_S

@@ -2,20 +2,23 @@
 """Every touch of vLLM that is not documented by vLLM, and nothing else.
 
 vLLM has hooks for an attention backend's class, page size and layout; 0.33 also has one for a new
---kv-cache-dtype value, 0.32 has none. The touches here fill the gaps. Each says what and why, is made
-once per process, leaves every other dtype alone, and can go when vLLM has a hook for it. All were
-read in, and are tested against, the versions in TESTED_VERSIONS. On any other version nothing but
-the guard and the names are installed, so that asking for one of our dtypes gives a clear error
-and everything else works as without us.
+--kv-cache-dtype value, 0.32 has none, and neither has one for what workers know. The touches here
+fill the gaps. Each says what it changes or calls and why; each change is made once per process,
+leaves every other dtype alone, and can go when vLLM has a hook for it. All were read in, and are
+tested against, the versions in TESTED_VERSIONS. On any other version nothing but the guard and the
+names are installed, so that asking for one of our dtypes gives a clear error and everything else
+works as without us.
 """
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import functools
 import importlib.metadata
 import sys
-from collections.abc import Callable
+from argparse import Namespace
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -235,3 +238,71 @@ def gather_from_ranks(value: Any, timeout_s: float) -> list[Any]:
     values: list[Any] = [None] * group.world_size
     torch.distributed.all_gather_object(values, value, group=group.cpu_group)
     return values
+
+
+def add_worker_method(name: str, method: Callable[[Any], Any]) -> None:
+    """Lets `collective_rpc(name)` call `method` with each worker.
+
+    What: adds an attribute to `WorkerBase`.
+    Why: a plugin's HTTP routes may reach workers through `collective_rpc` alone, which calls
+        methods by name. The documented way to add one, --worker-extension-cls, is a single slot
+        that belongs to the user.
+    Range: 0.32.0 and, as read, 0.33.0.
+    Delete when: workers have methods registered by plugins.
+    """
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    setattr(WorkerBase, name, method)
+
+
+async def call_workers(engine_client: Any, name: str, timeout_s: float) -> dict[int, list[Any]]:
+    """What the method `name` returns in every worker, by engine (data-parallel rank).
+
+    What: `EngineClient.collective_rpc`, and with several engines what it does behind it, for each.
+    Why: with data parallelism `collective_rpc` calls all engines and returns the first's answer.
+    Range: 0.32.0.
+    Delete when: `collective_rpc` returns every engine's answers.
+
+    Raises:
+        TimeoutError: no answer within timeout_s.
+    """
+    core = engine_client.engine_core
+    engines = list(core.engine_ranks_managed)
+    if len(engines) == 1:
+        call = engine_client.collective_rpc(name, timeout=timeout_s)
+        return {engines[0]: await asyncio.wait_for(call, timeout_s)}
+    calls = core.call_utility_all_async("collective_rpc", name, timeout_s, (), None)
+    return dict(zip(engines, await asyncio.wait_for(calls, timeout_s), strict=True))
+
+
+def token_verifier(args: Namespace) -> Callable[[Mapping[str, str]], bool] | None:
+    """Tells whether a request's headers carry one of the server's API keys; None if it has none.
+
+    What: asks vLLM's own middleware, with the keys it is given.
+    Why: it guards fixed path prefixes ("/v1" and others); routes elsewhere must ask themselves.
+    Range: 0.32.0.
+    Delete when: a plugin can put its routes under the guard.
+    """
+    import vllm.envs as envs
+    from starlette.datastructures import Headers
+    from vllm.entrypoints.serve.middleware.authenticate import AuthenticationMiddleware
+
+    tokens = [key for key in (args.api_key or [envs.VLLM_API_KEY]) if key]
+    if not tokens:
+        return None
+    middleware: Any = AuthenticationMiddleware(None, tokens)
+    return lambda headers: middleware.verify_token(Headers(headers))
+
+
+def metrics_registry() -> Any:
+    """The Prometheus registry vLLM serves at /metrics: the process's own, or with several API
+    servers a new one that reads the files of all.
+
+    What: `vllm.v1.metrics.prometheus.get_prometheus_registry`.
+    Why: metrics of ours belong beside vLLM's.
+    Range: 0.32.0.
+    Delete when: it is documented.
+    """
+    from vllm.v1.metrics.prometheus import get_prometheus_registry
+
+    return get_prometheus_registry()

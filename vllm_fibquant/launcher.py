@@ -11,6 +11,9 @@ nothing about it:
     --dtype float32    the demo model on such CPUs: twice as fast there as bfloat16
     --kv-cache-memory-bytes  on CPUs: a quarter of the free memory, at most 4 GiB, where vLLM
                        would claim nine tenths of the machine
+
+vLLM adds a plugin's HTTP routes only if VLLM_PLUGINS names the plugin, and then loads no plugin
+that is not named there: it is set to our name and those of all that would have been loaded.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import functools
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,6 +37,7 @@ MODEL is a directory or a Hugging Face name and comes first; without it the demo
 (SmolLM2-135M-Instruct) is fetched, converted and served.
 """
 
+ROUTES_GROUP = "vllm.endpoint_plugins"
 GIB = 1 << 30
 MAX_DEFAULT_CACHE = 4 * GIB
 
@@ -215,6 +219,32 @@ def _read_meminfo(path: Path) -> dict[str, int]:
     return {name.split()[-1]: int(value.split()[0]) * 1024 for name, value in fields}
 
 
+def plugins_to_load(environ: Mapping[str, str], groups: Mapping[str, Iterable[str]]) -> str:
+    """VLLM_PLUGINS with our routes added, and otherwise what it meant before.
+
+    Args:
+        environ: of the process.
+        groups: names of installed plugins by entry point group.
+    """
+    given = environ.get("VLLM_PLUGINS")
+    if given is not None:
+        names = [name for name in given.split(",") if name]
+    else:
+        # Unset, it loads every plugin but those that add routes.
+        names = sorted(
+            {n for group, found in groups.items() for n in found if group != ROUTES_GROUP}
+        )
+    return ",".join(dict.fromkeys([*names, "fibquant"]))
+
+
+def _installed_plugins() -> dict[str, list[str]]:
+    from importlib.metadata import entry_points
+
+    found = entry_points()
+    groups = (group for group in found.groups if group.startswith("vllm."))
+    return {group: [point.name for point in found.select(group=group)] for group in groups}
+
+
 def serve(args: list[str]) -> int:
     """Serve until interrupted; returns the exit status."""
     # Until vLLM sets its own handler, after half a minute of imports. Without one, process 1 of a
@@ -249,6 +279,7 @@ def _run_vllm(args: list[str]) -> int:
     """vLLM's own command line, which reads sys.argv."""
     from vllm.entrypoints.cli import main as vllm_cli
 
+    os.environ["VLLM_PLUGINS"] = plugins_to_load(os.environ, _installed_plugins())
     _name_distribution(vllm_cli)
     _end_streams_of_stopped_servers()
     sys.argv = ["vllm", "serve", *args]

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import numpy.typing as npt
 import torch
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.logger import init_logger
@@ -22,6 +23,8 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm_fibquant import selfcheck
 from vllm_fibquant.codec import KVCodec
 from vllm_fibquant.copies import CopyPool
+from vllm_fibquant.counters import own_counters
+from vllm_fibquant.monitor import Probe, monitor_of
 from vllm_fibquant.options import Retain
 
 logger = init_logger(f"vllm.{__name__}")
@@ -39,6 +42,7 @@ class FibQuantMetadata(AttentionMetadata):
         num_gone: int64 [num_tokens], how many tokens between a query and the first ones are kept
             no more; None if none of any query.
         copies: what the step reads from copies and what it copies; None without a recent window.
+        probe: what the fidelity monitor compares in this step, or None.
     """
 
     num_tokens: int
@@ -47,6 +51,7 @@ class FibQuantMetadata(AttentionMetadata):
     block_table: torch.Tensor
     num_gone: torch.Tensor | None = None
     copies: StepCopies | None = None
+    probe: Probe | None = None
 
 
 @dataclass
@@ -75,8 +80,11 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
         dtype = vllm_config.model_config.dtype
         self.retain: Retain | None = None
         self._pool: CopyPool | None = None
+        self._counts_steps = _holds_first_layer(layer_names, vllm_config)
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
-        for impl in (layer.impl for layer in layers.values()):
+        impls = {name: layer.impl for name, layer in layers.items()}
+        self._monitor = monitor_of(vllm_config, impls, kv_cache_spec.block_size)
+        for impl in impls.values():
             # The layers of a group have the same options, and share block tables and so one pool.
             options, self.retain = impl.options, impl.options.retain
             if impl.num_copy_rows and self._pool is None:
@@ -108,6 +116,8 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
                 f"build: causal must be True, got {common.causal}; "
                 "use --kv-cache-dtype auto for this model"
             )
+        if self._counts_steps:
+            own_counters().stepped(common.num_actual_tokens)
         return FibQuantMetadata(
             num_tokens=common.num_actual_tokens,
             query_start_loc=common.query_start_loc,
@@ -115,6 +125,7 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
             block_table=common.block_table_tensor,
             num_gone=self._num_gone(common),
             copies=_plan_copies(self._pool, common) if self._pool else None,
+            probe=self._monitor.plan(*_as_numpy(common)) if self._monitor else None,
         )
 
     def _num_gone(self, common: CommonAttentionMetadata) -> torch.Tensor | None:
@@ -128,14 +139,29 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
         return (num_seen - self.retain.total).clamp_min(0).long()
 
 
+def _holds_first_layer(layer_names: list[str], vllm_config: VllmConfig) -> bool:
+    """Whether these are the layers of whose steps all are counted: one group of several is."""
+    layers = get_layers_from_vllm_config(vllm_config, Attention)
+    ours = (name for name, layer in layers.items() if hasattr(layer.impl, "codec"))
+    return next(ours, None) in layer_names
+
+
+def _as_numpy(common: CommonAttentionMetadata) -> tuple[npt.NDArray[Any], ...]:
+    tensors = common.query_start_loc, common.seq_lens, common.block_table_tensor
+    return tuple(tensor.numpy() for tensor in (*tensors, common.slot_mapping))
+
+
 def _plan_copies(pool: CopyPool, common: CommonAttentionMetadata) -> StepCopies:
-    plan = pool.step(
-        common.query_start_loc.numpy(),
-        common.seq_lens.numpy(),
-        common.block_table_tensor.numpy(),
-        common.slot_mapping.numpy(),
-    )
+    plan = pool.step(*_as_numpy(common))
     return StepCopies(*map(torch.from_numpy, (plan.table, plan.tokens, plan.rows)))
+
+
+_passed: list[selfcheck.SelfCheckResult] = []
+
+
+def passed_self_checks() -> list[selfcheck.SelfCheckResult]:
+    """The self-checks that have run in this process; one that fails ends it."""
+    return _passed
 
 
 @functools.cache
@@ -153,6 +179,8 @@ def _check_kernels(
         RuntimeError: the kernel of this machine disagrees with the oracle.
     """
     result = selfcheck.run_self_check(codec, dtype, num_q_heads, num_kv_heads, block_size, device)
+    _passed.append(result)
+    own_counters()["self_checks"] = len(_passed)
     logger.info(
         "FibQuant self-check passed: kernel %s, %s, head_dim %d, %d/%d heads, error %.1e of %.1e",
         result.kernel,

@@ -16,6 +16,10 @@
     unproven_gpu    true or false (default)          serve on a GPU, where no kernel has run yet
     retain          {"first": 4, "recent": 1024}     keep a request's first and newest tokens alone;
                                                      "first" may be left out; default: keep all
+    monitor         true, false (default), or        compare, while serving, attention over codes
+                    {"budget": 0.005,                with attention over exact keys and values; in
+                     "tokens": 4096}                 at most this share of step time, keeping at
+                                                     most this many exact tokens (monitor.py)
 """
 
 from __future__ import annotations
@@ -31,10 +35,20 @@ Mode = Literal["exact", "quality"]
 DEFAULT_MODE: Mode = "exact"
 MAX_RECENT_WINDOW = 4096
 MAX_FIRST_TOKENS = 64
+MAX_MONITOR_BUDGET = 0.1
 
 # prefill, recent_window
 _MODES: dict[Mode, tuple[PrefillMode, int]] = {"exact": ("codes", 0), "quality": ("raw", 64)}
-_OWN_NAMES = ("mode", "prefill", "recent_window", "first_tokens", "self_check", "retain", "unproven_gpu")
+_OWN_NAMES = (
+    "mode",
+    "prefill",
+    "recent_window",
+    "first_tokens",
+    "self_check",
+    "retain",
+    "unproven_gpu",
+    "monitor",
+)
 
 DEFAULT_FIRST = 4
 """First tokens of a request that are treated apart, as many as StreamingLLM (arXiv 2309.17453,
@@ -56,6 +70,19 @@ class Retain:
 
 
 @dataclass(frozen=True)
+class MonitorOptions:
+    """What the fidelity monitor may take.
+
+    Attributes:
+        budget: share of step time.
+        tokens: tokens whose exact keys and values are kept, of one layer and KV head each.
+    """
+
+    budget: float = 0.005
+    tokens: int = 4096
+
+
+@dataclass(frozen=True)
 class Options:
     """Everything that decides what is stored and how it is read; hashable and comparable."""
 
@@ -66,6 +93,7 @@ class Options:
     self_check: bool = True
     retain: Retain | None = None
     unproven_gpu: bool = False
+    monitor: MonitorOptions | None = None
 
     @property
     def num_copied_first(self) -> int:
@@ -156,6 +184,11 @@ def parse_options(preset_name: str, additional_config: Any = None) -> Options:
             'prefill must be "codes" with retain, got "raw"; leave it out: a step\'s new tokens '
             "would see each other at their distance in the text, not in what is kept"
         )
+    monitor = None
+    try:
+        monitor = _parse_monitor(given.get("monitor"))
+    except ValueError as error:
+        problems.append(str(error))
     overrides = {name: given[name] for name in _PRESET_NAMES if name in given}
     try:
         preset = preset.with_overrides(overrides)
@@ -163,7 +196,16 @@ def parse_options(preset_name: str, additional_config: Any = None) -> Options:
         problems.append(str(error).removeprefix("fibquant options: "))
     if problems:
         raise ValueError("fibquant options: " + "\n  also: ".join(problems))
-    return Options(preset, prefill, recent_window, first_tokens, self_check, retain, unproven_gpu)
+    return Options(
+        preset=preset,
+        prefill=prefill,
+        recent_window=recent_window,
+        first_tokens=first_tokens,
+        self_check=self_check,
+        retain=retain,
+        unproven_gpu=unproven_gpu,
+        monitor=monitor,
+    )
 
 
 def _is_count(value: Any, least: int = 0) -> bool:
@@ -191,3 +233,25 @@ def _parse_retain(given: Any) -> Retain | None:
             '{"first": 4, "recent": 1024}'
         )
     return Retain(**given)
+
+
+def _parse_monitor(given: Any) -> MonitorOptions | None:
+    """What the monitor may take; None means it is off.
+
+    Raises:
+        ValueError: naming the value.
+    """
+    if given is None or given is False:
+        return None
+    values = {} if given is True else given
+    if isinstance(values, dict) and values.keys() <= {"budget", "tokens"}:
+        budget = values.get("budget", MonitorOptions.budget)
+        tokens = values.get("tokens", MonitorOptions.tokens)
+        is_number = isinstance(budget, int | float) and not isinstance(budget, bool)
+        if is_number and 0 < budget <= MAX_MONITOR_BUDGET and _is_count(tokens, least=64):
+            return MonitorOptions(float(budget), tokens)
+    raise ValueError(
+        'monitor must be true, false or an object with "budget", a share of step time above 0 and '
+        f'at most {MAX_MONITOR_BUDGET}, and "tokens", a number of at least 64, got {given!r}; '
+        "give true"
+    )

@@ -13,6 +13,9 @@ from vllm_fibquant.options import SECTION
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+REPORT_METHOD = "fibquant_report"
+"""The method of vLLM's workers that returns `report.worker_report`."""
+
 BACKEND_PATH = "vllm_fibquant.attention.FibQuantBackend"
 
 RANKS_TIMEOUT_S = 600.0
@@ -37,6 +40,7 @@ def register() -> None:
             compat.store_as_bytes(list(PRESETS))
             compat.select_backend(list(PRESETS), support.BACKEND_NAME, _choose_backend)
             compat.before_pages_are_allocated(_prepare)
+            compat.add_worker_method(REPORT_METHOD, _report)
         compat.accept_names(list(PRESETS))
     except Exception as error:
         logger.warning(
@@ -134,3 +138,9 @@ def _compare_ranks(kv_cache_dtype: str, layers: list[Any]) -> None:
         agreement.digest_of(facts),
         len(facts_of_ranks),
     )
+
+
+def _report(worker: Any) -> dict[str, Any]:
+    from vllm_fibquant.report import worker_report
+
+    return worker_report(worker.vllm_config)

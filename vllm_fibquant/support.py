@@ -192,6 +192,13 @@ def config_problems(vllm_config: VllmConfig) -> list[str]:
         options.recent_window,
         'give "mode": "exact" or "recent_window": 0 with it',
     )
+    require(
+        options.monitor is None or not (connectors or cache.kv_offloading_size),
+        "monitor",
+        "false with a KV connector or KV offloading, which write pages behind its back",
+        "true",
+        "leave it out",
+    )
     if options.retain:
         problems += [f"retain: {problem}" for problem in retain_problems(vllm_config)]
     return problems

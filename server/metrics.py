@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prometheus metrics, made from the workers' counters when somebody asks for them.
+
+Names and labels follow vLLM's: ``fibquant:`` where vLLM has ``vllm:``, labels model_name and
+engine; what is counted per worker also has the label worker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from prometheus_client import REGISTRY
+from prometheus_client.metrics_core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.utils import floatToGoString
+
+from vllm_fibquant import __version__
+from vllm_fibquant.counters import AGES_S, HISTOGRAMS, Counters, Distribution
+from vllm_fibquant.info import code_text
+from vllm_fibquant.options import Options
+from vllm_fibquant.server.status import HEALTH, Engine, Status
+
+LABELS = ["model_name", "engine"]
+USAGE_METRIC = "vllm:kv_cache_usage_perc"
+
+AGE_NAMES = [
+    f"{floatToGoString(low)}-{floatToGoString(high)}s".replace(".0", "")
+    for low, high in zip((0.0, *AGES_S), AGES_S, strict=False)
+] + [f">{floatToGoString(AGES_S[-1])}s".replace(".0", "")]
+
+# Counted by every worker: metric, counter, help.
+WORKER_COUNTERS = (
+    ("steps", "steps", "Steps of the model."),
+    ("tokens", "tokens", "New tokens of all steps, encoded in every layer."),
+    ("encode_seconds", "encode_seconds", "Time in encode ops, all layers."),
+    ("attend_seconds", "attend_seconds", "Time in attention ops, all layers."),
+    ("non_finite_vectors", "non_finite_vectors",
+     "Keys and values with NaN or Inf, stored as zero vectors."),
+    ("monitor_seconds", "monitor_seconds", "Time the fidelity monitor has taken."),
+    ("monitor_step_seconds", "monitor_step_seconds",
+     "Time of steps as the fidelity monitor sees it; its budget is a share of this."),
+    ("monitor_rereads", "monitor_rereads", "Samples read again after they had been compared."),
+    ("monitor_changed", "monitor_changed", "Samples that no longer read as when they were taken."),
+)  # fmt: skip
+
+WORKER_GAUGES = (
+    ("monitor_tokens", "monitor_tokens", "Tokens of which the monitor holds exact copies."),
+    ("monitor_worst_layer_cosine", "monitor_worst_cosine",
+     "Lowest mean cosine of recent samples among layers."),
+)  # fmt: skip
+
+FIDELITY = (
+    ("fidelity_cosine", "cosine_by_layer", "layer",
+     "Cosine of attention outputs from codes and from exact keys and values, by layer."),
+    ("fidelity_error", "error_by_layer", "layer",
+     "Relative error of attention outputs from codes, by layer."),
+    ("fidelity_cosine_by_age", "cosine_by_age", "age", "As fidelity_cosine, by age of the tokens."),
+    ("fidelity_error_by_age", "error_by_age", "age", "As fidelity_error, by age of the tokens."),
+)  # fmt: skip
+
+
+class FibQuantCollector:
+    """A collector for a Prometheus registry.
+
+    Args:
+        status: called at every collection; None before the server is ready.
+        usage: called at every collection; the share of each engine's blocks in use, by engine.
+    """
+
+    def __init__(
+        self, status: Callable[[], Status | None], usage: Callable[[], dict[int, float]]
+    ) -> None:
+        self._status = status
+        self._usage = usage
+
+    def describe(self) -> list[Metric]:
+        return []  # nothing is known before the server is ready
+
+    def collect(self) -> Iterator[Metric]:
+        status = self._status()
+        if status is None:
+            return
+        family = gauge("enabled", "1 when the KV cache holds FibQuant codes, else 0.", [])
+        family.add_metric([], float(status.enabled))
+        yield family
+        if status.options is None or not status.engines:
+            return
+        yield info_gauge(status, status.options)
+        yield from self._engine_gauges(status)
+        yield from worker_metrics(status)
+        yield from monitor_metrics(status)
+
+    def _engine_gauges(self, status: Status) -> Iterator[Metric]:
+        usage = self._usage()
+        for name, text, number in (
+            ("kv_cache_capacity_tokens", "Tokens the cache can hold.",
+             lambda e: e.capacity_tokens),
+            ("kv_cache_capacity_tokens_16bit", "Tokens that 16 bits would hold in its memory.",
+             lambda e: e.capacity_tokens / e.ratio),
+            ("kv_cache_bytes", "Memory of the cache.", lambda e: e.cache_bytes),
+            ("kv_cache_used_tokens", "Tokens of blocks in use, filled or not.",
+             lambda e: usage[e.index] * e.capacity_tokens),
+            ("kv_cache_used_bytes", "Memory of blocks in use.",
+             lambda e: usage[e.index] * e.cache_bytes),
+            ("bytes_per_token", "Bytes of one token in all layers.",
+             lambda e: e.token_bytes("stored")),
+            ("bytes_per_token_16bit", "Bytes of one token with 16 bits per coordinate.",
+             lambda e: e.token_bytes("16bit")),
+            ("compression_ratio", "Tokens in the memory of one in 16 bits.", lambda e: e.ratio),
+        ):  # fmt: skip
+            family = gauge(name, text, LABELS)
+            for engine in status.engines:
+                if "used" in name and engine.index not in usage:
+                    continue  # vLLM was started with --disable-log-stats
+                family.add_metric(labels(status, engine), float(number(engine)))
+            yield family
+
+
+def gauge(name: str, text: str, labelnames: list[str]) -> GaugeMetricFamily:
+    return GaugeMetricFamily(f"fibquant:{name}", text, labels=labelnames)
+
+
+def labels(status: Status, engine: Engine) -> list[str]:
+    return [status.model_name, str(engine.index)]
+
+
+def info_gauge(status: Status, options: Options) -> Metric:
+    """What vLLM calls an info metric: a gauge of 1 whose labels carry the facts."""
+    facts = {
+        "version": __version__,
+        "kv_cache_dtype": status.kv_cache_dtype,
+        "preset": options.preset.name,
+        "key_code": code_text(options.preset.key),
+        "value_code": code_text(options.preset.value),
+        "prefill": options.prefill,
+        "recent_window": str(options.recent_window),
+        "kernel": status.engines[0].workers[0].report["kernel"],
+    }
+    family = gauge("info", "The cache's code and how it is read.", [*LABELS, *facts])
+    for engine in status.engines:
+        family.add_metric([*labels(status, engine), *facts.values()], 1.0)
+    return family
+
+
+def worker_metrics(status: Status) -> Iterator[Metric]:
+    """What every worker counts."""
+
+    def fill(family: Any, number: Callable[[Counters], float]) -> Metric:
+        for engine in status.engines:
+            for worker in engine.workers:
+                if worker.counters:
+                    own = [*labels(status, engine), str(worker.rank)]
+                    family.add_metric(own, number(worker.counters))
+        return family
+
+    names = [*LABELS, "worker"]
+    for name, counter, text in WORKER_COUNTERS:
+        family = CounterMetricFamily(f"fibquant:{name}", text, labels=names)
+        yield fill(family, lambda c, counter=counter: c[counter])  # type: ignore[misc]
+    for name, counter, text in WORKER_GAUGES:
+        yield fill(gauge(name, text, names), lambda c, counter=counter: c[counter])  # type: ignore[misc]
+    yield fill(
+        gauge("self_check_passed", "1 when the start-up check of the kernels passed, 0 when it "
+              "was switched off.", names),
+        lambda c: float(c["self_checks"] > 0),
+    )  # fmt: skip
+    yield fill(
+        gauge("monitor_enabled", "1 when the fidelity monitor is on, else 0.", names),
+        lambda c: c["monitor_enabled"],
+    )
+
+
+def monitor_metrics(status: Status) -> Iterator[Metric]:
+    """What the fidelity monitors of an engine's workers found together."""
+    family = gauge("monitor_health", "1 at the state the fidelity monitor is in, else 0.",
+                   [*LABELS, "state"])  # fmt: skip
+    for engine in status.engines:
+        state = HEALTH[engine.health()]
+        for name in HEALTH:
+            family.add_metric([*labels(status, engine), name], float(name == state))
+    yield family
+    for name, histogram, label, text in FIDELITY:
+        samples = HistogramMetricFamily(f"fibquant:{name}", text, labels=[*LABELS, label])
+        bounds = [*map(floatToGoString, HISTOGRAMS[histogram][1]), "+Inf"]
+        for engine in status.engines:
+            for row, found in merged(engine, histogram).items():
+                value = AGE_NAMES[row] if label == "age" else str(row)
+                cumulative = [sum(found.counts[: i + 1]) for i in range(len(bounds))]
+                samples.add_metric(
+                    [*labels(status, engine), value],
+                    list(zip(bounds, cumulative, strict=True)),
+                    sum_value=found.total,
+                )
+        yield samples
+
+
+def merged(engine: Engine, histogram: str) -> dict[int, Distribution]:
+    """A histogram's rows over all workers of an engine."""
+    rows: dict[int, Distribution] = {}
+    for counters in engine.counters():
+        for row, found in counters.rows(histogram).items():
+            rows[row] = rows[row] + found if row in rows else found
+    return dict(sorted(rows.items()))
+
+
+def usage_in(registry: Any) -> dict[int, float]:
+    """Share of each engine's blocks in use, from vLLM's own metric in a registry."""
+    if registry is REGISTRY:
+        # It holds our own collector: asking it for everything would never end.
+        registry = registry.restricted_registry([USAGE_METRIC])
+    return {
+        int(sample.labels["engine"]): sample.value
+        for family in registry.collect()
+        if family.name == USAGE_METRIC
+        for sample in family.samples
+    }

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fidelity monitor in the engine: it changes nothing, raises no false alarm, and notices."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vllm_fibquant import native
+from vllm_fibquant.codec import KVCodec
+from vllm_fibquant.counters import own_counters
+from vllm_fibquant.fidelity import DAMAGED, DEGRADED, HEALTHY
+
+from .harness import engine, in_batches, num_preemptions, varied_prompts
+from .models import VOCAB_SIZE, make_model
+
+PRESET = "fibquant_2bit"
+ON = {"monitor": {"budget": 0.1}}
+
+
+class Findings:
+    """What this process's counters gained since now."""
+
+    def __init__(self):
+        self._before = self._read()
+
+    @staticmethod
+    def _read():
+        counters = own_counters()
+        found = {name: counters[f"monitor_{name}"] for name in ("rereads", "changed")}
+        found["samples"] = sum(d.count for d in counters.rows("cosine_by_layer").values())
+        return found
+
+    def __getattr__(self, name):
+        return self._read()[name] - self._before[name]
+
+    @property
+    def health(self):
+        return int(own_counters()["monitor_health"])
+
+
+@pytest.mark.parametrize(
+    ("shape", "settings"),
+    [
+        ("llama", {"enable_prefix_caching": True, "max_num_batched_tokens": 64}),
+        # Groups of layers share blocks, and few of them: what was sampled is soon overwritten.
+        ("gemma2", {"enable_prefix_caching": True, "num_gpu_blocks_override": 24}),
+    ],
+    ids=["prefix cache and chunks", "sliding windows and preemption"],
+)
+def test_answers_are_the_same_to_the_bit_and_nothing_is_alarmed(model_folder, shape, settings):
+    model = make_model(shape, model_folder)
+    prompts = varied_prompts(24, VOCAB_SIZE)
+    answers = {}
+    for name, options in (("off", {}), ("on", ON)):
+        findings = Findings()
+        with engine(model, PRESET, fibquant=options, **settings) as llm:
+            answers[name] = in_batches(llm, prompts, 24) + in_batches(llm, prompts, 24)
+            if "num_gpu_blocks_override" in settings:
+                assert num_preemptions(llm) > 0
+    assert [a.bits for a in answers["on"]] == [a.bits for a in answers["off"]]
+    print(f"\n{findings.samples} samples, {findings.rereads:.0f} read again")
+    assert findings.samples > 10
+    assert findings.rereads > 3
+    assert findings.changed == 0
+    assert findings.health == HEALTHY
+
+
+def test_drill_damage(model_folder):
+    """A table of the kernel is overwritten while the engine serves."""
+    model = make_model("llama", model_folder)
+    prompts = varied_prompts(8, VOCAB_SIZE, shortest=64)
+    findings = Findings()
+    with engine(model, PRESET, fibquant=ON, enable_prefix_caching=True) as llm:
+        in_batches(llm, prompts, 24)
+        assert findings.health == HEALTHY
+        codec = KVCodec.from_preset(PRESET, 64)
+        shape = codec.value.codebook.rows.shape
+        table = next(t for t in native._codecs[codec][1] if t.shape == shape)
+        kept = table.clone()
+        table[:, 0] = 0
+        try:
+            in_batches(llm, prompts, 24)  # reads what the cache holds of the same prompts
+        finally:
+            table.copy_(kept)
+    assert findings.changed > 0
+    assert findings.health == DAMAGED
+
+
+def test_drill_keys_that_break_the_code(model_folder, tmp_path):
+    """One channel of all keys is huge and the same: exact attention hardly feels it."""
+    from transformers import AutoModelForCausalLM
+
+    path = make_model("llama", model_folder)
+    model = AutoModelForCausalLM.from_pretrained(path, torch_dtype=torch.float32)
+    config = model.config
+    config.attention_bias = True
+    broken = type(model)(config).to(torch.float32)
+    broken.load_state_dict(model.state_dict(), strict=False)
+    with torch.no_grad():
+        for layer in broken.model.layers:
+            attention = layer.self_attn
+            for projection in (
+                attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
+            ):  # fmt: skip
+                projection.bias.zero_()
+            # The last pair of a head turns least with the position.
+            attention.k_proj.bias.view(2, 64)[:, 63] = 3000.0
+    broken.save_pretrained(tmp_path)
+    with engine(str(tmp_path), PRESET, fibquant=ON) as llm:
+        findings = Findings()
+        in_batches(llm, varied_prompts(16, VOCAB_SIZE, shortest=64), 16)
+    assert findings.changed == 0
+    assert findings.health == DEGRADED
