@@ -186,19 +186,23 @@ def select_backend(
 def before_pages_are_allocated(prepare: Callable[[Any, int], int]) -> None:
     """Has `prepare` called in every worker between loading the model and allocating pages.
 
-    What: wraps `determine_available_memory` of the CPU worker; `prepare` gets the worker and the
-        bytes found, and what it returns is what is left for pages.
+    What: wraps `determine_available_memory` of the CPU or GPU worker; `prepare` gets the worker and
+        the bytes found, and what it returns is what is left for pages.
     Why: memory of our own beside the pages must be counted, and vLLM asks no attention backend.
     Range: 0.32.0 and, as read, 0.33.0.
     Delete when: a backend can reserve memory beside its pages.
     """
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu():
-        return  # only CPUs keep anything beside the pages
-    from vllm.v1.worker.cpu_worker import CPUWorker
+    worker_class: Any
+    if current_platform.is_cpu():
+        from vllm.v1.worker.cpu_worker import CPUWorker as worker_class
+    elif current_platform.is_cuda():
+        from vllm.v1.worker.gpu_worker import Worker as worker_class
+    else:
+        return  # other devices are refused
 
-    original = CPUWorker.determine_available_memory
+    original = worker_class.determine_available_memory
     if hasattr(original, _MARK):
         return
 
@@ -207,7 +211,7 @@ def before_pages_are_allocated(prepare: Callable[[Any, int], int]) -> None:
         return prepare(self, original(self))
 
     setattr(determine_available_memory, _MARK, True)
-    CPUWorker.determine_available_memory = determine_available_memory
+    worker_class.determine_available_memory = determine_available_memory
 
 
 def gather_from_ranks(value: Any, timeout_s: float) -> list[Any]:

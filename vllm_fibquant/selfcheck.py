@@ -96,14 +96,12 @@ def run_self_check(
     seq_lens = torch.tensor(_SEQ_LENS, dtype=torch.int32)
     out, expected = torch.empty_like(query), torch.empty_like(query, dtype=torch.float32)
     scale = codec.head_dim**-0.5
-    paged = (bounds, seq_lens, block_table)
     out = out.to(device)
-    ops.paged_attention(
-        query.to(device), cache, codec, *(x.to(device) for x in paged), out, scale=scale
-    )
-    out, cache = out.cpu(), cache.cpu()
-    reference.paged_attention(query.float(), cache, codec, *paged, expected, scale=scale)
-    error = float((out.float() - expected).abs().max())
+    batch = bounds.to(device), seq_lens.to(device), block_table.to(device)
+    ops.paged_attention(query.to(device), cache, codec, *batch, out, scale=scale)
+    args = (cache.cpu(), codec, bounds, seq_lens, block_table)
+    reference.paged_attention(query.float(), *args, expected, scale=scale)
+    error = float((out.cpu().float() - expected).abs().max())
     # Outputs are at most a few units; rounding them to the model's dtype costs up to eps / 2 each.
     tolerance = 8 * torch.finfo(dtype).eps + 1e-5
 
@@ -114,6 +112,6 @@ def run_self_check(
             f"run_self_check: kernel {result.kernel} must equal the oracle (at most "
             f"{MAX_RECORD_MISMATCH:.0%} of records differing, attention error at most "
             f"{tolerance:.1e}), got {mismatch:.1%} and {error:.1e} with head_dim {codec.head_dim}; "
-            "refusing to serve: rebuild the library, and report this machine's processor if it persists"
+            "refusing to serve: rebuild the library, and report this processor if it persists"
         )
     return result

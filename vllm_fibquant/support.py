@@ -141,6 +141,7 @@ def config_problems(vllm_config: VllmConfig) -> list[str]:
         for name, asked in (
             ("recent_window", options.recent_window),
             ("retain", options.retain),
+            ("monitor", options.monitor),
         ):
             require(not asked, name, "left out on a GPU", asked, 'use "mode": "exact" without it')
 
@@ -179,7 +180,7 @@ def config_problems(vllm_config: VllmConfig) -> list[str]:
     )
     offloading = [c for c in connectors if c in GPU_CONNECTORS]
     require(
-        platform != "cpu" or not offloading,
+        device != "cpu" or not offloading,
         "KV offloading",
         "off on CPUs, whose cache is in host memory already",
         ", ".join(offloading),
