@@ -37,6 +37,8 @@ class FibQuantMetadata(AttentionMetadata):
         num_gone: int64 [num_tokens], how many tokens between a query and the first ones are kept
             no more; None if none of any query.
         copies: what the step reads from copies and what it copies; None without a recent window.
+        plain: tokens whose keys are encoded without the layer's map, int64 [n], and their slots,
+            int64 [n]; None if there are none.
     """
 
     num_tokens: int
@@ -45,6 +47,7 @@ class FibQuantMetadata(AttentionMetadata):
     block_table: torch.Tensor
     num_gone: torch.Tensor | None = None
     copies: StepCopies | None = None
+    plain: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 @dataclass
@@ -69,11 +72,14 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         dtype = vllm_config.model_config.dtype
         self.retain: Retain | None = None
+        self._num_plain = 0
         self._pool: CopyPool | None = None
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         for impl in (layer.impl for layer in layers.values()):
             # The layers of a group have the same options, and share block tables and so one pool.
             options, self.retain = impl.options, impl.options.retain
+            if impl.key_map is not None:
+                self._num_plain = impl.key_map.num_plain
             if impl.num_copy_rows and self._pool is None:
                 self._pool = CopyPool(
                     impl.num_copy_rows,
@@ -82,9 +88,8 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
                     kv_cache_spec.block_size,
                 )
             if options.self_check:
-                _check_kernels(
-                    impl.codec, dtype, impl.num_heads, impl.num_kv_heads, kv_cache_spec.block_size
-                )
+                shape = (dtype, impl.num_heads, impl.num_kv_heads, kv_cache_spec.block_size)
+                _check_kernels(impl.codec, *shape)
 
     def build(
         self,
@@ -105,7 +110,20 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
             block_table=common.block_table_tensor,
             num_gone=self._num_gone(common),
             copies=_plan_copies(self._pool, common) if self._pool else None,
+            plain=self._plain(common) if self._num_plain else None,
         )
+
+    def _plain(
+        self, common: CommonAttentionMetadata
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        starts, ends = common.query_start_loc[:-1], common.query_start_loc[1:]
+        context = common.seq_lens - (ends - starts)
+        if bool((context >= self._num_plain).all()):
+            return None
+        position = torch.arange(common.num_actual_tokens, dtype=starts.dtype)
+        position += (context - starts).repeat_interleave(ends - starts)
+        tokens = (position < self._num_plain).nonzero().squeeze(-1)
+        return tokens, common.slot_mapping[tokens]
 
     def _num_gone(self, common: CommonAttentionMetadata) -> torch.Tensor | None:
         if self.retain is None or common.max_seq_len <= self.retain.total:

@@ -15,6 +15,9 @@
     self_check      true (default) or false          compare kernel and oracle at start
     retain          {"first": 4, "recent": 1024}     keep a request's first and newest tokens alone;
                                                      "first" may be left out; default: keep all
+    calibrate       "none" (default) or "means"      what of the model's keys is measured, and
+                                                     subtracted before they are encoded
+    calibration     path of a file                   where that is kept; default: in the cache
 """
 
 from __future__ import annotations
@@ -27,13 +30,17 @@ from vllm_fibquant.config import PrefillMode, Preset, get_preset
 
 SECTION = "fibquant"
 Mode = Literal["exact", "quality"]
+Calibrate = Literal["none", "means"]
 DEFAULT_MODE: Mode = "exact"
 MAX_RECENT_WINDOW = 4096
 MAX_FIRST_TOKENS = 64
 
 # prefill, recent_window
 _MODES: dict[Mode, tuple[PrefillMode, int]] = {"exact": ("codes", 0), "quality": ("raw", 64)}
-_OWN_NAMES = ("mode", "prefill", "recent_window", "first_tokens", "self_check", "retain")
+_OWN_NAMES = (
+    "mode", "prefill", "recent_window", "first_tokens", "self_check", "retain",
+    "calibrate", "calibration",
+)  # fmt: skip
 
 DEFAULT_FIRST = 4
 """First tokens of a request that are treated apart, as many as StreamingLLM (arXiv 2309.17453,
@@ -64,6 +71,8 @@ class Options:
     first_tokens: int = DEFAULT_FIRST
     self_check: bool = True
     retain: Retain | None = None
+    calibrate: Calibrate = "none"
+    calibration: str | None = None
 
     @property
     def num_copied_first(self) -> int:
@@ -153,6 +162,20 @@ def parse_options(preset_name: str, additional_config: Any = None) -> Options:
             'prefill must be "codes" with retain, got "raw"; leave it out: a step\'s new tokens '
             "would see each other at their distance in the text, not in what is kept"
         )
+    calibrate, calibration = given.get("calibrate", "none"), given.get("calibration")
+    if calibrate not in get_args(Calibrate):
+        names = " or ".join(f'"{name}"' for name in get_args(Calibrate))
+        problems.append(f"calibrate must be {names}, got {calibrate!r}; leave it out")
+    if calibration is not None and (not isinstance(calibration, str) or calibrate == "none"):
+        problems.append(
+            f'calibration must be the path of a file, given with "calibrate", got {calibration!r} '
+            f'with "calibrate": {calibrate!r}; leave it out'
+        )
+    if calibrate != "none" and retain:
+        problems.append(
+            f'calibrate must be "none" with retain, got {calibrate!r}; leave one of them out: '
+            "both treat the first tokens apart, and differently"
+        )
     overrides = {name: given[name] for name in _PRESET_NAMES if name in given}
     try:
         preset = preset.with_overrides(overrides)
@@ -160,7 +183,9 @@ def parse_options(preset_name: str, additional_config: Any = None) -> Options:
         problems.append(str(error).removeprefix("fibquant options: "))
     if problems:
         raise ValueError("fibquant options: " + "\n  also: ".join(problems))
-    return Options(preset, prefill, recent_window, first_tokens, self_check, retain)
+    return Options(
+        preset, prefill, recent_window, first_tokens, self_check, retain, calibrate, calibration
+    )
 
 
 def _is_count(value: Any, least: int = 0) -> bool:

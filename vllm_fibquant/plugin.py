@@ -96,6 +96,11 @@ def _choose_backend(vllm_config: VllmConfig, layer: dict[str, Any]) -> type:
 
 def _prepare(worker: Any, available_bytes: int) -> int:
     """What is done in a worker once its model is loaded. Returns the bytes left for pages."""
-    from vllm_fibquant import attention
+    from vllm_fibquant import attention, calibrate
 
+    calibrate.calibrate_layers(
+        worker.model_runner.get_model(),
+        worker.vllm_config,
+        attention.our_layers(worker.vllm_config),
+    )
     return available_bytes - attention.allocate_copies(worker.vllm_config, available_bytes)
