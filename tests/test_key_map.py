@@ -22,13 +22,15 @@ def make_map(head_dim: int, num_kv_heads: int = 2, length: float = 3.0) -> KeyMa
 
 
 def mapped(
-    seq_lens: list[int], query_lens: list[int], *, head_dim: int = 64, preset: str = "fibquant_2bit",
+    seq_lens: list[int],
+    query_lens: list[int],
+    *,
+    head_dim: int = 64,
+    preset: str = "fibquant_2bit",
     **settings,
-) -> Paged:  # fmt: skip
-    key_map = make_map(head_dim)
-    return make_paged(
-        codec_of(preset, head_dim), seq_lens, query_lens, key_map=key_map, **settings
-    )
+) -> Paged:
+    codec = codec_of(preset, head_dim)
+    return make_paged(codec, seq_lens, query_lens, key_map=make_map(head_dim), **settings)
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 128, 256])

@@ -66,9 +66,7 @@ def calibrate_layers(
     if options is None or options.calibrate == "none":
         return
     group = get_tp_group()
-    fingerprint = group.broadcast_object(
-        model_fingerprint(model, vllm_config.model_config), src=0
-    )
+    fingerprint = group.broadcast_object(model_fingerprint(model, vllm_config.model_config), src=0)
     path = Path(options.calibration) if options.calibration else default_path(fingerprint)
     replicas = max(1, group.world_size // vllm_config.model_config.get_total_num_kv_heads())
     # Rank 0 alone looks at the file: the others may be on other machines.
@@ -94,7 +92,8 @@ def calibrate_layers(
 def model_fingerprint(model: torch.nn.Module, model_config: ModelConfig) -> str:
     """A short digest of what decides a model's keys: its shape and the weights of its norms.
 
-    Norm weights are few, and any training moves them. They are compared in bfloat16, so that --dtype does not matter.
+    Norm weights are few, and any training moves them. They are compared in bfloat16, so that
+    --dtype does not matter.
     """
     config = model_config.hf_text_config
     shape = {
@@ -220,4 +219,3 @@ class LayerCollector:
             raw_value=value,
         )
         return output
-

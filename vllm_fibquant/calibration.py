@@ -7,8 +7,8 @@ A file (`<name>.fqcal`) is, little-endian and without padding:
     0               8               magic "FIBQCALB"
     8               4               format version, uint32
     12              4               header_bytes, uint32
-    16              header_bytes    JSON object, UTF-8: model, num_tokens, num_first, layers; a layer
-                                    has name, num_kv_heads, head_dim
+    16              header_bytes    JSON object, UTF-8: model, num_tokens, num_first, layers, each
+                                    with name, num_kv_heads and head_dim
     ...             statistics      float32, layer after layer: key_mean, key_covariance,
                                     query_moment
     end - 32        32              SHA-256 of everything before it
@@ -175,7 +175,9 @@ def check_calibration(
     for layer, shape in layers:
         statistics = calibration.layers.get(layer)
         if statistics is None or statistics.shape != shape:
-            got = "none" if statistics is None else f"{statistics.shape[0]} and {statistics.shape[1]}"
+            got = (
+                "none" if statistics is None else f"{statistics.shape[0]} and {statistics.shape[1]}"
+            )
             raise ValueError(
                 f"calibration: {name} must hold layer {layer} with {shape[0]} KV heads of head_dim "
                 f"{shape[1]}, got {got}: it is of another model; {advice}"

@@ -53,6 +53,6 @@ class KeyMap:
         """Keys as they were, from what `apply` made of them: any float dtype, as `apply`."""
         return key + self.mean.to(key.dtype)
 
-    def head_slice(self, num_kv_heads: int) -> KeyMap:
+    def first_heads(self, num_kv_heads: int) -> KeyMap:
         """The map of the first `num_kv_heads` heads."""
         return KeyMap(self.mean[:num_kv_heads].contiguous(), self.num_plain)

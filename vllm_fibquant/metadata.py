@@ -20,6 +20,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm_fibquant import selfcheck
 from vllm_fibquant.codec import KVCodec
 from vllm_fibquant.copies import CopyPool
+from vllm_fibquant.key_map import KeyMap
 from vllm_fibquant.options import Retain
 
 logger = init_logger(f"vllm.{__name__}")
@@ -74,6 +75,7 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
         self.retain: Retain | None = None
         self._num_plain = 0
         self._pool: CopyPool | None = None
+        has_checked_map = False
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         for impl in (layer.impl for layer in layers.values()):
             # The layers of a group have the same options, and share block tables and so one pool.
@@ -90,6 +92,9 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
             if options.self_check:
                 shape = (dtype, impl.num_heads, impl.num_kv_heads, kv_cache_spec.block_size)
                 _check_kernels(impl.codec, *shape)
+                if impl.key_map is not None and not has_checked_map:
+                    _check_kernels(impl.codec, *shape, impl.key_map)
+                    has_checked_map = True
 
     def build(
         self,
@@ -113,9 +118,7 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
             plain=self._plain(common) if self._num_plain else None,
         )
 
-    def _plain(
-        self, common: CommonAttentionMetadata
-    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def _plain(self, common: CommonAttentionMetadata) -> tuple[torch.Tensor, torch.Tensor] | None:
         starts, ends = common.query_start_loc[:-1], common.query_start_loc[1:]
         context = common.seq_lens - (ends - starts)
         if bool((context >= self._num_plain).all()):
@@ -148,18 +151,24 @@ def _plan_copies(pool: CopyPool, common: CommonAttentionMetadata) -> StepCopies:
 
 @functools.cache
 def _check_kernels(
-    codec: KVCodec, dtype: torch.dtype, num_q_heads: int, num_kv_heads: int, block_size: int
+    codec: KVCodec,
+    dtype: torch.dtype,
+    num_q_heads: int,
+    num_kv_heads: int,
+    block_size: int,
+    key_map: KeyMap | None = None,
 ) -> None:
     """Runs the self-check once per process and combination.
 
     Raises:
         RuntimeError: the kernel of this machine disagrees with the oracle.
     """
-    result = selfcheck.run_self_check(codec, dtype, num_q_heads, num_kv_heads, block_size)
+    result = selfcheck.run_self_check(codec, dtype, num_q_heads, num_kv_heads, block_size, key_map)
     logger.info(
-        "FibQuant self-check passed: kernel %s, %s, head_dim %d, %d/%d heads, error %.1e of %.1e",
+        "FibQuant self-check passed: kernel %s, %s%s, head_dim %d, %d/%d heads, error %.1e of %.1e",
         result.kernel,
         dtype,
+        ", mapped keys" if key_map else "",
         codec.head_dim,
         num_q_heads,
         num_kv_heads,

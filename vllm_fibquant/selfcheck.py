@@ -13,6 +13,7 @@ import torch
 
 from vllm_fibquant import ops, reference
 from vllm_fibquant.codec import KVCodec
+from vllm_fibquant.key_map import KeyMap
 
 MAX_RECORD_MISMATCH = 0.02
 """Share of records that may differ between kernel and oracle: ties of the two nearest codewords."""
@@ -43,6 +44,7 @@ def run_self_check(
     num_q_heads: int,
     num_kv_heads: int,
     block_size: int,
+    key_map: KeyMap | None = None,
 ) -> SelfCheckResult:
     """Encodes and attends a small random batch with the kernel and with the oracle.
 
@@ -50,6 +52,7 @@ def run_self_check(
         codec: the codec to be served.
         dtype: the model's dtype.
         num_q_heads, num_kv_heads, block_size: as the model will use them.
+        key_map: the map of a layer's keys, or None.
 
     Returns:
         The result, when it is within bounds.
@@ -60,6 +63,8 @@ def run_self_check(
     # Two KV heads are enough to see a wrong stride, and keep this well under a second.
     group_size, num_kv_heads = num_q_heads // num_kv_heads, min(num_kv_heads, 2)
     num_q_heads = group_size * num_kv_heads
+    if key_map is not None:
+        key_map = key_map.first_heads(num_kv_heads)
     generator = torch.Generator().manual_seed(0)
 
     def random(num_tokens: int, num_heads: int) -> torch.Tensor:
@@ -83,8 +88,13 @@ def run_self_check(
     shape = (num_blocks, num_kv_heads, block_size, codec.layout.record_bytes)
     # 0xFF bytes are NaN norms: reading a slot nobody wrote would show.
     cache, expected_cache = (torch.full(shape, 0xFF, dtype=torch.uint8) for _ in range(2))
-    ops.encode_kv(key, value, cache, slot_mapping, codec)
-    reference.encode_kv(key, value, expected_cache, slot_mapping, codec)
+    ops.encode_kv(key, value, cache, slot_mapping, codec, key_map)
+    reference.encode_kv(key, value, expected_cache, slot_mapping, codec, key_map)
+    if key_map is not None:
+        plain = torch.cat([torch.arange(n) for n in _SEQ_LENS]) < key_map.num_plain
+        first = (key[plain], value[plain])
+        ops.encode_kv(*first, cache, slot_mapping[plain], codec)
+        reference.encode_kv(*first, expected_cache, slot_mapping[plain], codec)
     written = len(slot_mapping) * num_kv_heads
     mismatch = int((cache != expected_cache).any(-1).sum()) / written
 
@@ -94,8 +104,8 @@ def run_self_check(
     out, expected = torch.empty_like(query), torch.empty_like(query, dtype=torch.float32)
     scale = codec.head_dim**-0.5
     args = (cache, codec, bounds, seq_lens, block_table)
-    ops.paged_attention(query, *args, out, scale=scale)
-    reference.paged_attention(query.float(), *args, expected, scale=scale)
+    ops.paged_attention(query, *args, out, scale=scale, key_map=key_map)
+    reference.paged_attention(query.float(), *args, expected, scale=scale, key_map=key_map)
     error = float((out.float() - expected).abs().max())
     # Outputs are at most a few units; rounding them to the model's dtype costs up to eps / 2 each.
     tolerance = 8 * torch.finfo(dtype).eps + 1e-5

@@ -172,7 +172,9 @@ def config_problems(vllm_config: VllmConfig) -> list[str]:
     if options.retain:
         problems += [f"retain: {problem}" for problem in retain_problems(vllm_config)]
     if options.calibrate != "none":
-        problems += [f"calibrate: {problem}" for problem in calibrate_problems(vllm_config, options)]
+        problems += [
+            f"calibrate: {problem}" for problem in calibrate_problems(vllm_config, options)
+        ]
     return problems
 
 
