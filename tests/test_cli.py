@@ -33,7 +33,7 @@ def test_help_is_light():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.endswith("[]\n"), result.stdout
-    for command in ("serve", "info", "plan", "demo-model", "codebook"):
+    for command in ("serve", "info", "plan", "demo-model", "calibrate", "codebook"):
         assert command in result.stdout
 
 

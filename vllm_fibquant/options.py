@@ -20,6 +20,9 @@
                     {"budget": 0.005,                with attention over exact keys and values; in
                      "tokens": 4096}                 at most this share of step time, keeping at
                                                      most this many exact tokens (monitor.py)
+    calibrate       "none" (default) or "means"      what of the model's keys is measured, and
+                                                     subtracted before they are encoded
+    calibration     path of a file                   where that is kept; default: in the cache
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from vllm_fibquant.config import PrefillMode, Preset, get_preset
 
 SECTION = "fibquant"
 Mode = Literal["exact", "quality"]
+Calibrate = Literal["none", "means"]
 DEFAULT_MODE: Mode = "exact"
 MAX_RECENT_WINDOW = 4096
 MAX_FIRST_TOKENS = 64
@@ -48,6 +52,8 @@ _OWN_NAMES = (
     "retain",
     "unproven_gpu",
     "monitor",
+    "calibrate",
+    "calibration",
 )
 
 DEFAULT_FIRST = 4
@@ -94,6 +100,8 @@ class Options:
     retain: Retain | None = None
     unproven_gpu: bool = False
     monitor: MonitorOptions | None = None
+    calibrate: Calibrate = "none"
+    calibration: str | None = None
 
     @property
     def num_copied_first(self) -> int:
@@ -189,6 +197,20 @@ def parse_options(preset_name: str, additional_config: Any = None) -> Options:
         monitor = _parse_monitor(given.get("monitor"))
     except ValueError as error:
         problems.append(str(error))
+    calibrate, calibration = given.get("calibrate", "none"), given.get("calibration")
+    if calibrate not in get_args(Calibrate):
+        names = " or ".join(f'"{name}"' for name in get_args(Calibrate))
+        problems.append(f"calibrate must be {names}, got {calibrate!r}; leave it out")
+    if calibration is not None and (not isinstance(calibration, str) or calibrate == "none"):
+        problems.append(
+            f'calibration must be the path of a file, given with "calibrate", got {calibration!r} '
+            f'with "calibrate": {calibrate!r}; leave it out'
+        )
+    if calibrate != "none" and retain:
+        problems.append(
+            f'calibrate must be "none" with retain, got {calibrate!r}; leave one of them out: '
+            "both treat the first tokens apart, and differently"
+        )
     overrides = {name: given[name] for name in _PRESET_NAMES if name in given}
     try:
         preset = preset.with_overrides(overrides)
@@ -205,6 +227,8 @@ def parse_options(preset_name: str, additional_config: Any = None) -> Options:
         retain=retain,
         unproven_gpu=unproven_gpu,
         monitor=monitor,
+        calibrate=calibrate,
+        calibration=calibration,
     )
 
 

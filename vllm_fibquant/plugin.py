@@ -111,9 +111,11 @@ def _prepare(worker: Any, available_bytes: int) -> int:
     vllm_config = worker.vllm_config
     if not support.is_ours(vllm_config.cache_config.cache_dtype):
         return available_bytes
-    from vllm_fibquant import attention
+    from vllm_fibquant import attention, calibrate
 
-    _compare_ranks(vllm_config.cache_config.cache_dtype, attention.layers_of(vllm_config))
+    layers = attention.our_layers(vllm_config)
+    _compare_ranks(vllm_config.cache_config.cache_dtype, list(layers.values()))
+    calibrate.calibrate_layers(worker.model_runner.get_model(), vllm_config, layers)
     return available_bytes - attention.allocate_copies(vllm_config, available_bytes)
 
 

@@ -8,6 +8,7 @@ ALiBi slopes) is refused by `attention.py` when the layer is built.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_fibquant import ops
@@ -202,6 +203,45 @@ def config_problems(vllm_config: VllmConfig) -> list[str]:
     )
     if options.retain:
         problems += [f"retain: {problem}" for problem in retain_problems(vllm_config)]
+    if options.calibrate != "none":
+        problems += [
+            f"calibrate: {problem}" for problem in calibrate_problems(vllm_config, options)
+        ]
+    return problems
+
+
+def calibrate_problems(vllm_config: VllmConfig, options: Options) -> list[str]:
+    """Every reason why this configuration's keys cannot be coded by a calibration."""
+    problems = []
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    if model is not None and (model.is_multimodal_model or model.is_hybrid):
+        problems.append(
+            f"model must read text alone, with attention alone, got {model.architecture}; "
+            "leave calibrate out for this model"
+        )
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        problems.append(
+            "--pipeline-parallel-size must be 1, got "
+            f"{vllm_config.parallel_config.pipeline_parallel_size}; use tensor parallel"
+        )
+    if cache.kv_cache_dtype_skip_layers:
+        problems.append(
+            "--kv-cache-dtype-skip-layers must be empty, got "
+            f"{', '.join(cache.kv_cache_dtype_skip_layers)}; leave the flag out"
+        )
+    speculation = vllm_config.speculative_config
+    if speculation is not None and speculation.method != "ngram":
+        problems.append(
+            f"speculative decoding must be off or ngram, got {speculation.method}, whose draft "
+            "model is not measured; leave --speculative-config out"
+        )
+    moves_pages = vllm_config.kv_transfer_config is not None or cache.kv_offloading_size is not None
+    if moves_pages and not (options.calibration and Path(options.calibration).is_file()):
+        problems.append(
+            "calibration must be an existing file with KV connectors and offloading, got "
+            f"{options.calibration!r}: pages mean the same only to those who read the same file; "
+            "run: vllm-fibquant calibrate MODEL --output FILE"
+        )
     return problems
 
 
