@@ -69,13 +69,12 @@ class Page:
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
-    def wait(self, expression: str, limit_s: float = 30.0) -> Any:
-        """First truthy value of an expression."""
+    def wait(self, expression: str, limit_s: float = 60.0) -> None:
+        """Waits until an expression is true; an element counts as true."""
         deadline = time.monotonic() + limit_s
-        while not (value := self.evaluate(expression)):
-            assert time.monotonic() < deadline, f"{expression} is still {value!r}"
+        while not self.evaluate(f"Boolean({expression})"):
+            assert time.monotonic() < deadline, f"{expression} is still false"
             time.sleep(0.1)
-        return value
 
     def text(self, selector: str) -> str:
         return self.evaluate(f"document.querySelector({json.dumps(selector)}).innerText")

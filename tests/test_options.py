@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from vllm_fibquant.config import PRESETS
-from vllm_fibquant.options import Options, Retain, parse_options
+from vllm_fibquant.options import MonitorOptions, Options, Retain, parse_options
 
 
 @pytest.mark.parametrize("additional", [None, {}, {"other": 1}, "text", {"fibquant": {}}])
@@ -120,3 +120,27 @@ def test_calibration() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             parsed(**bad)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (False, None),
+        (None, None),
+        (True, MonitorOptions(0.005, 4096)),
+        ({}, MonitorOptions(0.005, 4096)),
+        ({"budget": 0.1, "tokens": 64}, MonitorOptions(0.1, 64)),
+    ],
+)
+def test_the_monitor(given, expected):
+    assert parse_options("fibquant", {"fibquant": {"monitor": given}}).monitor == expected
+
+
+@pytest.mark.parametrize(
+    "given",
+    [1, "on", [], {"budget": 0}, {"budget": 0.2}, {"budget": True}, {"tokens": 63}, {"rate": 1}],
+)
+def test_a_bad_monitor_is_refused(given):
+    with pytest.raises(ValueError, match="monitor must be true, false or an object") as caught:
+        parse_options("fibquant", {"fibquant": {"monitor": given}})
+    assert repr(given) in str(caught.value)
