@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import time
 
 import pytest
@@ -54,3 +55,21 @@ def test_killed_at_work(victim, flags, model_folder, tmp_path):
         )
         assert not alive, "no process may stay behind"
         assert server.process.poll() not in (None, 0)
+
+
+def test_stopped_with_time_to_finish(model_folder, tmp_path):
+    """--shutdown-timeout: what is being generated on SIGTERM is generated to its end."""
+    with serving(
+        make_model("llama", model_folder), *FLAGS, "--shutdown-timeout", "60",
+        log_path=tmp_path / "log", environment=ONE_THREAD,
+    ) as server:  # fmt: skip
+        connection, response = server.open(
+            "/v1/completions", body_of([5] * 40, 200, stream=True), timeout=TOLD_WITHIN_S
+        )
+        assert response.readline().startswith(b"data: ")
+        server.process.send_signal(signal.SIGTERM)
+        with contextlib.closing(connection):
+            content = response.read()
+        assert content.endswith(b"data: [DONE]\n\n")
+        assert content.count(b"data: ") >= 200
+        print(f"\nfinished; server's status {server.process.wait(60)}")
