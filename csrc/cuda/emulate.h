@@ -98,6 +98,7 @@ inline float half_value(uint32_t h) {
 inline uint32_t half_bits(float x) {
   const uint32_t sign = as_bits(x) >> 16 & 0x8000;
   const float a = std::fabs(x);
+  if (a == 0) return sign;
   if (a != a) return 0x7FFF;
   if (a >= 65520.0f) return sign | 0x7C00;
   int exponent;
