@@ -27,7 +27,7 @@ LAYERS = {
         "list_search",
     ],
     1: ["layout", "copies"],
-    2: ["reference", "native", "checks", "gpu", "ops", "selfcheck"],
+    2: ["reference", "native", "native_cuda", "checks", "gpu", "ops", "selfcheck"],
     3: ["support", "metadata", "retention", "rotary", "attention"],
     4: ["compat", "plugin"],
     5: ["__init__", "__main__", "cli", "codebook_cli", "demo_model", "info", "launcher", "plan"],
