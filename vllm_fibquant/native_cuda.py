@@ -117,7 +117,9 @@ class Support:
             spec = code.spec
             if (spec.subvec_dim, spec.index_bits, spec.folded) not in self.codes:
                 known = ", ".join(self.codes.values())
-                return f"the {side} code must be one of {known} for the CUDA library, got {spec.name}"
+                return (
+                    f"the {side} code must be one of {known} for the CUDA library, got {spec.name}"
+                )
         return None
 
 
@@ -151,9 +153,9 @@ class Library:
             )
         for name in ("fq_cuda_support", "fq_cuda_error"):
             getattr(self.lib, name).restype = c_char_p
-        pointers = [POINTER(_Codec), POINTER(_Pages)]
-        self.lib.fq_cuda_encode_kv.argtypes = [*pointers, POINTER(_Encode), c_void_p]
-        self.lib.fq_cuda_paged_attention.argtypes = [*pointers, POINTER(_Attend), c_void_p]
+        codec, pages = POINTER(_Codec), POINTER(_Pages)
+        self.lib.fq_cuda_encode_kv.argtypes = [codec, pages, POINTER(_Encode), c_void_p]
+        self.lib.fq_cuda_paged_attention.argtypes = [codec, pages, POINTER(_Attend), c_void_p]
         self.support = Support.parse(self.lib.fq_cuda_support().decode())
 
     def usable(self) -> bool:
@@ -316,9 +318,7 @@ def _code(code: VectorCodec, device: torch.device, keep: list[torch.Tensor]) -> 
     if spec.storage == "int8" and spec.folded:
         table = table + 0.5  # exact, and so is row = scale * table
     rows = book.rows.float()
-    tables = [
-        x.contiguous().clone().to(device) for x in (table, rows, rows.square().sum(-1) / 2)
-    ]
+    tables = [x.contiguous().clone().to(device) for x in (table, rows, rows.square().sum(-1) / 2)]
     keep.extend(tables)
     return _Code(
         spec.subvec_dim, spec.index_bits, int(spec.folded), GAIN_NUMBERS[spec.gain],
