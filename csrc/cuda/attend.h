@@ -5,20 +5,21 @@
 // of one new token) and one split of the positions it sees. Its warps take tiles of 16 tokens in
 // turn, each with a state of its own, and merge once at the end; no barrier in between.
 //
-// Per tile, both products are transposed, so that rows of the row block are the 8 columns of an mma:
+// Per tile, both products are transposed, so that rows of the row block are the 8 columns of an
+// mma:
 //   S^T [16 tokens, 8 rows]  = K [16, d] Q^T [d, 8]       then times key norms
 //   O^T [d, 8 rows]         += V^T [d, 16] P^T [16, 8]    P = weights times value norms
 // The order in which a product sums over coordinates is free, so a lane's codewords are its operand
-// registers as they are: lane 4 g + t takes coordinates t d/4 ... of keys of tokens g and g + 8, and
-// coordinates g d/8 ... of values of tokens 2t, 2t + 1, 2t + 8, 2t + 9.
+// registers as they are: lane 4 g + t takes coordinates t d/4 ... of keys of tokens g and g + 8,
+// and coordinates g d/8 ... of values of tokens 2t, 2t + 1, 2t + 8, 2t + 9.
 //
 // Shared memory: tables | query fragments | row constants | a ring of record tiles per warp. The
 // tables' place is used again for the final merge.
 //
 // Invariants. A row that saw nothing has m = kEmpty and l = 0. Scores and m are base-2 logarithms.
 // m may lag behind the largest score by kSlack, so weights reach 2^kSlack; value norms are divided
-// by the largest so far: the float16 P stays below 2^kSlack. Norms outside [begin, end) are replaced
-// by zeros before arithmetic: memory nobody wrote may hold NaN.
+// by the largest so far: the float16 P stays below 2^kSlack. Norms outside [begin, end) are
+// replaced by zeros before arithmetic: memory nobody wrote may hold NaN.
 #pragma once
 
 #include "cuda/codes.h"
@@ -146,8 +147,9 @@ FQ_DEVICE void score_tile(const uint8_t* tables, const uint8_t* tile, int record
     const Pair a = keys.quad(low, step), b = keys.quad(high, step);
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
-      const Pair q = kTiles == 1 ? held[step]
-                                 : load_pair(fragments + ((i * kSteps + step) * kWarp + lane_idx()) * 8);
+      const Pair q = kTiles == 1
+                         ? held[step]
+                         : load_pair(fragments + ((i * kSteps + step) * kWarp + lane_idx()) * 8);
       mma(acc[i], a.x, b.x, a.y, b.y, q.x, q.y);
     }
   }
@@ -162,8 +164,7 @@ FQ_DEVICE void output_tile(const uint8_t* tables, const uint8_t* fields, int rec
   const uint8_t* first = fields + lane_idx() % 4 * 2 * record_bytes;
   uint32_t words[4][Values::kWords];
 #pragma unroll
-  for (int i = 0; i < 4; ++i)
-    values.read(first + ((i & 1) + (i & 2) * 4) * record_bytes, words[i]);
+  for (int i = 0; i < 4; ++i) values.read(first + ((i & 1) + (i & 2) * 4) * record_bytes, words[i]);
 #pragma unroll
   for (int u = 0; u < kHeadDim / 32; ++u) {
     Pair e[4];
@@ -193,10 +194,13 @@ FQ_DEVICE void with_kind(int32_t kind, Function&& function) {
   } else {
     switch (kind) {
 #define FQ_CASE(name, dim, bits, folded, text) \
-  case name: function.template run<name>(); break;
+  case name:                                   \
+    function.template run<name>();             \
+    break;
       FQ_CODES(FQ_CASE)
 #undef FQ_CASE
-      default: break;
+      default:
+        break;
     }
   }
 }

@@ -144,8 +144,7 @@ attend(FQ_PARAM AttendArgs args) {
     if (entry >= a.table_width) return nullptr;
     const int64_t block = a.block_table[b.req * a.stride_block_table + entry];
     if (block < 0 || block >= args.pages.num_blocks) return nullptr;
-    return args.pages.base + block * args.pages.stride_block +
-           kv_head * args.pages.stride_head +
+    return args.pages.base + block * args.pages.stride_block + kv_head * args.pages.stride_head +
            tile * kTokens % args.pages.block_size * record_bytes;
   };
   // Starts the copy of a tile into its place in the ring; returns whether it exists.
@@ -178,7 +177,7 @@ attend(FQ_PARAM AttendArgs args) {
     // ---- scores of tokens g and g + 8
     float acc[kTiles][4] = {};
     with_kind<kKeyKind>(args.key_kind, ScoreTile<kHeadDim, kTiles>{tables, records, record_bytes,
-                                                             fragments, held, acc});
+                                                                   fragments, held, acc});
     float key_norm[2], value_norm[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -207,8 +206,8 @@ attend(FQ_PARAM AttendArgs args) {
         } else {
           score *= kLog2e;
         }
-        const bool hidden =
-            token > row || token >= end || token < begin || (a.window > 0 && token <= row - a.window);
+        const bool hidden = token > row || token >= end || token < begin ||
+                            (a.window > 0 && token <= row - a.window);
         acc[i][c] = hidden ? -bits_to_float(0x7F800000) : score;  // -infinity
         grows |= acc[i][c] > s.m[i][c % 2] + kSlack;
       }
@@ -254,10 +253,9 @@ attend(FQ_PARAM AttendArgs args) {
     }
 
     // ---- outputs
-    with_kind<kValueKind>(args.value_kind,
-                          OutputTile<kHeadDim, kTiles>{tables,
-                                                       records + args.layout.value_index_offset,
-                                                       record_bytes, p, s.o});
+    with_kind<kValueKind>(args.value_kind, OutputTile<kHeadDim, kTiles>{
+                                               tables, records + args.layout.value_index_offset,
+                                               record_bytes, p, s.o});
   }
   wait_copies<0>();
   sync_cta();

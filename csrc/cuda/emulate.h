@@ -102,8 +102,8 @@ inline uint32_t half_bits(float x) {
   if (a != a) return 0x7FFF;
   if (a >= 65520.0f) return sign | 0x7C00;
   int exponent;
-  std::frexp(a, &exponent);                      // a = f 2^exponent, f from 0.5 to 1
-  exponent = exponent < -13 ? -13 : exponent;    // subnormals share the least normal's step
+  std::frexp(a, &exponent);                    // a = f 2^exponent, f from 0.5 to 1
+  exponent = exponent < -13 ? -13 : exponent;  // subnormals share the least normal's step
   const float steps = std::nearbyint(std::ldexp(a, 11 - exponent));  // to nearest even
   return sign | (uint32_t)((exponent + 13) * 1024 + (int)steps);
 }
@@ -148,8 +148,12 @@ inline void run_collective(Thread* lanes) {
   const Call call = lanes[0].call;
   uint32_t all = 0;
   switch (call) {
-    case Call::kMma: run_mma(lanes); break;
-    case Call::kTranspose: run_transpose(lanes); break;
+    case Call::kMma:
+      run_mma(lanes);
+      break;
+    case Call::kTranspose:
+      run_transpose(lanes);
+      break;
     case Call::kShuffle:
       for (int i = 0; i < 32; ++i) lanes[i].out[0] = lanes[i ^ lanes[i].in[1]].in[0];
       break;
@@ -157,7 +161,8 @@ inline void run_collective(Thread* lanes) {
       for (int i = 0; i < 32; ++i) all |= lanes[i].in[0];
       for (int i = 0; i < 32; ++i) lanes[i].out[0] = all;
       break;
-    default: break;
+    default:
+      break;
   }
   for (int i = 0; i < 32; ++i) lanes[i].call = Call::kRunning;
 }
@@ -220,8 +225,8 @@ inline void run_cta() {
   }
 }
 
-inline void run_grid(Dim3 grid, int num_threads, size_t shared_bytes,
-                            void (*body)(const void*), const void* args) {
+inline void run_grid(Dim3 grid, int num_threads, size_t shared_bytes, void (*body)(const void*),
+                     const void* args) {
   Machine& m = machine();
   if (num_threads % 32) fail("CTAs must be whole warps");
   m.threads.resize(num_threads);

@@ -94,7 +94,8 @@ encode(FQ_PARAM EncodeArgs args) {
   float* half_sq = rows + kRows * kMaxSubvecDim;
   float* y = half_sq + kRows + warp_idx() * (kHeadDim + kHeadDim / 2);
   uint32_t* index = reinterpret_cast<uint32_t*>(y + kHeadDim);
-  for (int i = thread_idx(); i < kRows * code.subvec_dim; i += num_threads()) rows[i] = code.rows[i];
+  for (int i = thread_idx(); i < kRows * code.subvec_dim; i += num_threads())
+    rows[i] = code.rows[i];
   for (int i = thread_idx(); i < kRows; i += num_threads()) half_sq[i] = code.half_sq[i];
   sync_cta();
 

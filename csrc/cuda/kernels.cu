@@ -46,11 +46,11 @@ template <>
 int Kernels<FQ_HEAD_DIM>::attend(const AttendArgs& args, int max_shared_bytes, void* stream) {
   int error = -1;
   if (args.call.wide) {
-    error = launch_split<kAnyKind, kAnyKind, wide_columns(FQ_HEAD_DIM) / 8>(
-        args, max_shared_bytes, stream);
+    error = launch_split<kAnyKind, kAnyKind, wide_columns(FQ_HEAD_DIM) / 8>(args, max_shared_bytes,
+                                                                            stream);
   }
-#define FQ_LAUNCH(k, v) \
-  if (error < 0 && args.key_kind == k && args.value_kind == v)      \
+#define FQ_LAUNCH(k, v)                                        \
+  if (error < 0 && args.key_kind == k && args.value_kind == v) \
     error = launch_split<k, v, 1>(args, max_shared_bytes, stream);
   FQ_PAIRS(FQ_LAUNCH)
 #undef FQ_LAUNCH

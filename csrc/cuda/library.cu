@@ -8,12 +8,12 @@
 
 namespace fq {
 
-#define FQ_EXTERN(dim, columns)                                     \
-  template <>                                                       \
-  int Kernels<dim>::encode(const EncodeArgs& args, void* stream);   \
-  template <>                                                       \
+#define FQ_EXTERN(dim, columns)                                                         \
+  template <>                                                                           \
+  int Kernels<dim>::encode(const EncodeArgs& args, void* stream);                       \
+  template <>                                                                           \
   int Kernels<dim>::attend(const AttendArgs& args, int max_shared_bytes, void* stream); \
-  template <>                                                       \
+  template <>                                                                           \
   int Kernels<dim>::usable();
 FQ_HEAD_DIMS(FQ_EXTERN)
 #undef FQ_EXTERN
@@ -28,9 +28,9 @@ int check(const FqCudaCodec& codec, const FqCudaPages& pages, RecordLayout* layo
     if (find_kind(code->subvec_dim, code->index_bits, code->folded) == kNumKinds) return kBadCode;
     if (code->num_rows != kRows) return kBadCode;
   }
-  *layout = record_layout(
-      index_bytes(codec.head_dim / codec.key.subvec_dim, codec.key.index_bits),
-      index_bytes(codec.head_dim / codec.value.subvec_dim, codec.value.index_bits));
+  *layout =
+      record_layout(index_bytes(codec.head_dim / codec.key.subvec_dim, codec.key.index_bits),
+                    index_bytes(codec.head_dim / codec.value.subvec_dim, codec.value.index_bits));
   if (layout->record_bytes != codec.record_bytes) return kBadRecord;
   const int64_t bits = (int64_t)(uintptr_t)pages.base | pages.stride_block | pages.stride_head;
   return bits % 16 || pages.block_size % kTokens ? kBadPages : 0;
@@ -76,13 +76,14 @@ FQ_EXPORT const char* fq_cuda_support() {
 #define FQ_TEXT(dim, columns) "head_dim " #dim " " #columns "\n"
       FQ_HEAD_DIMS(FQ_TEXT)
 #undef FQ_TEXT
-#define FQ_TEXT(kind, dim, bits, folded, name) "code " #kind " " name " " #dim " " #bits " " #folded "\n"
+#define FQ_TEXT(kind, dim, bits, folded, name) \
+  "code " #kind " " name " " #dim " " #bits " " #folded "\n"
           FQ_CODES(FQ_TEXT)
 #undef FQ_TEXT
 #define FQ_TEXT(key, value) "pair " #key " " #value "\n"
               FQ_PAIRS(FQ_TEXT)
 #undef FQ_TEXT
-      ;
+                  ;
 }
 
 // 0 if the current device can run the kernels of this build.
@@ -90,15 +91,22 @@ FQ_EXPORT int fq_cuda_usable() { return fq::Kernels<128>::usable(); }
 
 FQ_EXPORT const char* fq_cuda_error(int error) {
   switch (error) {
-    case 0: return "success";
-    case fq::kBadHeadDim: return "no kernel for this head_dim";
-    case fq::kBadCode: return "no kernel for this code";
-    case fq::kBadRecord: return "record_bytes differs from the library's layout";
-    case fq::kBadPages: return "pages must be 16-byte aligned with blocks of 16 tokens or a multiple";
+    case 0:
+      return "success";
+    case fq::kBadHeadDim:
+      return "no kernel for this head_dim";
+    case fq::kBadCode:
+      return "no kernel for this code";
+    case fq::kBadRecord:
+      return "record_bytes differs from the library's layout";
+    case fq::kBadPages:
+      return "pages must be 16-byte aligned with blocks of 16 tokens or a multiple";
 #ifdef __CUDACC__
-    default: return cudaGetErrorString(static_cast<cudaError_t>(error));
+    default:
+      return cudaGetErrorString(static_cast<cudaError_t>(error));
 #else
-    default: return "unknown error";
+    default:
+      return "unknown error";
 #endif
   }
 }
@@ -111,17 +119,22 @@ FQ_EXPORT int fq_cuda_encode_kv(const FqCudaCodec* codec, const FqCudaPages* pag
   if (refusal || call->num_tokens == 0) return refusal;
   switch (codec->head_dim) {
 #define FQ_CASE(dim, columns) \
-  case dim: return fq::Kernels<dim>::encode(args, stream);
+  case dim:                   \
+    return fq::Kernels<dim>::encode(args, stream);
     FQ_HEAD_DIMS(FQ_CASE)
 #undef FQ_CASE
-    default: return fq::kBadHeadDim;
+    default:
+      return fq::kBadHeadDim;
   }
 }
 
 FQ_EXPORT int fq_cuda_paged_attention(const FqCudaCodec* codec, const FqCudaPages* pages,
                                       const FqCudaAttend* call, void* stream) {
   const FqCudaCode &k = codec->key, &v = codec->value;
-  fq::AttendArgs args = {*codec, *pages, *call, {},
+  fq::AttendArgs args = {*codec,
+                         *pages,
+                         *call,
+                         {},
                          fq::find_kind(k.subvec_dim, k.index_bits, k.folded),
                          fq::find_kind(v.subvec_dim, v.index_bits, v.folded)};
   const int refusal = fq::check(*codec, *pages, &args.layout);
@@ -129,10 +142,12 @@ FQ_EXPORT int fq_cuda_paged_attention(const FqCudaCodec* codec, const FqCudaPage
   const int limit = fq::shared_limit();
   switch (codec->head_dim) {
 #define FQ_CASE(dim, columns) \
-  case dim: return fq::Kernels<dim>::attend(args, limit, stream);
+  case dim:                   \
+    return fq::Kernels<dim>::attend(args, limit, stream);
     FQ_HEAD_DIMS(FQ_CASE)
 #undef FQ_CASE
-    default: return fq::kBadHeadDim;
+    default:
+      return fq::kBadHeadDim;
   }
 }
 

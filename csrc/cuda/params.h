@@ -18,7 +18,7 @@ struct FqCudaCode {
   int32_t folded;  // 0 or 1
   int32_t gain;    // FqCudaGain
   float table_scale;
-  int32_t num_rows;      // 256: codewords, or magnitudes of a sign-folded codebook
+  int32_t num_rows;       // 256: codewords, or magnitudes of a sign-folded codebook
   const uint16_t* table;  // float16 [num_rows, subvec_dim], 16-byte aligned; row = scale * table
   const float* rows;      // [num_rows, subvec_dim], 16-byte aligned
   const float* half_sq;   // [num_rows], |row|^2 / 2
@@ -36,12 +36,12 @@ struct FqCudaCodec {
 
 // The pages of one layer: uint8 [num_blocks, num_kv_heads, block_size, record_bytes].
 struct FqCudaPages {
-  uint8_t* base;         // 16-byte aligned, and so are the strides
+  uint8_t* base;  // 16-byte aligned, and so are the strides
   int64_t num_blocks;
   int64_t stride_block;  // bytes
   int64_t stride_head;   // bytes
   int32_t num_kv_heads;
-  int32_t block_size;    // a multiple of 16
+  int32_t block_size;  // a multiple of 16
 };
 
 struct FqCudaEncode {
@@ -69,8 +69,8 @@ struct FqCudaAttend {
   const float* raw_m;  // [num_tokens * num_q_heads] or null
   const float* raw_l;  // [num_tokens * num_q_heads] or null
   // Scratch that the launch fills and reads again: states of splits.
-  float* state_o;   // [num_tokens * num_q_heads, num_splits, head_dim]
-  float* state_ml;  // [num_tokens * num_q_heads, num_splits, 2]
+  float* state_o;              // [num_tokens * num_q_heads, num_splits, head_dim]
+  float* state_ml;             // [num_tokens * num_q_heads, num_splits, 2]
   int64_t stride_block_table;  // elements
   int64_t stride_query_token, stride_query_head;
   int64_t stride_out_token, stride_out_head;

@@ -11,25 +11,25 @@ namespace fq {
 #define FQ_HEAD_DIMS(X) X(64, 32) X(96, 32) X(128, 32) X(192, 16) X(256, 16)
 
 // X(kind, subvec_dim, index_bits, folded, name). All have 256 stored rows.
-#define FQ_CODES(X)             \
-  X(kK2, 2, 8, 0, "k2n256")     \
+#define FQ_CODES(X)                  \
+  X(kK2, 2, 8, 0, "k2n256")          \
   X(kK2Folded, 2, 10, 1, "k2n1024f") \
-  X(kK4, 4, 8, 0, "k4n256")     \
+  X(kK4, 4, 8, 0, "k4n256")          \
   X(kK4Folded, 4, 12, 1, "k4n4096f") \
   X(kK8, 8, 8, 0, "k8n256")
 
 // X(key kind, value kind): pairs with a kernel of their own for decode, those of the presets. Every
 // other pair of codes, and wide row blocks, take a kernel that finds out at run time.
-#define FQ_PAIRS(X)    \
-  X(kK2, kK2)          \
+#define FQ_PAIRS(X)       \
+  X(kK2, kK2)             \
   X(kK4Folded, kK4Folded) \
-  X(kK4, kK4)          \
-  X(kK8, kK8)          \
+  X(kK4, kK4)             \
+  X(kK8, kK8)             \
   X(kK2Folded, kK4Folded) \
-  X(kK2, kK4Folded)    \
-  X(kK2, kK4)          \
-  X(kK4Folded, kK4)    \
-  X(kK4Folded, kK8)    \
+  X(kK2, kK4Folded)       \
+  X(kK2, kK4)             \
+  X(kK4Folded, kK4)       \
+  X(kK4Folded, kK8)       \
   X(kK4, kK4Folded)
 
 enum CodeKind : int32_t {

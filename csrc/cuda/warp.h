@@ -4,9 +4,9 @@
 // the emulator (emulate.h), which runs the same kernels on a CPU, for tests.
 //
 // Fragments of mma m16n8k16, lane = 4 g + t (PTX ISA, "Matrix Fragments for mma.m16n8k16"):
-//   A [16, 16]  a0 (row g, k 2t 2t+1)  a1 (row g+8, k 2t 2t+1)  a2 (row g, k 2t+8 2t+9)  a3 (g+8, ..)
-//   B [16, 8]   b0 (k 2t 2t+1, column g)  b1 (k 2t+8 2t+9, column g)
-//   C [16, 8]   c0 c1 (row g, columns 2t 2t+1)  c2 c3 (row g+8, columns 2t 2t+1)
+//   A [16, 16]  a0 (row g, k 2t 2t+1)  a1 (row g+8, k 2t 2t+1)  a2 (row g, k 2t+8 2t+9)  a3 (g+8,
+//   ..) B [16, 8]   b0 (k 2t 2t+1, column g)  b1 (k 2t+8 2t+9, column g) C [16, 8]   c0 c1 (row g,
+//   columns 2t 2t+1)  c2 c3 (row g+8, columns 2t 2t+1)
 // A register of A and B holds two float16, the lower k in the lower half.
 #pragma once
 
