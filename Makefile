@@ -12,10 +12,11 @@ BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip --disable-pip-version-check
 TORCH   := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 LIBRARY := vllm_fibquant/lib/libfibquant_cpu.so
+EMULATED := build/libfibquant_cuda_emulated.so
 COMPOSE := docker/compose.yaml docker/compose.gpu.yaml
-CSRC    := $(shell find csrc -name '*.h' -o -name '*.cpp')
+CSRC    := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help serve test test-slow test-next lint docker-lint docker-test format bench load wheel clean
+.PHONY: help serve cuda test test-slow test-next lint docker-lint docker-test format bench load wheel clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -24,10 +25,13 @@ help:  ## this list
 serve: $(LIBRARY)  ## install, build, fetch the demo model, serve on port 8000 (MODEL=, ARGS=)
 	$(BIN)/vllm-fibquant serve $(MODEL) $(ARGS)
 
-test: $(VENV)/.dev $(LIBRARY)  ## run the tests (ARGS= goes to pytest)
+cuda: $(VENV)/.deps  ## build the CUDA kernels with nvcc (FIBQUANT_CUDA_ARCHS=)
+	$(BIN)/python setup.py --quiet build_cuda
+
+test: $(VENV)/.dev $(LIBRARY) $(EMULATED)  ## run the tests (ARGS= goes to pytest)
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
-test-slow: $(VENV)/.dev $(LIBRARY)  ## run the slow tests as well
+test-slow: $(VENV)/.dev $(LIBRARY) $(EMULATED)  ## run the slow tests as well
 	$(BIN)/python -m pytest $(ARGS)
 
 test-next: $(VENV)/.dev $(LIBRARY)  ## run plugin and engine tests on vLLM 0.33.0's Python sources
@@ -92,4 +96,8 @@ $(VENV)/.dev: $(VENV)/.deps
 
 $(LIBRARY): $(CSRC) setup.py | $(VENV)/.deps
 	$(BIN)/python setup.py --quiet build_ext --inplace
+	touch $@
+
+$(EMULATED): $(CSRC) setup.py | $(VENV)/.deps
+	$(BIN)/python setup.py --quiet build_cuda --emulated
 	touch $@

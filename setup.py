@@ -6,17 +6,22 @@ wheel is tagged py3-none-<platform>. The kernels are compiled once per instructi
 library picks one when it is loaded. Everything else about the package is in pyproject.toml.
 
 CXX and CXXFLAGS are respected.
+
+The CUDA library is apart, so that it cannot break an install: `python setup.py build_cuda` needs
+nvcc (CUDACXX, or nvcc on the PATH) and compiles for FIBQUANT_CUDA_ARCHS. With --emulated the same
+kernels are compiled for the emulator of csrc/cuda/emulate.h by the C++ compiler, for tests.
 """
 
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Command, Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
@@ -103,10 +108,80 @@ def run_if_stale(command: list[str], output: Path, inputs: list[Path], force: bo
     try:
         subprocess.run(command, check=True)
     except FileNotFoundError:
-        sys.exit(f"setup.py: no C++ compiler: {command[0]} not found; install g++ or set CXX")
+        sys.exit(f"setup.py: no compiler: {command[0]} not found; install it, or set CXX (CUDACXX)")
     except subprocess.CalledProcessError as error:
         sys.exit(f"setup.py: exit status {error.returncode} from: {text}")
     record.write_text(text)
+
+
+CUDA_LIBRARY = "libfibquant_cuda.so"
+EMULATED_LIBRARY = "libfibquant_cuda_emulated.so"  # in build/
+# PTX of the oldest serves devices that have no machine code here.
+CUDA_ARCHS = "80 86 89 90 100 120"
+CUDA_FLAGS = shlex.split("-O3 -std=c++17 -Xcompiler -fPIC,-fvisibility=hidden")
+EMULATED_FLAGS = shlex.split(
+    "-O1 -std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-unknown-pragmas -ffp-contract=off"
+)
+
+
+def cuda_head_dims() -> list[str]:
+    """The head dims of csrc/cuda/supported.h: one object file each."""
+    for line in (ROOT / "csrc/cuda/supported.h").read_text().splitlines():
+        if line.startswith("#define FQ_HEAD_DIMS"):
+            return re.findall(r"X\((\d+),", line)
+    sys.exit("setup.py: csrc/cuda/supported.h must define FQ_HEAD_DIMS on one line")
+
+
+class BuildCuda(Command):
+    """Builds the CUDA library, or its emulation."""
+
+    description = "build the CUDA library"
+    user_options = [("emulated", None, "for the emulator, with the C++ compiler")]
+    boolean_options = ["emulated"]
+
+    def initialize_options(self) -> None:
+        self.emulated = False
+
+    def finalize_options(self) -> None:
+        pass
+
+    def run(self) -> None:
+        if self.emulated:
+            compiler = shlex.split(os.environ.get("CXX", "g++"))
+            flags, language = EMULATED_FLAGS, ["-x", "c++"]
+            target = ROOT / "build" / EMULATED_LIBRARY
+        else:
+            compiler = shlex.split(os.environ.get("CUDACXX", "nvcc"))
+            archs = os.environ.get("FIBQUANT_CUDA_ARCHS", CUDA_ARCHS).split()
+            codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+            oldest = archs[0].rstrip("a")
+            flags = [*CUDA_FLAGS, *codes, f"-gencode=arch=compute_{oldest},code=compute_{oldest}"]
+            language, target = [], ROOT / "vllm_fibquant" / "lib" / CUDA_LIBRARY
+        objects_dir = ROOT / "build" / ("cuda-emulated" if self.emulated else "cuda")
+        objects_dir.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        headers = [*(ROOT / "csrc" / "cuda").glob("*.h"), ROOT / "csrc" / "page_layout.h"]
+
+        def compile_unit(unit: tuple[str, str, list[str]]) -> Path:
+            name, object_name, defines = unit
+            source, output = ROOT / "csrc" / "cuda" / name, objects_dir / object_name
+            command = [*compiler, *flags, *defines, "-I", str(ROOT / "csrc"), *language]
+            command += ["-c", str(source), "-o", str(output)]
+            run_if_stale(command, output, [source, *headers], False)
+            return output
+
+        # Largest first: two processors finish together.
+        units = [
+            ("kernels.cu", f"kernels_{dim}.o", [f"-DFQ_HEAD_DIM={dim}"])
+            for dim in reversed(cuda_head_dims())
+        ]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compile_unit, [*units, ("library.cu", "library.o", [])]))
+        built = objects_dir / target.name
+        run_if_stale(
+            [*compiler, "-shared", *map(str, objects), "-o", str(built)], built, objects, False
+        )
+        self.copy_file(str(built), str(target))
 
 
 class PlatformWheel(bdist_wheel):
@@ -124,5 +199,9 @@ library = Extension(
 )
 setup(
     ext_modules=[library],
-    cmdclass={"build_ext": BuildLibrary, "bdist_wheel": PlatformWheel},
+    cmdclass={
+        "build_ext": BuildLibrary,
+        "build_cuda": BuildCuda,
+        "bdist_wheel": PlatformWheel,
+    },
 )

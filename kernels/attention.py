@@ -185,6 +185,41 @@ def workspace_floats(num_rows: int, head_dim: int, num_splits: int, raw: bool) -
     return num_rows * (head_dim + num_states * (head_dim + 2))
 
 
+def raw_token_states(
+    query: torch.Tensor,
+    raw_key: torch.Tensor,
+    raw_value: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    scale: float,
+    window: int,
+    soft_cap: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """States of every row over its request's new tokens, for another kernel to merge.
+
+    Returns:
+        float32 o [num_tokens * num_q_heads, head_dim], m and l [num_tokens * num_q_heads]; weights
+        are relative to exp(m).
+    """
+    num_tokens, num_q_heads, head_dim = query.shape
+    num_kv_heads, num_rows = raw_key.shape[1], num_tokens * num_q_heads
+    group_size = num_q_heads // num_kv_heads
+    block_m = max(DECODE_ROWS, next_power_of_two(group_size))
+    block_q = block_m // group_size
+    num_row_blocks = num_tokens // block_q + seq_lens.shape[0]
+    o = torch.empty(num_rows, head_dim, dtype=torch.float32, device=query.device)
+    ml = torch.empty(2, num_rows, dtype=torch.float32, device=query.device)
+    attend_raw[(num_row_blocks, num_kv_heads)](
+        query, raw_key, raw_value, query_start_loc, seq_lens, o, ml, seq_lens.shape[0], num_rows,
+        scale, soft_cap, window, query.stride(0), query.stride(1), raw_key.stride(0),
+        raw_key.stride(1), raw_value.stride(0), raw_value.stride(1), HEADS=num_q_heads,
+        GROUP_SIZE=group_size, HEAD_DIM=head_dim, DIM=next_power_of_two(head_dim), BLOCK_Q=block_q,
+        BLOCK_M=block_m, BLOCK_T=BLOCK_T, SOFT_CAP=soft_cap > 0,
+    )  # fmt: skip
+    return o, ml[0], ml[1]
+
+
 def paged_attention(
     query: torch.Tensor,
     cache: torch.Tensor,

@@ -28,7 +28,17 @@ LAYERS = {
         "list_search",
     ],
     1: ["layout", "copies", "agreement", "counters", "calibration"],
-    2: ["reference", "native", "checks", "gpu", "ops", "selfcheck", "fidelity", "monitor"],
+    2: [
+        "reference",
+        "native",
+        "native_cuda",
+        "checks",
+        "gpu",
+        "ops",
+        "selfcheck",
+        "fidelity",
+        "monitor",
+    ],
     3: ["support", "metadata", "retention", "rotary", "attention", "report", "calibrate"],
     4: ["compat", "plugin"],
     5: [

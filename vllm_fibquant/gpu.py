@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The GPU side of the door: checks the arguments of `ops` on a GPU, then launches Triton kernels.
+"""The GPU side of the door: checks the arguments of `ops` on a GPU, then launches a kernel.
+
+The CUDA library (`native_cuda`) is taken where it is built, runs on the device and has the codec;
+the Triton kernels everywhere else, and for the raw new tokens of a batch.
 
 Nothing is read back to the host, so what a host cannot know is not raised: vectors with NaN or
 infinity, and slots outside the cache, are counted on the device (`counters`), and a block number
@@ -13,7 +16,7 @@ from typing import Any
 
 import torch
 
-from vllm_fibquant import checks
+from vllm_fibquant import checks, native_cuda
 from vllm_fibquant.codec import KVCodec
 
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
@@ -38,6 +41,33 @@ def unsupported_codec(codec: KVCodec) -> str | None:
     return unsupported_code(codec)
 
 
+def kernel_name(cache: torch.Tensor, codec: KVCodec) -> str:
+    """What serves this codec on the cache's device: ``cuda`` or ``triton``."""
+    return "triton" if why_not_cuda(cache, codec) else "cuda"
+
+
+def why_not_cuda(cache: torch.Tensor, codec: KVCodec) -> str | None:
+    """Why the CUDA library does not serve this codec and cache, or None when it does.
+
+    Raises:
+        RuntimeError: the library is there but does not load or was built from other sources.
+    """
+    if not native_cuda.is_built():
+        return "the CUDA library is not built (`make cuda`)"
+    if not _runs_on(cache.device):
+        return f"the CUDA library has no code for {cache.device}; see FIBQUANT_CUDA_ARCHS"
+    support = native_cuda.library().support
+    return support.unsupported(codec) or native_cuda.unsupported_cache(cache)
+
+
+@functools.cache
+def _runs_on(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return native_cuda.library().usable()
+
+
 @functools.cache
 def counters(device: torch.device) -> torch.Tensor:
     """int32 [2] on `device`, since the process began: vectors stored as zeros because they held a
@@ -57,10 +87,16 @@ def encode_kv(
     Raises:
         ValueError: an argument's shape, dtype, layout or device.
     """
-    from vllm_fibquant.kernels import encode
-
     checks.check_encode(key, value, cache, slot_mapping, codec)
     _check_gpu("encode_kv", cache, codec)
+    if kernel_name(cache, codec) == "cuda":
+        with torch.cuda.device(cache.device):
+            native_cuda.library().encode_kv(
+                key, value, cache, slot_mapping, codec, counters(cache.device)
+            )
+        return 0
+    from vllm_fibquant.kernels import encode
+
     encode.encode_kv(key, value, cache, slot_mapping, codec, counters(cache.device))
     return 0
 
@@ -87,8 +123,6 @@ def paged_attention(
     Raises:
         ValueError: an argument's shape, dtype, layout or device, or an option GPUs do not have.
     """
-    from vllm_fibquant.kernels import attention
-
     name = "paged_attention"
     for option, setting in unsupported.items():
         _require(setting is None, name, option, "left out on a GPU", "a value")
@@ -104,6 +138,23 @@ def paged_attention(
     )  # fmt: skip
     if seq_lens.shape[0] == 0 or query.shape[0] == 0:
         return
+    if kernel_name(cache, codec) == "cuda":
+        raw_states = None
+        if raw_key is not None and raw_value is not None:
+            from vllm_fibquant.kernels.attention import raw_token_states
+
+            raw_states = raw_token_states(
+                query, raw_key, raw_value, query_start_loc, seq_lens, scale=scale, window=window,
+                soft_cap=soft_cap,
+            )  # fmt: skip
+        with torch.cuda.device(cache.device):
+            native_cuda.library().paged_attention(
+                query, cache, codec, query_start_loc, seq_lens, block_table, out, scale=scale,
+                window=window, soft_cap=soft_cap, sinks=sinks, raw_states=raw_states,
+            )  # fmt: skip
+        return
+    from vllm_fibquant.kernels import attention
+
     attention.paged_attention(
         query, cache, codec, query_start_loc, seq_lens, block_table, out, scale=scale,
         window=window, soft_cap=soft_cap, sinks=sinks, raw_key=raw_key, raw_value=raw_value,

@@ -1,0 +1,233 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention over the codes of one split: states (o, m, l) of every row, in the rotated basis.
+//
+// A CTA owns a row block (up to 8 * kTiles rows of one request and KV head; a row is one query head
+// of one new token) and one split of the positions it sees. Its warps take tiles of 16 tokens in
+// turn, each with a state of its own, and merge once at the end; no barrier in between.
+//
+// Per tile, both products are transposed, so that rows of the row block are the 8 columns of an
+// mma:
+//   S^T [16 tokens, 8 rows]  = K [16, d] Q^T [d, 8]       then times key norms
+//   O^T [d, 8 rows]         += V^T [d, 16] P^T [16, 8]    P = weights times value norms
+// The order in which a product sums over coordinates is free, so a lane's codewords are its operand
+// registers as they are: lane 4 g + t takes coordinates t d/4 ... of keys of tokens g and g + 8,
+// and coordinates g d/8 ... of values of tokens 2t, 2t + 1, 2t + 8, 2t + 9.
+//
+// Shared memory: tables | query fragments | row constants | a ring of record tiles per warp. The
+// tables' place is used again for the final merge.
+//
+// Invariants. A row that saw nothing has m = kEmpty and l = 0. Scores and m are base-2 logarithms.
+// m may lag behind the largest score by kSlack, so weights reach 2^kSlack; value norms are divided
+// by the largest so far: the float16 P stays below 2^kSlack. Norms outside [begin, end) are
+// replaced by zeros before arithmetic: memory nobody wrote may hold NaN.
+#pragma once
+
+#include "cuda/codes.h"
+#include "cuda/params.h"
+#include "cuda/rotation.h"
+#include "page_layout.h"
+
+namespace fq {
+
+constexpr int kTokens = 16, kStages = 3, kMaxWarps = 8;
+constexpr float kEmpty = -1e30f, kSlack = 6.0f, kLog2e = 1.4426950408889634f;
+
+struct AttendArgs {
+  FqCudaCodec codec;
+  FqCudaPages pages;
+  FqCudaAttend call;
+  RecordLayout layout;
+  int32_t key_kind, value_kind;  // CodeKind
+};
+
+// Which rows a CTA owns. Rows of a request and KV head are numbered token first, head of the group
+// second; row blocks of request r begin at number floor(query_start_loc[r] * group / columns) + r,
+// so a grid of floor(num_tokens * group / columns) + num_reqs holds every batch.
+struct RowBlock {
+  int req, first_row, num_rows;  // num_rows is 0 or less when the block is empty
+  int first_token;               // row of the query tensor of the request's first new token
+  int context;                   // tokens before the new ones
+
+  FQ_DEVICE static RowBlock find(const FqCudaAttend& a, int group, int columns, int block) {
+    int low = 0, high = a.num_reqs - 1;
+    while (low < high) {  // the last request that begins at or before this block
+      const int middle = (low + high + 1) / 2;
+      const int begins = (int)((int64_t)a.query_start_loc[middle] * group / columns) + middle;
+      if (begins <= block) {
+        low = middle;
+      } else {
+        high = middle - 1;
+      }
+    }
+    RowBlock b;
+    b.req = low;
+    b.first_token = a.query_start_loc[low];
+    const int query_len = a.query_start_loc[low + 1] - b.first_token;
+    const int begins = (int)((int64_t)b.first_token * group / columns) + low;
+    b.context = a.seq_lens[low] - query_len;
+    b.first_row = (block - begins) * columns;
+    b.num_rows = query_len * group - b.first_row;
+    if (b.num_rows > columns) b.num_rows = columns;
+    if (b.first_row < 0) b.num_rows = 0;
+    return b;
+  }
+};
+
+template <int kHeadDim, int kTiles>
+struct AttendShape {
+  static constexpr int kColumns = 8 * kTiles;
+  static constexpr int kSteps = kHeadDim / 16;  // k steps of S^T, m tiles of O^T
+  static constexpr int kQueryBytes = kColumns * kHeadDim * 2;
+  static constexpr int kRowBytes = kColumns * 8;  // factor and position of each row
+  static constexpr int kFixedBytes = kTableBytes + kQueryBytes + kRowBytes;
+  static constexpr int shared_bytes(int record_bytes, int num_warps) {  // on the host
+    return kFixedBytes + num_warps * kStages * kTokens * record_bytes;
+  }
+  static_assert(kMaxWarps * 8 * kHeadDim * 4 <= kTableBytes, "the merge fits in the tables");
+};
+
+// Position of a row block's row in the state tensors.
+FQ_DEVICE int64_t state_row(const FqCudaAttend& a, const RowBlock& b, int group, int kv_head,
+                            int row) {
+  const int token = b.first_token + (b.first_row + row) / group;
+  return (int64_t)token * a.num_q_heads + kv_head * group + (b.first_row + row) % group;
+}
+
+// Rotates the row block's queries into mma B fragments, float16, each divided by its largest
+// coordinate, which goes into the row's factor. Rows that do not exist are zeros at position -1.
+template <int kHeadDim, int kTiles>
+FQ_DEVICE void load_queries(const AttendArgs& args, const RowBlock& b, int group, int kv_head,
+                            uint8_t* fragments, float* factors, int32_t* positions,
+                            float* scratch) {
+  using Shape = AttendShape<kHeadDim, kTiles>;
+  constexpr int kPerLane = kHeadDim / kWarp;
+  const FqCudaAttend& a = args.call;
+  for (int row = warp_idx(); row < Shape::kColumns; row += num_threads() / kWarp) {
+    float x[kPerLane];
+    const bool exists = row < b.num_rows;
+    const int token = (b.first_row + row) / group, head = (b.first_row + row) % group;
+    const int64_t at = (b.first_token + token) * a.stride_query_token +
+                       (kv_head * group + head) * a.stride_query_head;
+    float peak = 0.0f;
+    for (int i = 0; i < kPerLane; ++i)
+      x[i] = exists ? load_element(a.query, at + lane_idx() * kPerLane + i, a.dtype) : 0.0f;
+    rotate<kHeadDim>(args.codec, x, scratch, false);
+    for (int i = 0; i < kPerLane; ++i) peak = maximum(peak, absolute(x[i]));
+    peak = warp_max(peak);
+    const float inverse = peak > 0.0f ? 1.0f / peak : 0.0f;
+    for (int i = 0; i < kPerLane; ++i) {
+      const int coord = lane_idx() * kPerLane + i;
+      const int part = coord / (kHeadDim / 4), within = coord % (kHeadDim / 4);
+      const int step = within / 4, lane = row % 8 * 4 + part;
+      // A NaN stays one: 0 * NaN.
+      const uint16_t half = (uint16_t)to_half2(x[i] * inverse, 0.0f);
+      uint8_t* to = fragments + (((row / 8) * Shape::kSteps + step) * kWarp + lane) * 8;
+      reinterpret_cast<uint16_t*>(to)[within % 4] = half;
+    }
+    if (lane_idx() == 0) {
+      factors[row] = peak * a.scale * args.codec.key.table_scale;
+      positions[row] = exists ? b.context + token : -1;
+    }
+  }
+}
+
+// acc += K Q^T for the 16 tokens whose records are at `tile`.
+template <int kKind, int kHeadDim, int kTiles>
+FQ_DEVICE void score_tile(const uint8_t* tables, const uint8_t* tile, int record_bytes,
+                          const uint8_t* fragments, const Pair* held, float (&acc)[kTiles][4]) {
+  constexpr int kSteps = kHeadDim / 16;
+  using Keys = Lookup<kKind, kHeadDim / 4>;
+  const int group = lane_idx() / 4;
+  const Keys keys = Keys::make(tables, 0, lane_idx() % 4);
+  uint32_t low[Keys::kWords], high[Keys::kWords];
+  keys.read(tile + group * record_bytes, low);
+  keys.read(tile + (group + 8) * record_bytes, high);
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    const Pair a = keys.quad(low, step), b = keys.quad(high, step);
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      const Pair q = kTiles == 1
+                         ? held[step]
+                         : load_pair(fragments + ((i * kSteps + step) * kWarp + lane_idx()) * 8);
+      mma(acc[i], a.x, b.x, a.y, b.y, q.x, q.y);
+    }
+  }
+}
+
+// o += V^T P^T for the 16 tokens whose value fields begin at `fields`.
+template <int kKind, int kHeadDim, int kTiles>
+FQ_DEVICE void output_tile(const uint8_t* tables, const uint8_t* fields, int record_bytes,
+                           const uint32_t (&p)[kTiles][2], float (&o)[kTiles][kHeadDim / 16][4]) {
+  using Values = Lookup<kKind, kHeadDim / 8>;
+  const Values values = Values::make(tables, 1, lane_idx() / 4);
+  const uint8_t* first = fields + lane_idx() % 4 * 2 * record_bytes;
+  uint32_t words[4][Values::kWords];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) values.read(first + ((i & 1) + (i & 2) * 4) * record_bytes, words[i]);
+#pragma unroll
+  for (int u = 0; u < kHeadDim / 32; ++u) {
+    Pair e[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) e[i] = values.quad(words[i], u);
+    const uint32_t x0 = permute_bytes(e[0].x, e[1].x, 0x5410);
+    const uint32_t x1 = permute_bytes(e[0].x, e[1].x, 0x7632);
+    const uint32_t x2 = permute_bytes(e[2].x, e[3].x, 0x5410);
+    const uint32_t x3 = permute_bytes(e[2].x, e[3].x, 0x7632);
+    const uint32_t y0 = permute_bytes(e[0].y, e[1].y, 0x5410);
+    const uint32_t y1 = permute_bytes(e[0].y, e[1].y, 0x7632);
+    const uint32_t y2 = permute_bytes(e[2].y, e[3].y, 0x5410);
+    const uint32_t y3 = permute_bytes(e[2].y, e[3].y, 0x7632);
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      mma(o[i][2 * u], x0, x1, x2, x3, p[i][0], p[i][1]);
+      mma(o[i][2 * u + 1], y0, y1, y2, y3, p[i][0], p[i][1]);
+    }
+  }
+}
+
+// Calls function.run<kind>() for a kind known at run time only.
+template <int kKind, class Function>
+FQ_DEVICE void with_kind(int32_t kind, Function&& function) {
+  if constexpr (kKind != kAnyKind) {
+    function.template run<kKind>();
+  } else {
+    switch (kind) {
+#define FQ_CASE(name, dim, bits, folded, text) \
+  case name:                                   \
+    function.template run<name>();             \
+    break;
+      FQ_CODES(FQ_CASE)
+#undef FQ_CASE
+      default:
+        break;
+    }
+  }
+}
+
+template <int kHeadDim, int kTiles>
+struct ScoreTile {
+  const uint8_t *tables, *tile;
+  int record_bytes;
+  const uint8_t* fragments;
+  const Pair* held;
+  float (&acc)[kTiles][4];
+  template <int kKind>
+  FQ_DEVICE void run() {
+    score_tile<kKind, kHeadDim, kTiles>(tables, tile, record_bytes, fragments, held, acc);
+  }
+};
+
+template <int kHeadDim, int kTiles>
+struct OutputTile {
+  const uint8_t *tables, *fields;
+  int record_bytes;
+  const uint32_t (&p)[kTiles][2];
+  float (&o)[kTiles][kHeadDim / 16][4];
+  template <int kKind>
+  FQ_DEVICE void run() {
+    output_tile<kKind, kHeadDim, kTiles>(tables, fields, record_bytes, p, o);
+  }
+};
+
+}  // namespace fq

@@ -1,0 +1,266 @@
+// SPDX-License-Identifier: Apache-2.0
+// The attention kernel (attend.h explains it) and the merge of a CTA's warps.
+#pragma once
+
+#include "cuda/attend.h"
+
+namespace fq {
+
+// The state of one warp: per lane, of the columns 2t and 2t + 1 of each tile of 8 rows.
+template <int kHeadDim, int kTiles>
+struct WarpState {
+  static constexpr int kSteps = kHeadDim / 16;
+  float m[kTiles][2], l[kTiles][2];  // l: this lane's part, summed over the warp at the end
+  float o[kTiles][kSteps][4];        // in units of top
+  float top;                         // largest value norm met, the same in all lanes
+};
+
+// Merges the warps' states and stores the split's. `scratch` is kTableBytes, `factors` kMaxWarps *
+// 24 floats. All threads take part; nothing else in shared memory is alive.
+template <int kHeadDim, int kTiles>
+FQ_DEVICE void store_state(const FqCudaAttend& a, const RowBlock& b, int group, int kv_head,
+                           int split, WarpState<kHeadDim, kTiles>& s, float* scratch,
+                           float* factors) {
+  constexpr int kSteps = kHeadDim / 16;
+  const int g = lane_idx() / 4, t = lane_idx() % 4, num_warps = num_threads() / kWarp;
+  float* own = scratch + warp_idx() * 8 * kHeadDim;  // [8, kHeadDim]
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+    sync_cta();  // the scratch is free
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      for (int mask = 4; mask < kWarp; mask *= 2) s.l[tile][c] += shuffle_xor(s.l[tile][c], mask);
+      if (g == 0) {
+        float* f = factors + (warp_idx() * 8 + 2 * t + c) * 3;
+        f[0] = s.m[tile][c];
+        f[1] = s.l[tile][c];
+        f[2] = s.top;
+      }
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i) {
+        float* to = own + (2 * t + c) * kHeadDim + g * (kHeadDim / 8) + 2 * i;
+        to[0] = s.o[tile][i][c];
+        to[1] = s.o[tile][i][c + 2];
+      }
+    }
+    sync_cta();
+    for (int i = thread_idx(); i < 8 * kHeadDim; i += num_threads()) {
+      const int column = i / kHeadDim, coord = i % kHeadDim, row = tile * 8 + column;
+      if (row >= b.num_rows) continue;
+      float m = kEmpty, l = 0.0f, o = 0.0f;
+      for (int w = 0; w < num_warps; ++w) m = maximum(m, factors[(w * 8 + column) * 3]);
+      for (int w = 0; w < num_warps; ++w) {
+        const float* f = factors + (w * 8 + column) * 3;
+        if (f[1] == 0.0f) continue;  // NaN is not 0
+        const float weight = exp2_fast(f[0] - m);
+        l += f[1] * weight;
+        o += scratch[(w * 8 + column) * kHeadDim + coord] * (weight * f[2]);
+      }
+      const int64_t at = state_row(a, b, group, kv_head, row) * a.num_splits + split;
+      a.state_o[at * kHeadDim + coord] = o;
+      if (coord == 0) {
+        a.state_ml[at * 2] = m;
+        a.state_ml[at * 2 + 1] = l;
+      }
+    }
+  }
+}
+
+// grid [row blocks, num_kv_heads, num_splits], a whole number of warps per CTA, at most kMaxWarps.
+template <int kHeadDim, int kKeyKind, int kValueKind, int kTiles>
+FQ_KERNEL(kMaxWarps* kWarp, (kTiles == 1 && kHeadDim <= 128 ? 2 : 1))
+attend(FQ_PARAM AttendArgs args) {
+  using Shape = AttendShape<kHeadDim, kTiles>;
+  constexpr int kSteps = Shape::kSteps;
+  const FqCudaAttend& a = args.call;
+  const int kv_head = cta_idx().y, split = cta_idx().z;
+  const int group = a.num_q_heads / args.pages.num_kv_heads;
+  const RowBlock b = RowBlock::find(a, group, Shape::kColumns, cta_idx().x);
+  if (b.num_rows <= 0) return;
+
+  // Positions that some row sees, [begin, end); tiles of this split, [tile_begin, tile_end).
+  const int last_token = (b.first_row + b.num_rows - 1) / group;
+  const int oldest = b.context + b.first_row / group;
+  int begin = a.window > 0 ? oldest - a.window + 1 : 0;
+  if (begin < 0) begin = 0;
+  const int end = a.raw_o ? b.context : b.context + last_token + 1;
+  const int first_tile = begin / kTokens;
+  const int last_tile = end > begin ? (end + kTokens - 1) / kTokens : first_tile;
+  const int per_split = (last_tile - first_tile + a.num_splits - 1) / a.num_splits;
+  const int tile_begin = first_tile + split * per_split;
+  const int tile_end = tile_begin + per_split < last_tile ? tile_begin + per_split : last_tile;
+  if (tile_begin >= tile_end) {
+    for (int row = thread_idx(); row < b.num_rows; row += num_threads()) {
+      float* ml = a.state_ml + (state_row(a, b, group, kv_head, row) * a.num_splits + split) * 2;
+      ml[0] = kEmpty;
+      ml[1] = 0.0f;
+    }
+    return;
+  }
+
+  // ---- memory, tables, queries
+  const int record_bytes = args.codec.record_bytes, num_warps = num_threads() / kWarp;
+  uint8_t* tables = shared_memory();
+  uint8_t* fragments = tables + kTableBytes;
+  float* factors = reinterpret_cast<float*>(fragments + Shape::kQueryBytes);
+  int32_t* positions = reinterpret_cast<int32_t*>(factors + Shape::kColumns);
+  uint8_t* rings = tables + Shape::kFixedBytes;
+  uint8_t* ring = rings + warp_idx() * (kStages * kTokens * record_bytes);
+  fill_table(tables, 0, args.codec.key.table, args.codec.key.subvec_dim);
+  fill_table(tables, 1, args.codec.value.table, args.codec.value.subvec_dim);
+  load_queries<kHeadDim, kTiles>(args, b, group, kv_head, fragments, factors, positions,
+                                 reinterpret_cast<float*>(ring));
+  sync_cta();
+
+  const int lane = lane_idx(), g = lane / 4, t = lane % 4;
+  Pair held[kTiles == 1 ? kSteps : 1];
+  if constexpr (kTiles == 1) {
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) held[i] = load_pair(fragments + (i * kWarp + lane) * 8);
+  }
+  WarpState<kHeadDim, kTiles> s;
+  float factor[kTiles][2];
+  int position[kTiles][2];
+#pragma unroll
+  for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      s.m[i][c] = kEmpty;
+      s.l[i][c] = 0.0f;
+      factor[i][c] = factors[8 * i + 2 * t + c];
+      position[i][c] = positions[8 * i + 2 * t + c];
+    }
+#pragma unroll
+    for (int j = 0; j < kSteps; ++j) {
+      for (int c = 0; c < 4; ++c) s.o[i][j][c] = 0.0f;
+    }
+  }
+  s.top = 0.0f;
+  const float cap = a.soft_cap, log_cap = cap * kLog2e;
+
+  // Where a tile's 16 records are, or null when the block table does not lead into the cache.
+  const auto find_tile = [&](int tile) -> const uint8_t* {
+    const int entry = tile * kTokens / args.pages.block_size;
+    if (entry >= a.table_width) return nullptr;
+    const int64_t block = a.block_table[b.req * a.stride_block_table + entry];
+    if (block < 0 || block >= args.pages.num_blocks) return nullptr;
+    return args.pages.base + block * args.pages.stride_block + kv_head * args.pages.stride_head +
+           tile * kTokens % args.pages.block_size * record_bytes;
+  };
+  // Starts the copy of a tile into its place in the ring; returns whether it exists.
+  const auto fetch = [&](int tile, int stage) {
+    const uint8_t* from = tile < tile_end ? find_tile(tile) : nullptr;
+    if (from) {
+      uint8_t* to = ring + stage * kTokens * record_bytes;
+      for (int i = lane * 16; i < kTokens * record_bytes; i += kWarp * 16)
+        copy_async(to + i, from + i);
+    }
+    commit_copies();
+    return from != nullptr;
+  };
+
+  uint32_t known = 0;  // bit s: the tile in stage s exists
+  for (int i = 0; i < kStages - 1; ++i)
+    known |= (uint32_t)fetch(tile_begin + warp_idx() + i * num_warps, i) << i;
+  int stage = 0;
+  for (int tile = tile_begin + warp_idx(); tile < tile_end; tile += num_warps) {
+    sync_warp();  // the stage that is fetched into has been read by all lanes
+    const int next = stage == 0 ? kStages - 1 : stage - 1;
+    const uint32_t there = fetch(tile + (kStages - 1) * num_warps, next);
+    known = (known & ~(1u << next)) | there << next;
+    wait_copies<kStages - 1>();
+    sync_warp();
+    const uint8_t* records = ring + stage * kTokens * record_bytes;
+    const bool exists = known >> stage & 1;
+    stage = stage + 1 == kStages ? 0 : stage + 1;
+
+    // ---- scores of tokens g and g + 8
+    float acc[kTiles][4] = {};
+    with_kind<kKeyKind>(args.key_kind, ScoreTile<kHeadDim, kTiles>{tables, records, record_bytes,
+                                                                   fragments, held, acc});
+    float key_norm[2], value_norm[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int token = tile * kTokens + g + 8 * r;
+      const uint32_t norms =
+          load_as<uint32_t>(records + (g + 8 * r) * record_bytes + args.layout.key_norm_offset);
+      const bool inside = token >= begin && token < end;
+      key_norm[r] = inside ? from_half((uint16_t)norms) : 0.0f;
+      value_norm[r] = inside ? from_half((uint16_t)(norms >> 16)) : 0.0f;
+      if (!exists) {
+        key_norm[r] = inside ? bits_to_float(0x7FC00000) : 0.0f;  // NaN
+        value_norm[r] = 0.0f;
+      }
+    }
+    float largest = maximum(value_norm[0], value_norm[1]);
+    bool grows = largest > s.top;
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        const int token = tile * kTokens + g + 8 * (c / 2), row = position[i][c % 2];
+        float score = acc[i][c] * (factor[i][c % 2] * key_norm[c / 2]);
+        if (cap > 0.0f) {  // cap * tanh(score / cap), in base 2
+          const float grown = exp2_fast(score * (2.0f * kLog2e / cap));
+          score = log_cap * (1.0f - 2.0f / (1.0f + grown));
+        } else {
+          score *= kLog2e;
+        }
+        const bool hidden = token > row || token >= end || token < begin ||
+                            (a.window > 0 && token <= row - a.window);
+        acc[i][c] = hidden ? -bits_to_float(0x7F800000) : score;  // -infinity
+        grows |= acc[i][c] > s.m[i][c % 2] + kSlack;
+      }
+    }
+
+    // ---- rarely: new references for the weights and for the value norms
+    if (any(grows)) {
+      largest = maximum(warp_max(largest), s.top);
+      const float shrink = largest > 0.0f ? s.top / largest : 1.0f;
+      s.top = largest;
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          float m = maximum(s.m[i][c], maximum(acc[i][c], acc[i][c + 2]));
+          for (int mask = 4; mask < kWarp; mask *= 2) m = maximum(m, shuffle_xor(m, mask));
+          const float rescale = exp2_fast(s.m[i][c] - m);
+          s.m[i][c] = m;
+          s.l[i][c] *= rescale;
+#pragma unroll
+          for (int j = 0; j < kSteps; ++j) {
+            s.o[i][j][c] *= rescale * shrink;
+            s.o[i][j][c + 2] *= rescale * shrink;
+          }
+        }
+      }
+    }
+
+    // ---- weights, times value norms, as mma B fragments
+    const float unit = s.top > 0.0f ? 1.0f / s.top : 0.0f;
+    uint32_t p[kTiles][2];
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      float weight[4];
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        weight[c] = exp2_fast(acc[i][c] - s.m[i][c % 2]);
+        s.l[i][c % 2] += weight[c];
+        weight[c] *= value_norm[c / 2] * unit;
+      }
+      p[i][0] = transpose(to_half2(weight[0], weight[1]));
+      p[i][1] = transpose(to_half2(weight[2], weight[3]));
+    }
+
+    // ---- outputs
+    with_kind<kValueKind>(args.value_kind, OutputTile<kHeadDim, kTiles>{
+                                               tables, records + args.layout.value_index_offset,
+                                               record_bytes, p, s.o});
+  }
+  wait_copies<0>();
+  sync_cta();
+  store_state<kHeadDim, kTiles>(a, b, group, kv_head, split, s, reinterpret_cast<float*>(tables),
+                                reinterpret_cast<float*>(rings));
+}
+
+}  // namespace fq

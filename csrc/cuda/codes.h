@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: Apache-2.0
+// From packed indices in shared memory to float16 registers of a tensor core product.
+//
+// Both codebooks are replicated over the banks: row r of the tables is 256 bytes,
+//   [copies of key row r, 128 bytes] [copies of value row r, 128 bytes]
+// and a lane reads the copy in its own banks, so that 32 lanes never conflict, whatever the
+// indices. A row's address is one byte permutation: byte 0 the lane's copy, byte 1 the index.
+#pragma once
+
+#include "cuda/supported.h"
+#include "cuda/warp.h"
+
+namespace fq {
+
+constexpr int kTableStride = 256, kSideBytes = 128;
+constexpr int kTableBytes = kRows * kTableStride;
+
+// Fills one side of the tables from float16 [kRows, dim]. All threads of the CTA take part.
+FQ_DEVICE void fill_table(uint8_t* tables, int side, const uint16_t* rows, int dim) {
+  constexpr int kChunks = kSideBytes / 16;
+  for (int i = thread_idx(); i < kRows * kChunks; i += num_threads()) {
+    const int row = i / kChunks;
+    const uint8_t* source = reinterpret_cast<const uint8_t*>(rows + row * dim);
+    Quad chunk;
+    if (dim == 8) {
+      chunk = load_quad(source);
+    } else if (dim == 4) {
+      const Pair c = load_pair(source);
+      chunk = {c.x, c.y, c.x, c.y};
+    } else {
+      const uint32_t c = load_as<uint32_t>(source);
+      chunk = {c, c, c, c};
+    }
+    store_quad(tables + row * kTableStride + side * kSideBytes + i % kChunks * 16, chunk);
+  }
+}
+
+// The bytes of a lane's copy within a side of a row.
+FQ_DEVICE uint32_t lane_copy(int dim) {
+  return (uint32_t)(lane_idx() % (kSideBytes / (2 * dim)) * 2 * dim);
+}
+
+// kCoords coordinates of one vector, at a place that depends on the lane, as indices in registers.
+//
+// Field of a lane: bits [part * kFieldBits, ...) of the vector's packed indices. Where that is not
+// the first bit of a subvector (head_dim 96 with subvectors of 8), it is moved to it, and `skip` is
+// the half of the codeword to begin with.
+template <int kKind, int kCoords>
+struct Lookup {
+  using C = Code<kKind>;
+  static constexpr bool kSplit = kCoords % C::kDim != 0;  // codewords shared by two lanes
+  static constexpr int kSubvecs = (kCoords + C::kDim - 1) / C::kDim;
+  static constexpr int kFieldBits = kSubvecs * C::kBits;
+  static constexpr int kWords = (kFieldBits + 31) / 32;
+  static constexpr bool kAligned = !kSplit && kFieldBits % 32 == 0;
+  static_assert(!kSplit || (C::kDim == 8 && kCoords % 4 == 0));
+
+  const uint8_t* side;  // the tables, or kSideBytes beyond them for values
+  uint32_t copy;
+  int first_word;
+  uint32_t shift, skip;
+
+  FQ_DEVICE static Lookup make(const uint8_t* tables, int which, int part) {
+    Lookup at;
+    at.side = tables + which * kSideBytes;
+    at.copy = lane_copy(C::kDim);
+    const int coord = part * kCoords;
+    const int bit = coord / C::kDim * C::kBits;
+    at.first_word = bit / 32;
+    at.shift = (uint32_t)bit % 32;
+    at.skip = kSplit ? (uint32_t)(coord % C::kDim) / 4 : 0;
+    return at;
+  }
+
+  // Reads a lane's indices of a vector whose field begins at `field`, 4-byte aligned. May read one
+  // word beyond the field: in a record the norms, or the other field, follow.
+  FQ_DEVICE void read(const uint8_t* field, uint32_t (&words)[kWords]) const {
+    const uint32_t* p = reinterpret_cast<const uint32_t*>(field) + first_word;
+    if (kAligned) {
+      for (int i = 0; i < kWords; ++i) words[i] = load_as<uint32_t>(p + i);
+    } else {
+      uint32_t low = load_as<uint32_t>(p);
+      for (int i = 0; i < kWords; ++i) {
+        const uint32_t high = load_as<uint32_t>(p + i + 1);
+        words[i] = shift_right(low, high, shift);
+        low = high;
+      }
+    }
+  }
+
+  // Four coordinates, 4 * quad to 4 * quad + 3 of the lane's, as float16 pairs (0 1) and (2 3).
+  FQ_DEVICE Pair quad(const uint32_t (&words)[kWords], int quad) const {
+    if constexpr (C::kDim == 2) {
+      const uint32_t low = index(words, 2 * quad), high = index(words, 2 * quad + 1);
+      return {load_as<uint32_t>(row(low)) ^ signs(low, 0),
+              load_as<uint32_t>(row(high)) ^ signs(high, 0)};
+    } else if constexpr (C::kDim == 4) {
+      const uint32_t i = index(words, quad);
+      const Pair c = load_pair(row(i));
+      return {c.x ^ signs(i, 0), c.y ^ signs(i, 2)};
+    } else if constexpr (!kSplit) {
+      return load_pair(row(index(words, quad / 2)) + quad % 2 * 8);
+    } else {  // which codeword depends on the lane
+      const uint32_t half = (uint32_t)quad + skip;
+      const uint32_t even = index(words, quad / 2);
+      const uint32_t odd = index(words, (quad + 1) / 2 < kSubvecs ? (quad + 1) / 2 : quad / 2);
+      return load_pair(row(skip ? odd : even) + half % 2 * 8);
+    }
+  }
+
+ private:
+  // Index number i in the low bits, other bits above it.
+  FQ_DEVICE static uint32_t index(const uint32_t (&words)[kWords], int i) {
+    const int bit = i * C::kBits, word = bit / 32, offset = bit % 32;
+    if (offset + C::kBits <= 32) return words[word] >> offset;
+    return shift_right(words[word], words[word + 1 < kWords ? word + 1 : word], offset);
+  }
+  FQ_DEVICE const uint8_t* row(uint32_t index) const {
+    return side + permute_bytes(index, copy, 0x5504);
+  }
+  // Sign bits of coordinates `first` and first + 1 where float16 pairs have theirs.
+  FQ_DEVICE static uint32_t signs(uint32_t index, int first) {
+    if (!C::kFolded) return 0;
+    const uint32_t pattern = index >> (8 + first);
+    return (pattern & 1) << 15 | (pattern & 2) << 30;
+  }
+};
+
+}  // namespace fq

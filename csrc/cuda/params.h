@@ -1,0 +1,89 @@
+// SPDX-License-Identifier: Apache-2.0
+// The C ABI of the CUDA library: plain structs, mirrored by vllm_fibquant/native_cuda.py, which
+// compares their sizes at load time. Nothing here depends on Python or torch. Unless said
+// otherwise, pointers are to device memory; kernels read every length there.
+#pragma once
+
+#include <cstdint>
+
+extern "C" {
+
+enum FqCudaDtype : int32_t { kFqFloat32 = 0, kFqBFloat16 = 1, kFqFloat16 = 2 };
+enum FqCudaGain : int32_t { kFqNorm = 0, kFqPreserve = 1, kFqMse = 2, kFqUnbiased = 3 };
+
+// One vector code, of keys or of values.
+struct FqCudaCode {
+  int32_t subvec_dim;
+  int32_t index_bits;
+  int32_t folded;  // 0 or 1
+  int32_t gain;    // FqCudaGain
+  float table_scale;
+  int32_t num_rows;       // 256: codewords, or magnitudes of a sign-folded codebook
+  const uint16_t* table;  // float16 [num_rows, subvec_dim], 16-byte aligned; row = scale * table
+  const float* rows;      // [num_rows, subvec_dim], 16-byte aligned
+  const float* half_sq;   // [num_rows], |row|^2 / 2
+};
+
+struct FqCudaCodec {
+  int32_t head_dim;
+  int32_t record_bytes;            // must equal record_layout(...).record_bytes
+  const float* rotation_signs;     // [head_dim] of +-1 for a Hadamard rotation, else null
+  const float* rotation_matrix;    // [head_dim, head_dim] row-major, y = M x; null for Hadamard
+  const float* rotation_matrix_t;  // its transpose; null for Hadamard
+  FqCudaCode key;
+  FqCudaCode value;
+};
+
+// The pages of one layer: uint8 [num_blocks, num_kv_heads, block_size, record_bytes].
+struct FqCudaPages {
+  uint8_t* base;  // 16-byte aligned, and so are the strides
+  int64_t num_blocks;
+  int64_t stride_block;  // bytes
+  int64_t stride_head;   // bytes
+  int32_t num_kv_heads;
+  int32_t block_size;  // a multiple of 16
+};
+
+struct FqCudaEncode {
+  const void* key;              // [num_tokens, num_kv_heads, head_dim]
+  const void* value;            // [num_tokens, num_kv_heads, head_dim]
+  const int64_t* slot_mapping;  // [num_tokens]; -1 = skip
+  int32_t* counters;            // [2], added to: vectors with a NaN or infinity, slots outside
+  int64_t num_tokens;
+  int64_t stride_key_token, stride_key_head;      // elements
+  int64_t stride_value_token, stride_value_head;  // elements
+  int32_t dtype;                                  // FqCudaDtype
+  int32_t max_ctas;                               // per side; more vectors are looped over
+};
+
+struct FqCudaAttend {
+  const void* query;               // [num_tokens, num_q_heads, head_dim]
+  void* out;                       // [num_tokens, num_q_heads, head_dim]
+  const int32_t* query_start_loc;  // [num_reqs + 1]
+  const int32_t* seq_lens;         // [num_reqs]
+  const int32_t* block_table;      // [num_reqs, table_width]
+  const float* sinks;              // [num_q_heads] or null
+  // States of the new tokens from raw keys and values, row = token * num_q_heads + head; given,
+  // codes are attended for the tokens before them only. Weights are relative to exp(raw_m).
+  const float* raw_o;  // [num_tokens * num_q_heads, head_dim] or null
+  const float* raw_m;  // [num_tokens * num_q_heads] or null
+  const float* raw_l;  // [num_tokens * num_q_heads] or null
+  // Scratch that the launch fills and reads again: states of splits.
+  float* state_o;              // [num_tokens * num_q_heads, num_splits, head_dim]
+  float* state_ml;             // [num_tokens * num_q_heads, num_splits, 2]
+  int64_t stride_block_table;  // elements
+  int64_t stride_query_token, stride_query_head;
+  int64_t stride_out_token, stride_out_head;
+  int64_t num_tokens;  // rows of query: at least query_start_loc[num_reqs]
+  int32_t num_reqs;
+  int32_t num_q_heads;
+  int32_t table_width;
+  int32_t dtype;   // FqCudaDtype of query and out
+  int32_t window;  // 0 = none
+  int32_t num_splits;
+  int32_t wide;  // 1 = many query columns share a decoded token, 0 = at most 8
+  float scale;
+  float soft_cap;  // 0 = none
+};
+
+}  // extern "C"
