@@ -23,11 +23,6 @@ MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
 MAX_GROUP_SIZE = 64
 
 
-def kernel_name() -> str:
-    """Which kernels take GPU tensors."""
-    return "triton"
-
-
 def unsupported_codec(codec: KVCodec) -> str | None:
     """Why the GPU kernels cannot take this codec, or None when they can."""
     from vllm_fibquant.kernels.tables import unsupported_code

@@ -38,16 +38,21 @@ def use_reference() -> Iterator[None]:
         _forced_reference = before
 
 
-def kernel_name(device_type: str = "cpu") -> str:
-    """The kernel that tensors on a device take: ``cpu-avx512``, ``cpu-avx2``, ``cpu-portable``,
-    ``triton``, or ``reference``.
+def kernel_name(cache: torch.Tensor | None = None, codec: KVCodec | None = None) -> str:
+    """The kernel that serves: ``cpu-avx512``, ``cpu-avx2`` or ``cpu-portable`` on a CPU, ``cuda``
+    or ``triton`` on a GPU, or ``reference``.
+
+    Args:
+        cache, codec: what is to be served; without them a CPU is meant.
 
     Raises:
-        RuntimeError: the CPU library is not built or does not load.
+        RuntimeError: the library of the device is not built or does not load.
     """
     if _forced_reference:
         return "reference"
-    return gpu.kernel_name() if device_type == "cuda" else f"cpu-{native.isa()}"
+    if cache is not None and codec is not None and cache.device.type == "cuda":
+        return gpu.kernel_name(cache, codec)
+    return f"cpu-{native.isa()}"
 
 
 def unsupported_codec(codec: KVCodec, device_type: str = "cpu") -> str | None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -50,7 +51,7 @@ def worker_report(vllm_config: VllmConfig) -> dict[str, Any]:
     }
     return {
         "counters": own_counters().path,
-        "kernel": ops.kernel_name(),
+        "kernel": _kernel(layers.values()),
         "num_layers": len(layers),
         "num_coded_layers": num_coded_layers,
         "token_bytes": {
@@ -72,6 +73,14 @@ def worker_report(vllm_config: VllmConfig) -> dict[str, Any]:
         ],
         "self_checks": [asdict(result) for result in passed_self_checks()],
     }
+
+
+def _kernel(layers: Iterable[Any]) -> str:
+    """The kernel of the first of our layers."""
+    for layer in layers:
+        if isinstance(layer.impl, FibQuantImpl):
+            return ops.kernel_name(layer.kv_cache, layer.impl.codec)
+    return "none"
 
 
 def _code(codec: VectorCodec) -> dict[str, Any]:

@@ -118,8 +118,7 @@ def run_self_check(
     # Outputs are at most a few units; rounding them to the model's dtype costs up to eps / 2 each.
     tolerance = 8 * torch.finfo(dtype).eps + 1e-5
 
-    device_type = device.type if device else "cpu"
-    result = SelfCheckResult(ops.kernel_name(device_type), mismatch, error, tolerance)
+    result = SelfCheckResult(ops.kernel_name(cache, codec), mismatch, error, tolerance)
     if not (mismatch <= MAX_RECORD_MISMATCH and error <= tolerance):
         raise RuntimeError(
             f"run_self_check: kernel {result.kernel} must equal the oracle (at most "
