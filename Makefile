@@ -12,9 +12,10 @@ BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip --disable-pip-version-check
 TORCH   := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 LIBRARY := vllm_fibquant/lib/libfibquant_cpu.so
+COMPOSE := docker/compose.yaml docker/compose.gpu.yaml
 CSRC    := $(shell find csrc -name '*.h' -o -name '*.cpp')
 
-.PHONY: help serve test test-slow lint format bench wheel clean
+.PHONY: help serve test test-slow test-next lint docker-lint docker-test format bench load wheel clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -29,11 +30,26 @@ test: $(VENV)/.dev $(LIBRARY)  ## run the tests (ARGS= goes to pytest)
 test-slow: $(VENV)/.dev $(LIBRARY)  ## run the slow tests as well
 	$(BIN)/python -m pytest $(ARGS)
 
-lint: $(VENV)/.dev  ## ruff, mypy, clang-format
+test-next: $(VENV)/.dev $(LIBRARY)  ## run plugin and engine tests on vLLM 0.33.0's Python sources
+	$(BIN)/python -m tests.other_vllm 0.33.0 -m "not slow" tests/test_plugin.py \
+	  tests/engine/test_features.py tests/engine/test_recent_window.py $(ARGS)
+
+lint: $(VENV)/.dev docker-lint  ## ruff, mypy, clang-format, and docker-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CSRC)
+
+docker-lint: $(VENV)/.dev  ## hadolint, shellcheck, the compose files
+	$(BIN)/hadolint docker/Dockerfile.*
+	$(BIN)/shellcheck docker/*.sh
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec $(COMPOSE)
+	@# The schema does not see variables and anchors; Docker's own reader does, where it is installed.
+	! docker compose version >/dev/null 2>&1 \
+	  || VLLM_API_KEY=lint docker compose $(COMPOSE:%=-f %) config --quiet
+
+docker-test: $(VENV)/.dev  ## build and run the CPU image without Docker (root; see docs/deploy.md)
+	$(BIN)/python -m pytest tests/test_image.py $(ARGS)
 
 format: $(VENV)/.dev  ## rewrite the sources in the project's format
 	$(BIN)/ruff format .
@@ -42,11 +58,17 @@ format: $(VENV)/.dev  ## rewrite the sources in the project's format
 bench: $(VENV)/.dev $(LIBRARY)  ## measure kernels and engine beside vLLM's own attention
 	$(BIN)/python -m benchmarks $(ARGS)
 
+load: $(VENV)/.dev $(LIBRARY)  ## measure requests per second of the server when its cache is short
+	$(PIP) install --no-build-isolation -e '.[load]'
+	rm -f docs/results/load.jsonl
+	$(BIN)/python -m benchmarks.bench_load --out docs/results/load.jsonl $(ARGS)
+	$(BIN)/python -m benchmarks --plot-only
+
 wheel: $(VENV)/.deps  ## build a wheel into dist/
 	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
 
 clean:  ## remove everything built here, the environment and the demo model
-	rm -rf $(VENV) .models build dist $(LIBRARY) *.egg-info
+	rm -rf $(VENV) .models .vllm-* build dist $(LIBRARY) *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

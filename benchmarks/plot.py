@@ -14,6 +14,7 @@ COLOURS = {
     "fibquant_3bit": "#2ca02c",
     "fibquant_2bit": "#ff7f0e",
     "fibquant_1bit": "#d62728",
+    "fibquant": "#17becf",
     "auto": "#555555",
 }
 
@@ -28,7 +29,7 @@ def draw_all(results: Path, images: Path) -> Iterator[Path]:
 
     matplotlib.use("Agg")
     images.mkdir(parents=True, exist_ok=True)
-    for draw in (attention, engine, quality, search_lists):
+    for draw in (attention, engine, quality, search_lists, load, soak):
         name = {"search_lists": "list"}.get(draw.__name__, draw.__name__)
         rows = rows_of(results / f"{name}.jsonl")
         if rows:
@@ -128,5 +129,41 @@ def search_lists(rows: list[dict[str, Any]]):
     axis.set_ylabel("speed of encode vs exhaustive")
     axis.set_title("numbers of lists searched")
     axis.grid(alpha=0.3, which="both")
+    axis.legend(fontsize=8)
+    return figure
+
+
+def load(rows: list[dict[str, Any]]):
+    """Requests per second and 95th percentile of the time to the first token, by concurrency."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.6))
+    panels = (("requests_per_s", 1.0, "requests / s"), ("p95_ttft_ms", 1e-3, "p95 TTFT (s)"))
+    for axis, (column, unit, label) in zip(axes, panels, strict=True):
+        for name in dict.fromkeys(row["format"] for row in rows):
+            points = sorted(
+                (r["concurrency"], r[column] * unit) for r in rows if r["format"] == name
+            )
+            axis.plot(*zip(*points, strict=True), "o-", color=COLOURS[name], label=name)
+        axis.set_xlabel("requests at once")
+        axis.set_ylabel(label)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    return figure
+
+
+def soak(rows: list[dict[str, Any]]):
+    """Resident memory of all processes of the server over time; one curve per run."""
+    import matplotlib.pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 3.2))
+    for row in rows:
+        seconds, rss = zip(*row["samples"], strict=True)
+        axis.plot([s / 60 for s in seconds], [r / 2**20 for r in rss], label=row["format"])
+    axis.set_xlabel("minutes")
+    axis.set_ylabel("resident MiB, all processes")
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
     return figure

@@ -11,6 +11,7 @@ import torch
 
 from vllm_fibquant import ops, reference
 from vllm_fibquant.codec import KVCodec
+from vllm_fibquant.key_map import KeyMap
 
 POISON = 0xFF  # as a norm: NaN
 
@@ -30,12 +31,13 @@ class Paged:
     block_table: torch.Tensor
     new_key: torch.Tensor
     new_value: torch.Tensor
+    key_map: KeyMap | None = None
 
     def attend(self, **options: Any) -> torch.Tensor:
         out = torch.full_like(self.query, torch.nan)
         ops.paged_attention(
             self.query, self.cache, self.codec, self.query_start_loc, self.seq_lens,
-            self.block_table, out, scale=self.scale, **options,
+            self.block_table, out, scale=self.scale, key_map=self.key_map, **options,
         )  # fmt: skip
         return out
 
@@ -44,7 +46,8 @@ class Paged:
         out = torch.zeros_like(self.query, dtype=torch.float64)
         reference.paged_attention(
             self.query, self.cache, self.codec, self.query_start_loc, self.seq_lens,
-            self.block_table, out, scale=self.scale, compute_dtype=dtype, **options,
+            self.block_table, out, scale=self.scale, compute_dtype=dtype, key_map=self.key_map,
+            **options,
         )  # fmt: skip
         return out
 
@@ -67,6 +70,7 @@ def make_paged(
     block_size: int = 16,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    key_map: KeyMap | None = None,
 ) -> Paged:
     generator = torch.Generator().manual_seed(seed)
 
@@ -87,14 +91,20 @@ def make_paged(
         slots.append(blocks * block_size + positions % block_size)
     num_tokens = sum(seq_lens)
     key, value = random(num_tokens, num_kv_heads), random(num_tokens, num_kv_heads)
+    if key_map is not None:
+        key = (key + key_map.mean).to(dtype)
     shape = (num_blocks, num_kv_heads, block_size, codec.layout.record_bytes)
     cache = torch.full(shape, POISON, dtype=torch.uint8)
     slot_mapping = torch.cat(slots)
-    ops.encode_kv(key, value, cache, slot_mapping, codec)
+    ops.encode_kv(key, value, cache, slot_mapping, codec, key_map)
+    if key_map is not None:
+        plain = torch.cat([torch.arange(n) for n in seq_lens]) < key_map.num_plain
+        ops.encode_kv(key[plain], value[plain], cache, slot_mapping[plain], codec)
     ends = torch.tensor(seq_lens).cumsum(0).tolist()
     new = torch.cat([torch.arange(e - q, e) for e, q in zip(ends, query_lens, strict=True)])
     return Paged(
         codec, cache, random(sum(query_lens), num_kv_heads * group_size), key, value, slot_mapping,
         torch.tensor([0, *query_lens]).cumsum(0).to(torch.int32),
         torch.tensor(seq_lens, dtype=torch.int32), block_table, key[new], value[new],
+        key_map,
     )  # fmt: skip

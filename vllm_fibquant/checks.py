@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from vllm_fibquant.codec import KVCodec
+from vllm_fibquant.key_map import KeyMap
 from vllm_fibquant.reference import TokenCopies
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -21,6 +22,7 @@ def check_encode(
     cache: torch.Tensor,
     slot_mapping: torch.Tensor,
     codec: KVCodec,
+    key_map: KeyMap | None = None,
 ) -> None:
     """Checks the arguments of `ops.encode_kv`."""
     _check_cache("encode_kv", cache, codec)
@@ -37,6 +39,7 @@ def check_encode(
             f"encode_kv: slot_mapping must have at most key's {key.shape[0]} entries, "
             f"got {slot_mapping.shape[0]}"
         )
+    _check_key_map("encode_kv", key_map, cache, codec)
 
 
 def check_attention(
@@ -56,6 +59,7 @@ def check_attention(
     copies: TokenCopies | None = None,
     keep_first: int = 0,
     first_query: torch.Tensor | None = None,
+    key_map: KeyMap | None = None,
 ) -> None:
     """Checks the arguments of `ops.paged_attention`."""
     name = "paged_attention"
@@ -87,6 +91,9 @@ def check_attention(
         raise ValueError(
             f"{name}: keep_first must be at least 0, and 0 with raw_key, got {keep_first}"
         )
+    _check_key_map(name, key_map, cache, codec)
+    if keep_first > 0 and key_map is not None:
+        raise ValueError(f"{name}: keep_first must be 0 with key_map, got {keep_first}")
     if first_query is not None:
         _check_vectors(name, "first_query", first_query, cache, codec, num_q_heads, query.dtype)
         if keep_first == 0 or first_query.shape[0] != query.shape[0]:
@@ -159,6 +166,17 @@ def _check_vectors(
             f"{function}: {name} must be [num_tokens, {num_heads}, {codec.head_dim}] of "
             f"{' or '.join(map(str, dtypes))} on {cache.device} with a contiguous last axis, "
             f"got {x.dtype} {list(x.shape)} with strides {x.stride()} on {x.device}"
+        )
+
+
+def _check_key_map(
+    function: str, key_map: KeyMap | None, cache: torch.Tensor, codec: KVCodec
+) -> None:
+    expected = (cache.shape[1], codec.head_dim)
+    if key_map is not None and (key_map.mean.shape != expected or cache.device.type != "cpu"):
+        raise ValueError(
+            f"{function}: key_map must be of {expected[0]} KV heads and head_dim {expected[1]}, "
+            f"for a cache on the CPU, got {list(key_map.mean.shape)} on {cache.device}"
         )
 
 

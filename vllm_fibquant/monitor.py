@@ -33,6 +33,7 @@ from vllm_fibquant import ops
 from vllm_fibquant.codec import KVCodec
 from vllm_fibquant.counters import own_counters
 from vllm_fibquant.fidelity import Ledger, exact_attention
+from vllm_fibquant.key_map import KeyMap
 from vllm_fibquant.options import MonitorOptions
 
 MIN_TOKENS, MAX_TOKENS = 16, 64
@@ -51,6 +52,7 @@ class Layer(Protocol):
     num_kv_heads: int
     window: int
     keep_first: int
+    key_map: KeyMap | None
 
 
 @dataclass(eq=False)
@@ -240,6 +242,7 @@ class Monitor:
             scale=layer.scale,
             window=sample.end - sample.begin,
             soft_cap=layer.soft_cap,
+            key_map=layer.key_map,
         )
         return out
 

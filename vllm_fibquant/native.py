@@ -11,13 +11,25 @@ from __future__ import annotations
 import ctypes
 import functools
 import weakref
-from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int32, c_int64, c_void_p
+from ctypes import (
+    POINTER,
+    Structure,
+    byref,
+    c_char_p,
+    c_float,
+    c_int32,
+    c_int64,
+    c_void_p,
+    pointer,
+)
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from vllm_fibquant.codec import KVCodec, VectorCodec
 from vllm_fibquant.config import GAIN_NUMBERS
+from vllm_fibquant.key_map import KeyMap
 from vllm_fibquant.reference import TokenCopies
 
 LIBRARY_PATH = Path(__file__).parent / "lib" / "libfibquant_cpu.so"
@@ -55,6 +67,10 @@ class _Pages(Structure):
     ]
 
 
+class _KeyMap(Structure):
+    _fields_ = [("mean", c_void_p), ("num_plain", c_int64)]
+
+
 class _Encode(Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("key", "value", "slot_mapping")),
@@ -63,6 +79,7 @@ class _Encode(Structure):
         *((f"stride_value_{name}", c_int64) for name in ("token", "head")),
         ("dtype", c_int32),
         ("num_threads", c_int32),
+        ("key_map", POINTER(_KeyMap)),
     ]
 
 
@@ -84,6 +101,7 @@ class _Attend(Structure):
         ("first_query", c_void_p),
         *((f"stride_first_query_{name}", c_int64) for name in ("token", "head")),
         ("keep_first", c_int64),
+        ("key_map", POINTER(_KeyMap)),
     ]
 
 
@@ -108,12 +126,12 @@ def library() -> ctypes.CDLL:
         raise RuntimeError(
             f"native.library: {LIBRARY_PATH} does not load ({error}); {advice}"
         ) from error
-    sizes = (c_int64 * 4)()
+    sizes = (c_int64 * 5)()
     try:
         lib.fq_abi(sizes)
     except AttributeError:
         sizes[0] = -1
-    expected = [ctypes.sizeof(s) for s in (_Codec, _Pages, _Encode, _Attend)]
+    expected = [ctypes.sizeof(s) for s in (_Codec, _Pages, _Encode, _Attend, _KeyMap)]
     if list(sizes) != expected:
         raise RuntimeError(
             f"native.library: {LIBRARY_PATH} must be built from this version's sources "
@@ -214,6 +232,21 @@ def codec_struct(codec: KVCodec) -> _Codec:
     return _codecs[codec][0]
 
 
+_key_maps: weakref.WeakKeyDictionary[KeyMap, tuple[_KeyMap, torch.Tensor]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _key_map_pointer(key_map: KeyMap | None) -> Any:
+    """The map as the library reads it, made once per map and kept alive with it."""
+    if key_map is None:
+        return None
+    if key_map not in _key_maps:
+        mean = _aligned(key_map.mean)
+        _key_maps[key_map] = (_KeyMap(mean.data_ptr(), key_map.num_plain), mean)
+    return pointer(_key_maps[key_map][0])
+
+
 def record_layout(codec: KVCodec) -> list[int]:
     """The library's own idea of the record: offsets of K and V indices, of both norms, its size."""
     struct, out = codec_struct(codec), (c_int32 * 5)()
@@ -234,12 +267,13 @@ def encode_kv(
     cache: torch.Tensor,
     slot_mapping: torch.Tensor,
     codec: KVCodec,
+    key_map: KeyMap | None,
 ) -> int:
     """See `ops.encode_kv`. Returns -1 when a slot lies outside the cache."""
     args = _Encode(
         key.data_ptr(), value.data_ptr(), slot_mapping.data_ptr(), slot_mapping.shape[0],
         key.stride(0), key.stride(1), value.stride(0), value.stride(1),
-        DTYPES[key.dtype], torch.get_num_threads(),
+        DTYPES[key.dtype], torch.get_num_threads(), _key_map_pointer(key_map),
     )  # fmt: skip
     return library().fq_encode_kv(byref(codec_struct(codec)), byref(_pages(cache)), byref(args))
 
@@ -262,6 +296,7 @@ def paged_attention(
     copies: TokenCopies | None,
     keep_first: int,
     first_query: torch.Tensor | None,
+    key_map: KeyMap | None,
 ) -> int:
     """See `ops.paged_attention`. Returns the library's error number, 0 for none."""
     raw_pointers: tuple[int | None, int | None] = (None, None)
@@ -284,7 +319,7 @@ def paged_attention(
         query.stride(0), query.stride(1), out.stride(0), out.stride(1), *raw_strides,
         seq_lens.shape[0], query.shape[1], DTYPES[query.dtype], window,
         scale, soft_cap, torch.get_num_threads(), *copied,
-        first.data_ptr(), first.stride(0), first.stride(1), keep_first,
+        first.data_ptr(), first.stride(0), first.stride(1), keep_first, _key_map_pointer(key_map),
     )  # fmt: skip
     return library().fq_paged_attention(
         byref(codec_struct(codec)), byref(_pages(cache)), byref(args)

@@ -14,6 +14,7 @@ import torch
 
 from vllm_fibquant import checks, gpu, native, reference
 from vllm_fibquant.codec import KVCodec
+from vllm_fibquant.key_map import KeyMap
 from vllm_fibquant.reference import TokenCopies
 
 _forced_reference = False
@@ -37,17 +38,27 @@ def use_reference() -> Iterator[None]:
         _forced_reference = before
 
 
-def kernel_name() -> str:
-    """The kernel CPU tensors take: ``cpu-avx512``, ``cpu-avx2``, ``cpu-portable``, ``reference``.
+def kernel_name(device_type: str = "cpu") -> str:
+    """The kernel that tensors on a device take: ``cpu-avx512``, ``cpu-avx2``, ``cpu-portable``,
+    ``triton``, or ``reference``.
 
     Raises:
         RuntimeError: the CPU library is not built or does not load.
     """
-    return "reference" if _forced_reference else f"cpu-{native.isa()}"
+    if _forced_reference:
+        return "reference"
+    return gpu.kernel_name() if device_type == "cuda" else f"cpu-{native.isa()}"
+
+
+def unsupported_codec(codec: KVCodec, device_type: str = "cpu") -> str | None:
+    """Why the kernels of a device cannot take this codec, or None when they can."""
+    if device_type == "cuda":
+        return gpu.unsupported_codec(codec)
+    return unsupported_head_dim(codec.head_dim)
 
 
 def unsupported_head_dim(head_dim: int) -> str | None:
-    """Why the kernels cannot take this head_dim, or None when they can."""
+    """Why the CPU kernels cannot take this head_dim, or None when they can."""
     multiple, most = native.HEAD_DIM_MULTIPLE, native.MAX_HEAD_DIM
     if head_dim % multiple or not 0 < head_dim <= most:
         return f"head_dim must be a multiple of {multiple}, at most {most}, got {head_dim}"
@@ -60,6 +71,7 @@ def encode_kv(
     cache: torch.Tensor,
     slot_mapping: torch.Tensor,
     codec: KVCodec,
+    key_map: KeyMap | None = None,
 ) -> int:
     """Encodes new keys and values and stores their records at the mapped slots.
 
@@ -70,6 +82,7 @@ def encode_kv(
         cache: uint8 [num_blocks, num_kv_heads, block_size, record_bytes], last two axes contiguous.
         slot_mapping: int64 [num_slots], num_slots <= num_tokens; -1 skips a token.
         codec: the codec of this cache.
+        key_map: what keys are made into before they are encoded, or None; on the CPU alone.
 
     Returns:
         How many stored vectors held a NaN or infinity; they are stored as zero vectors.
@@ -81,13 +94,13 @@ def encode_kv(
         takes num_rows * head_dim multiply-adds per vector.
     Oracle: reference.encode_kv, equal but for ties of the two nearest codewords.
     """
-    if cache.device.type == "cuda" and not _forced_reference:
+    if cache.device.type == "cuda" and not _forced_reference and key_map is None:
         return gpu.encode_kv(key, value, cache, slot_mapping, codec)
-    checks.check_encode(key, value, cache, slot_mapping, codec)
+    checks.check_encode(key, value, cache, slot_mapping, codec, key_map)
     _check_cpu("encode_kv", cache, codec)
     if _forced_reference:
-        return reference.encode_kv(key, value, cache, slot_mapping, codec)
-    nonfinite = native.encode_kv(key, value, cache, slot_mapping, codec)
+        return reference.encode_kv(key, value, cache, slot_mapping, codec, key_map)
+    nonfinite = native.encode_kv(key, value, cache, slot_mapping, codec, key_map)
     if nonfinite < 0:
         raise ValueError(
             f"encode_kv: slot_mapping must hold slots below {cache.shape[0] * cache.shape[2]} "
@@ -114,6 +127,7 @@ def paged_attention(
     copies: TokenCopies | None = None,
     keep_first: int = 0,
     first_query: torch.Tensor | None = None,
+    key_map: KeyMap | None = None,
 ) -> None:
     """Causal attention of each request's newest tokens over its cached codes.
 
@@ -141,6 +155,8 @@ def paged_attention(
             own; not together with raw_key.
         first_query: as query, or None for query itself. What positions below keep_first are scored
             with: the query as it would be nearer to them.
+        key_map: the map that keys at positions from key_map.num_plain on were encoded with, or
+            None; those below were encoded as they are. On the CPU alone, and without keep_first.
 
     Raises:
         ValueError: an argument's shape, dtype or layout, or a block number outside the cache.
@@ -148,7 +164,7 @@ def paged_attention(
     Cost: reads record_bytes per cached token and KV head for every 48 rows that share them.
     Oracle: reference.paged_attention.
     """
-    if cache.device.type == "cuda" and not _forced_reference:
+    if cache.device.type == "cuda" and not _forced_reference and key_map is None:
         gpu.paged_attention(
             query, cache, codec, query_start_loc, seq_lens, block_table, out, scale=scale,
             window=window, soft_cap=soft_cap, sinks=sinks, raw_key=raw_key, raw_value=raw_value,
@@ -158,7 +174,7 @@ def paged_attention(
     checks.check_attention(
         query, cache, codec, query_start_loc, seq_lens, block_table, out, window=window,
         soft_cap=soft_cap, sinks=sinks, raw_key=raw_key, raw_value=raw_value, copies=copies,
-        keep_first=keep_first, first_query=first_query,
+        keep_first=keep_first, first_query=first_query, key_map=key_map,
     )  # fmt: skip
     _check_cpu("paged_attention", cache, codec)
     if seq_lens.shape[0] == 0 or query.shape[0] == 0:
@@ -181,9 +197,20 @@ def paged_attention(
         copies=copies,
         keep_first=keep_first,
         first_query=first_query,
+        key_map=key_map,
     )
     if error:
         raise ValueError(f"paged_attention: {_ERRORS[error]}")
+
+
+def reserve(query: torch.Tensor, raw: bool) -> None:
+    """Takes and frees the memory `paged_attention` would need beside its arguments.
+
+    For an engine that measures its peak with a step in which nothing is attended. On a CPU, whose
+    scratch memory is small and kept from call to call, nothing is done.
+    """
+    if query.device.type == "cuda" and not _forced_reference:
+        gpu.reserve(query, raw)
 
 
 def _check_cpu(function: str, cache: torch.Tensor, codec: KVCodec) -> None:

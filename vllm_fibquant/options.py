@@ -13,12 +13,16 @@
     key, value      object with fields of CodeSpec   replaces parts of the preset's code
     rotation_seed   integer of at least 0            seed of the rotation
     self_check      true (default) or false          compare kernel and oracle at start
+    unproven_gpu    true or false (default)          serve on a GPU, where no kernel has run yet
     retain          {"first": 4, "recent": 1024}     keep a request's first and newest tokens alone;
                                                      "first" may be left out; default: keep all
     monitor         true, false (default), or        compare, while serving, attention over codes
                     {"budget": 0.005,                with attention over exact keys and values; in
                      "tokens": 4096}                 at most this share of step time, keeping at
                                                      most this many exact tokens (monitor.py)
+    calibrate       "none" (default) or "means"      what of the model's keys is measured, and
+                                                     subtracted before they are encoded
+    calibration     path of a file                   where that is kept; default: in the cache
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ from vllm_fibquant.config import PrefillMode, Preset, get_preset
 
 SECTION = "fibquant"
 Mode = Literal["exact", "quality"]
+Calibrate = Literal["none", "means"]
 DEFAULT_MODE: Mode = "exact"
 MAX_RECENT_WINDOW = 4096
 MAX_FIRST_TOKENS = 64
@@ -45,7 +50,10 @@ _OWN_NAMES = (
     "first_tokens",
     "self_check",
     "retain",
+    "unproven_gpu",
     "monitor",
+    "calibrate",
+    "calibration",
 )
 
 DEFAULT_FIRST = 4
@@ -90,7 +98,10 @@ class Options:
     first_tokens: int = DEFAULT_FIRST
     self_check: bool = True
     retain: Retain | None = None
+    unproven_gpu: bool = False
     monitor: MonitorOptions | None = None
+    calibrate: Calibrate = "none"
+    calibration: str | None = None
 
     @property
     def num_copied_first(self) -> int:
@@ -152,9 +163,10 @@ def parse_options(preset_name: str, additional_config: Any = None) -> Options:
             f'prefill must be "codes" or "raw", got {prefill!r}; use "codes" for results that do '
             'not depend on what was cached, "raw" for better text at low rates'
         )
-    self_check = given.get("self_check", True)
-    if not isinstance(self_check, bool):
-        problems.append(f"self_check must be true or false, got {self_check!r}; leave it out")
+    self_check, unproven_gpu = given.get("self_check", True), given.get("unproven_gpu", False)
+    for name, switch in (("self_check", self_check), ("unproven_gpu", unproven_gpu)):
+        if not isinstance(switch, bool):
+            problems.append(f"{name} must be true or false, got {switch!r}; leave it out")
     recent_window = given.get("recent_window", recent_window)
     first_tokens = given.get("first_tokens", DEFAULT_FIRST)
     for name, number, most in (
@@ -185,6 +197,20 @@ def parse_options(preset_name: str, additional_config: Any = None) -> Options:
         monitor = _parse_monitor(given.get("monitor"))
     except ValueError as error:
         problems.append(str(error))
+    calibrate, calibration = given.get("calibrate", "none"), given.get("calibration")
+    if calibrate not in get_args(Calibrate):
+        names = " or ".join(f'"{name}"' for name in get_args(Calibrate))
+        problems.append(f"calibrate must be {names}, got {calibrate!r}; leave it out")
+    if calibration is not None and (not isinstance(calibration, str) or calibrate == "none"):
+        problems.append(
+            f'calibration must be the path of a file, given with "calibrate", got {calibration!r} '
+            f'with "calibrate": {calibrate!r}; leave it out'
+        )
+    if calibrate != "none" and retain:
+        problems.append(
+            f'calibrate must be "none" with retain, got {calibrate!r}; leave one of them out: '
+            "both treat the first tokens apart, and differently"
+        )
     overrides = {name: given[name] for name in _PRESET_NAMES if name in given}
     try:
         preset = preset.with_overrides(overrides)
@@ -192,7 +218,18 @@ def parse_options(preset_name: str, additional_config: Any = None) -> Options:
         problems.append(str(error).removeprefix("fibquant options: "))
     if problems:
         raise ValueError("fibquant options: " + "\n  also: ".join(problems))
-    return Options(preset, prefill, recent_window, first_tokens, self_check, retain, monitor)
+    return Options(
+        preset=preset,
+        prefill=prefill,
+        recent_window=recent_window,
+        first_tokens=first_tokens,
+        self_check=self_check,
+        retain=retain,
+        unproven_gpu=unproven_gpu,
+        monitor=monitor,
+        calibrate=calibrate,
+        calibration=calibration,
+    )
 
 
 def _is_count(value: Any, least: int = 0) -> bool:

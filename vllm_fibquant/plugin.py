@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING, Any
 
-from vllm_fibquant import compat, support
+from vllm_fibquant import agreement, compat, support
 from vllm_fibquant.config import PRESETS
 from vllm_fibquant.options import SECTION
 
@@ -17,6 +17,9 @@ REPORT_METHOD = "fibquant_report"
 """The method of vLLM's workers that returns `report.worker_report`."""
 
 BACKEND_PATH = "vllm_fibquant.attention.FibQuantBackend"
+
+RANKS_TIMEOUT_S = 600.0
+"""How long ranks wait for each other before they compare: others may still be compiling."""
 
 
 def register() -> None:
@@ -99,10 +102,44 @@ def _choose_backend(vllm_config: VllmConfig, layer: dict[str, Any]) -> type:
 
 
 def _prepare(worker: Any, available_bytes: int) -> int:
-    """What is done in a worker once its model is loaded. Returns the bytes left for pages."""
-    from vllm_fibquant import attention
+    """What is done in a worker once its model is loaded. Returns the bytes left for pages.
 
-    return available_bytes - attention.allocate_copies(worker.vllm_config, available_bytes)
+    Raises:
+        ValueError: ranks of this engine would encode or read pages differently.
+        RuntimeError: a rank does not use our cache.
+    """
+    vllm_config = worker.vllm_config
+    if not support.is_ours(vllm_config.cache_config.cache_dtype):
+        return available_bytes
+    from vllm_fibquant import attention, calibrate
+
+    layers = attention.our_layers(vllm_config)
+    _compare_ranks(vllm_config.cache_config.cache_dtype, list(layers.values()))
+    calibrate.calibrate_layers(worker.model_runner.get_model(), vllm_config, layers)
+    return available_bytes - attention.allocate_copies(vllm_config, available_bytes)
+
+
+def _compare_ranks(kv_cache_dtype: str, layers: list[Any]) -> None:
+    """Refuses to serve with ranks that differ.
+
+    Raises:
+        ValueError: naming what differs, and the ranks.
+        RuntimeError: naming the ranks that say nothing.
+    """
+    from vllm.logger import init_logger
+
+    facts = agreement.facts_of((layer.options, layer.codec) for layer in layers)
+    # Every rank takes part, also one of whose layers none is ours.
+    facts_of_ranks = compat.gather_from_ranks(facts, RANKS_TIMEOUT_S)
+    problems = agreement.differences(facts_of_ranks)
+    if problems:
+        problems[-1] += "; give every node the same installation, codebooks and command line"
+        raise ValueError(support.refusal(kv_cache_dtype, problems))
+    init_logger(f"vllm.{__name__}").info(
+        "FibQuant settings and codebooks have digest %s, rank(s): %d",
+        agreement.digest_of(facts),
+        len(facts_of_ranks),
+    )
 
 
 def _report(worker: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_fibquant.codec import KVCodec
+from vllm_fibquant.key_map import KeyMap
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ def encode_kv(
     cache: torch.Tensor,
     slot_mapping: torch.Tensor,
     codec: KVCodec,
+    key_map: KeyMap | None = None,
 ) -> int:
     """Encodes new keys and values and stores their records at the mapped slots.
 
@@ -58,6 +60,7 @@ def encode_kv(
         cache: uint8 [num_blocks, num_kv_heads, block_size, record_bytes], written in place.
         slot_mapping: int64 [num_slots], num_slots <= num_tokens; -1 skips a token.
         codec: the codec both vectors are encoded with.
+        key_map: what keys are made into before they are encoded; None to encode them as they are.
 
     Returns:
         How many stored vectors held a NaN or infinity (they are stored as zero vectors).
@@ -69,7 +72,8 @@ def encode_kv(
         return 0
     new_key, new_value = key[:num_slots][keep].float(), value[:num_slots][keep].float()
     block_size = cache.shape[2]
-    cache[slots // block_size, :, slots % block_size] = codec.encode_records(new_key, new_value)
+    coded_key = new_key if key_map is None else key_map.apply(new_key)
+    cache[slots // block_size, :, slots % block_size] = codec.encode_records(coded_key, new_value)
     finite = torch.isfinite(torch.stack((new_key, new_value))).all(-1)
     return int((~finite).sum())
 
@@ -92,6 +96,7 @@ def paged_attention(
     copies: TokenCopies | None = None,
     keep_first: int = 0,
     first_query: torch.Tensor | None = None,
+    key_map: KeyMap | None = None,
     compute_dtype: torch.dtype = torch.float32,
 ) -> None:
     """Causal attention of each request's newest tokens over its cached codes.
@@ -114,6 +119,7 @@ def paged_attention(
         keep_first: positions below it are seen whatever the window.
         first_query: as query, or None for query itself; what positions below keep_first are
             scored with.
+        key_map: the map that keys at positions from key_map.num_plain on were encoded with.
         compute_dtype: dtype of the arithmetic; float64 gives the tightest judge.
     """
     num_q_heads, num_kv_heads = query.shape[1], cache.shape[1]
@@ -129,6 +135,8 @@ def paged_attention(
         blocks = block_table[req].long()[positions // block_size]
         records = cache[blocks, :, positions % block_size]  # [seq_len, num_kv_heads, record_bytes]
         keys, values = (x.to(compute_dtype) for x in codec.decode_records(records))
+        if key_map is not None:
+            keys[key_map.num_plain :] = key_map.inverse(keys[key_map.num_plain :])
         if raw_key is not None and raw_value is not None:
             keys[seq_len - query_len :] = raw_key[begin:end].to(compute_dtype)
             values[seq_len - query_len :] = raw_value[begin:end].to(compute_dtype)

@@ -13,6 +13,7 @@ import torch
 
 from vllm_fibquant import ops, reference
 from vllm_fibquant.codec import KVCodec
+from vllm_fibquant.key_map import KeyMap
 
 MAX_RECORD_MISMATCH = 0.02
 """Share of records that may differ between kernel and oracle: ties of the two nearest codewords."""
@@ -43,6 +44,8 @@ def run_self_check(
     num_q_heads: int,
     num_kv_heads: int,
     block_size: int,
+    device: torch.device | None = None,
+    key_map: KeyMap | None = None,
 ) -> SelfCheckResult:
     """Encodes and attends a small random batch with the kernel and with the oracle.
 
@@ -50,6 +53,8 @@ def run_self_check(
         codec: the codec to be served.
         dtype: the model's dtype.
         num_q_heads, num_kv_heads, block_size: as the model will use them.
+        device: where the kernel runs; None for the CPU. The oracle runs on the CPU.
+        key_map: the map of a layer's keys, or None.
 
     Returns:
         The result, when it is within bounds.
@@ -60,6 +65,8 @@ def run_self_check(
     # Two KV heads are enough to see a wrong stride, and keep this well under a second.
     group_size, num_kv_heads = num_q_heads // num_kv_heads, min(num_kv_heads, 2)
     num_q_heads = group_size * num_kv_heads
+    if key_map is not None:
+        key_map = key_map.first_heads(num_kv_heads)
     generator = torch.Generator().manual_seed(0)
 
     def random(num_tokens: int, num_heads: int) -> torch.Tensor:
@@ -83,29 +90,41 @@ def run_self_check(
     shape = (num_blocks, num_kv_heads, block_size, codec.layout.record_bytes)
     # 0xFF bytes are NaN norms: reading a slot nobody wrote would show.
     cache, expected_cache = (torch.full(shape, 0xFF, dtype=torch.uint8) for _ in range(2))
-    ops.encode_kv(key, value, cache, slot_mapping, codec)
-    reference.encode_kv(key, value, expected_cache, slot_mapping, codec)
+    cache = cache.to(device)
+
+    def store(key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, key_map: KeyMap | None):
+        on_device = key.to(device), value.to(device), cache, slots.to(device)
+        ops.encode_kv(*on_device, codec, key_map)
+        reference.encode_kv(key, value, expected_cache, slots, codec, key_map)
+
+    store(key, value, slot_mapping, key_map)
+    if key_map is not None:
+        plain = torch.cat([torch.arange(n) for n in _SEQ_LENS]) < key_map.num_plain
+        store(key[plain], value[plain], slot_mapping[plain], None)
     written = len(slot_mapping) * num_kv_heads
-    mismatch = int((cache != expected_cache).any(-1).sum()) / written
+    mismatch = int((cache.cpu() != expected_cache).any(-1).sum()) / written
 
     query = random(sum(_QUERY_LENS), num_q_heads)
     bounds = torch.tensor([0, *_QUERY_LENS]).cumsum(0).to(torch.int32)
     seq_lens = torch.tensor(_SEQ_LENS, dtype=torch.int32)
     out, expected = torch.empty_like(query), torch.empty_like(query, dtype=torch.float32)
     scale = codec.head_dim**-0.5
-    args = (cache, codec, bounds, seq_lens, block_table)
-    ops.paged_attention(query, *args, out, scale=scale)
-    reference.paged_attention(query.float(), *args, expected, scale=scale)
-    error = float((out.float() - expected).abs().max())
+    out = out.to(device)
+    batch = bounds.to(device), seq_lens.to(device), block_table.to(device)
+    ops.paged_attention(query.to(device), cache, codec, *batch, out, scale=scale, key_map=key_map)
+    args = (cache.cpu(), codec, bounds, seq_lens, block_table)
+    reference.paged_attention(query.float(), *args, expected, scale=scale, key_map=key_map)
+    error = float((out.cpu().float() - expected).abs().max())
     # Outputs are at most a few units; rounding them to the model's dtype costs up to eps / 2 each.
     tolerance = 8 * torch.finfo(dtype).eps + 1e-5
 
-    result = SelfCheckResult(ops.kernel_name(), mismatch, error, tolerance)
+    device_type = device.type if device else "cpu"
+    result = SelfCheckResult(ops.kernel_name(device_type), mismatch, error, tolerance)
     if not (mismatch <= MAX_RECORD_MISMATCH and error <= tolerance):
         raise RuntimeError(
             f"run_self_check: kernel {result.kernel} must equal the oracle (at most "
             f"{MAX_RECORD_MISMATCH:.0%} of records differing, attention error at most "
             f"{tolerance:.1e}), got {mismatch:.1%} and {error:.1e} with head_dim {codec.head_dim}; "
-            "refusing to serve: rebuild the library, and report this machine's CPU if it persists"
+            "refusing to serve: rebuild the library, and report this processor if it persists"
         )
     return result

@@ -8,6 +8,7 @@ ALiBi slopes) is refused by `attention.py` when the layer is built.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_fibquant import ops
@@ -38,25 +39,29 @@ RETAIN_ARCHITECTURES = (
 # These size their buffers from vLLM's dense shapes and would copy the wrong bytes of a page.
 REFUSED_CONNECTORS = ("LMCache",)
 
+# vLLM 0.32.0's offloading to host memory copies on GPU streams. On CPUs these fail late, with any
+# cache dtype: "only supported on CUDA-alike and XPU GPUs", and an AttributeError.
+GPU_CONNECTORS = ("OffloadingConnector", "SimpleCPUOffloadConnector")
+
 
 def run_options(vllm_config: VllmConfig, kv_cache_dtype: str) -> Options:
     """The options of a layer whose cache dtype is `kv_cache_dtype`."""
     return parse_options(kv_cache_dtype, vllm_config.additional_config)
 
 
-def head_dim_problem(options: Options, head_dim: int) -> str | None:
-    """Why vectors of `head_dim` cannot be stored, or None. Loads the codebooks."""
+def head_dim_problem(options: Options, head_dim: int, device_type: str = "cpu") -> str | None:
+    """Why vectors of `head_dim` cannot be stored on a device, or None. Loads the codebooks."""
     try:
-        KVCodec.from_preset(options.preset, head_dim)
+        codec = KVCodec.from_preset(options.preset, head_dim)
     except (ValueError, OSError) as error:
         return str(error)
-    return ops.unsupported_head_dim(head_dim)
+    return ops.unsupported_codec(codec, device_type)
 
 
 def config_problems(vllm_config: VllmConfig) -> list[str]:
     """Every reason why this configuration cannot be served with its kv_cache_dtype."""
     problems: list[str] = []
-    cache = vllm_config.cache_config
+    cache, device = vllm_config.cache_config, vllm_config.device_config.device_type
     try:
         options = run_options(vllm_config, cache.cache_dtype)
     except ValueError as error:
@@ -121,12 +126,25 @@ def config_problems(vllm_config: VllmConfig) -> list[str]:
             other_dtype,
         )
         if not model.use_mla:
-            problem = head_dim_problem(options, model.get_head_size())
+            problem = head_dim_problem(options, model.get_head_size(), device)
             if problem:
                 problems.append(problem)
 
-    platform = vllm_config.device_config.device_type
-    require(platform == "cpu", "device", "cpu", platform, "run it on vLLM's CPU build")
+    require(
+        device == "cpu" or (device == "cuda" and options.unproven_gpu),
+        "device",
+        "cpu",
+        device,
+        "run it on vLLM's CPU build, or help to prove the GPU kernels, which have been interpreted "
+        'and compiled but have not run on a GPU: give "unproven_gpu": true',
+    )
+    if device == "cuda":
+        for name, asked in (
+            ("recent_window", options.recent_window),
+            ("retain", options.retain),
+            ("monitor", options.monitor),
+        ):
+            require(not asked, name, "left out on a GPU", asked, 'use "mode": "exact" without it')
 
     parallel = vllm_config.parallel_config
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
@@ -161,6 +179,14 @@ def config_problems(vllm_config: VllmConfig) -> list[str]:
         ", ".join(refused),
         "LMCache sizes its buffers wrongly for packed pages; use another connector",
     )
+    offloading = [c for c in connectors if c in GPU_CONNECTORS]
+    require(
+        device != "cpu" or not offloading,
+        "KV offloading",
+        "off on CPUs, whose cache is in host memory already",
+        ", ".join(offloading),
+        "leave --kv-offloading-size out and give --kv-cache-memory-bytes more",
+    )
     require(
         not options.recent_window or not (connectors or cache.kv_offloading_size),
         "recent_window",
@@ -177,6 +203,45 @@ def config_problems(vllm_config: VllmConfig) -> list[str]:
     )
     if options.retain:
         problems += [f"retain: {problem}" for problem in retain_problems(vllm_config)]
+    if options.calibrate != "none":
+        problems += [
+            f"calibrate: {problem}" for problem in calibrate_problems(vllm_config, options)
+        ]
+    return problems
+
+
+def calibrate_problems(vllm_config: VllmConfig, options: Options) -> list[str]:
+    """Every reason why this configuration's keys cannot be coded by a calibration."""
+    problems = []
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    if model is not None and (model.is_multimodal_model or model.is_hybrid):
+        problems.append(
+            f"model must read text alone, with attention alone, got {model.architecture}; "
+            "leave calibrate out for this model"
+        )
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        problems.append(
+            "--pipeline-parallel-size must be 1, got "
+            f"{vllm_config.parallel_config.pipeline_parallel_size}; use tensor parallel"
+        )
+    if cache.kv_cache_dtype_skip_layers:
+        problems.append(
+            "--kv-cache-dtype-skip-layers must be empty, got "
+            f"{', '.join(cache.kv_cache_dtype_skip_layers)}; leave the flag out"
+        )
+    speculation = vllm_config.speculative_config
+    if speculation is not None and speculation.method != "ngram":
+        problems.append(
+            f"speculative decoding must be off or ngram, got {speculation.method}, whose draft "
+            "model is not measured; leave --speculative-config out"
+        )
+    moves_pages = vllm_config.kv_transfer_config is not None or cache.kv_offloading_size is not None
+    if moves_pages and not (options.calibration and Path(options.calibration).is_file()):
+        problems.append(
+            "calibration must be an existing file with KV connectors and offloading, got "
+            f"{options.calibration!r}: pages mean the same only to those who read the same file; "
+            "run: vllm-fibquant calibrate MODEL --output FILE"
+        )
     return problems
 
 

@@ -4,7 +4,8 @@
 // One job owns a row block (consecutive new tokens of one request times the query heads of one KV
 // head) and a range of splits. A split is kSplit tokens at fixed positions; it is walked tile by
 // tile: scores from the codes of keys, softmax, weighted sum of the codes of values.
-// The first FqAttend::keep_first positions are a leading split, with other queries and no window.
+// The first positions may be a leading split: FqAttend::keep_first of them with other queries and
+// no window, or FqKeyMap::num_plain whose keys were coded as they are.
 // Splits are merged in order of position, by the job itself or, when several jobs share a row
 // block, from their stored states in a second pass: the same arithmetic either way.
 //
@@ -47,9 +48,10 @@ static void attend_split(Call& call, const RowBlock& b, int begin, int end, int 
   const RecordLayout& layout = call.layout;
   const int head_dim = codec.head_dim, rows = rows_of(call, b), tile = tile_tokens(head_dim);
   const int context = context_len(call, b.req);
-  const bool is_leading = end <= call.args.keep_first;
-  const int window = is_leading ? 0 : call.args.window;
-  const int oldest = is_leading ? 0 : (int)call.args.keep_first;
+  const bool is_leading = end <= num_leading(call.args);
+  const int window = is_leading && call.args.keep_first > 0 ? 0 : call.args.window;
+  const int oldest = is_leading ? 0 : (int)num_leading(call.args);
+  const float* bias = call.args.key_map && !is_leading ? s.bias : nullptr;
   clear(state, rows, head_dim);
   for (int t0 = begin / tile * tile; t0 < end; t0 += tile) {
     const int t1 = t0 + tile < end ? t0 + tile : end;
@@ -99,7 +101,7 @@ static void attend_split(Call& call, const RowBlock& b, int begin, int end, int 
       s.key_factor[j] = s.value_factor[j] = 0.0f;
     }
     call.key.dot(codec.key, key_fields, s.query, rows, head_dim, rounded, s.tile, s.scores);
-    const Mask mask = {t0, count, first_position, call.group_size, window, oldest, hidden};
+    const Mask mask = {t0, count, first_position, call.group_size, window, oldest, hidden, bias};
     softmax_tile(s.scores, rows, tile, s.key_factor, s.value_factor, mask, call.args.soft_cap,
                  state, s.alpha);
     call.value.axpy(codec.value, value_fields, s.scores, s.alpha, rows, head_dim, count, s.tile,
@@ -137,15 +139,15 @@ static void finish(const Call& call, const RowBlock& b, const Scratch& s) {
 static void run_job(Call& call, const RowBlock& b, const Job& job, const Scratch& s) {
   const int head_dim = call.codec.head_dim, rows = rows_of(call, b);
   const int first_position = context_len(call, b.req) + b.token;
-  const int leading = b.first_end > 0;
+  const int leading = b.first_end > b.first_begin;
   if (b.partial < 0) clear(s.total, rows, head_dim);
   for (int i = job.split_begin; i < job.split_end; ++i) {
     const int split = b.begin / kSplit + i - leading;
     int begin = split * kSplit > b.begin ? split * kSplit : b.begin;
     int end = (split + 1) * kSplit < b.end ? (split + 1) * kSplit : b.end;
-    if (i < leading) begin = 0, end = b.first_end;
+    if (i < leading) begin = b.first_begin, end = b.first_end;
     if (i == job.split_begin || i == leading) {
-      load_queries(call, b, i < leading ? Queries::kFirst : Queries::kCodes, s.query);
+      load_queries(call, b, i < leading ? Queries::kFirst : Queries::kCodes, s.query, s.bias);
     }
     if (b.partial < 0) {
       attend_split(call, b, begin, end, first_position, s, s.split);
@@ -200,10 +202,11 @@ static int64_t list_blocks(const Call& call, RowBlock* out) {
             a.window > 0 && context + token - a.window + 1 > 0 ? context + token - a.window + 1 : 0;
         b.begin = b.window_begin;
         b.end = a.raw_key ? context : context + token + b.num_tokens;
-        b.first_end = (int)(a.keep_first < b.end ? a.keep_first : b.end);
+        b.first_end = (int)(num_leading(a) < b.end ? num_leading(a) : b.end);
+        b.first_begin = a.keep_first > 0 ? 0 : b.begin < b.first_end ? b.begin : b.first_end;
         if (b.begin < b.first_end) b.begin = b.first_end;
         b.num_splits = b.end > b.begin ? (b.end - 1) / kSplit - b.begin / kSplit + 1 : 0;
-        b.num_splits += b.first_end > 0;
+        b.num_splits += b.first_end > b.first_begin;
         b.partial = -1;
       }
     }
@@ -308,6 +311,7 @@ static int64_t encode_kv(const FqCodec& codec, const FqPages& pages, const FqEnc
       memset(record, 0, (size_t)layout.record_bytes);
       load_row(args.key, token * args.stride_key_token + head * args.stride_key_head, args.dtype,
                head_dim, x);
+      if (args.key_map) subtract(x, args.key_map->mean + (int64_t)head * head_dim, head_dim);
       nonfinite += !encode_vector(codec, codec.key, x, record + layout.key_index_offset, norms);
       load_row(args.value, token * args.stride_value_token + head * args.stride_value_head,
                args.dtype, head_dim, x);

@@ -20,7 +20,8 @@ struct RowBlock {
   int32_t token;         // first new token of the block, counted within the request
   int32_t num_tokens;    // new tokens in the block
   int32_t window_begin;  // oldest position that any row of the block sees
-  int32_t first_end;     // positions [0, first_end) are the leading split; 0 = there is none
+  int32_t first_begin;   // positions [first_begin, first_end) are the leading split, which there
+  int32_t first_end;     // is unless they are equal
   int32_t begin, end;    // cached positions attended from codes beside those, [begin, end)
   int32_t num_splits;    // splits that [begin, end) touches, and the leading one
   int64_t partial;       // offset of the stored states of its splits, -1 when one job does all
@@ -44,7 +45,7 @@ struct Call {
 
 // Scratch of one thread.
 struct Scratch {
-  float *query, *query_raw, *tile, *scores, *key_factor, *value_factor, *hidden, *alpha;
+  float *query, *query_raw, *tile, *scores, *key_factor, *value_factor, *hidden, *alpha, *bias;
   State split, total, raw;
 };
 
@@ -54,7 +55,7 @@ static inline Scratch make_scratch(int rows, int head_dim) {
   const int64_t block = padded((int64_t)rows * head_dim), tile = kMaxTile * (int64_t)head_dim;
   const int64_t state = padded(state_floats(rows, head_dim));
   const int64_t total =
-      2 * block + tile + rows * kMaxTile + 3 * kMaxTile + padded(rows) + 3 * state;
+      2 * block + tile + rows * kMaxTile + 3 * kMaxTile + 2 * padded(rows) + 3 * state;
   float* p = static_cast<float*>(thread_scratch((size_t)total * 4));
   Scratch s;
   s.query = p;
@@ -65,7 +66,8 @@ static inline Scratch make_scratch(int rows, int head_dim) {
   s.value_factor = s.key_factor + kMaxTile;
   s.hidden = s.value_factor + kMaxTile;
   s.alpha = s.hidden + kMaxTile;
-  p = s.alpha + padded(rows);
+  s.bias = s.alpha + padded(rows);
+  p = s.bias + padded(rows);
   s.split = state_at(p, rows, head_dim);
   s.total = state_at(p + state, rows, head_dim);
   s.raw = state_at(p + 2 * state, rows, head_dim);
@@ -84,10 +86,18 @@ static inline int context_len(const Call& call, int req) {
 
 enum class Queries { kRaw, kCodes, kFirst };  // for raw keys, for codes, for the leading split
 
-// The queries of a row block, [rows, head_dim], rotated unless raw.
-static void load_queries(const Call& call, const RowBlock& b, Queries which, float* dst) {
+// Positions below this one are the leading split's.
+static inline int64_t num_leading(const FqAttend& a) {
+  return a.key_map ? a.key_map->num_plain : a.keep_first;
+}
+
+// The queries of a row block, [rows, head_dim], rotated unless raw. For codes of mapped keys also
+// bias[r], the part of row r's scores that all of them have in common.
+static void load_queries(const Call& call, const RowBlock& b, Queries which, float* dst,
+                         float* bias = nullptr) {
   const FqAttend& a = call.args;
   const bool first = which == Queries::kFirst;
+  const FqKeyMap* map = which == Queries::kCodes ? a.key_map : nullptr;
   const void* query = first ? a.first_query : a.query;
   const int64_t stride_token = first ? a.stride_first_query_token : a.stride_query_token;
   const int64_t stride_head = first ? a.stride_first_query_head : a.stride_query_head;
@@ -97,6 +107,7 @@ static void load_queries(const Call& call, const RowBlock& b, Queries which, flo
     const int head = b.kv_head * group + r % group;
     float* q = dst + (int64_t)r * head_dim;
     load_row(query, (token + r / group) * stride_token + head * stride_head, a.dtype, head_dim, q);
+    if (map) bias[r] = a.scale * dot(q, map->mean + (int64_t)b.kv_head * head_dim, head_dim);
     if (which != Queries::kRaw) rotate(call.codec, q, false);
   }
 }

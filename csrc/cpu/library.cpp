@@ -93,11 +93,12 @@ void* call_scratch(size_t bytes) { return call_buffer.grow(bytes); }
 }  // namespace fq
 
 // Sizes of the ABI's structs, for the caller to compare with its own.
-FQ_EXPORT void fq_abi(int64_t sizes[4]) {
+FQ_EXPORT void fq_abi(int64_t sizes[5]) {
   sizes[0] = sizeof(FqCodec);
   sizes[1] = sizeof(FqPages);
   sizes[2] = sizeof(FqEncode);
   sizes[3] = sizeof(FqAttend);
+  sizes[4] = sizeof(FqKeyMap);
 }
 
 // The record layout as the kernels see it: five int32 in the order of fq::RecordLayout.

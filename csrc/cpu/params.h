@@ -52,6 +52,13 @@ struct FqPages {
   int32_t block_size;
 };
 
+// How one layer's keys differ from what is coded: a key k of KV head h is coded as k - mean[h], but
+// for a request's first num_plain tokens, which are coded as they are.
+struct FqKeyMap {
+  const float* mean;  // [num_kv_heads, head_dim]
+  int64_t num_plain;
+};
+
 struct FqEncode {
   const void* key;              // [num_tokens, num_kv_heads, head_dim]
   const void* value;            // [num_tokens, num_kv_heads, head_dim]
@@ -61,6 +68,7 @@ struct FqEncode {
   int64_t stride_value_token, stride_value_head;  // elements
   int32_t dtype;                                  // FqDtype
   int32_t num_threads;
+  const FqKeyMap* key_map;  // null = keys are coded as they are
 };
 
 struct FqAttend {
@@ -97,7 +105,8 @@ struct FqAttend {
   // Positions below keep_first are seen whatever the window, scored with these queries.
   const void* first_query;  // [num_tokens, num_q_heads, head_dim]; unused if keep_first is 0
   int64_t stride_first_query_token, stride_first_query_head;
-  int64_t keep_first;  // 0 = none; not with raw_key
+  int64_t keep_first;       // 0 = none; not with raw_key or key_map
+  const FqKeyMap* key_map;  // null = keys are coded as they are
 };
 
 }  // extern "C"

@@ -122,6 +122,17 @@ static inline v4 sum4(vf a, vf b, vf c, vf d) {
 
 static inline float sum(vf a) { return sum4(a, vf{}, vf{}, vf{})[0]; }
 
+// Of `count` floats, a multiple of kLanes.
+static inline float dot(const float* a, const float* b, int count) {
+  vf acc = vf{};
+  for (int i = 0; i < count; i += kLanes) acc = madd(load(a + i), load(b + i), acc);
+  return sum(acc);
+}
+
+static inline void subtract(float* x, const float* y, int count) {
+  for (int i = 0; i < count; i += kLanes) store(x + i, load(x + i) - load(y + i));
+}
+
 static inline float max_lane(vf a) {
 #if defined(FQ_AVX512)
   return _mm512_reduce_max_ps(a);

@@ -253,6 +253,7 @@ struct Mask {
   int window;           // 0 = none
   int oldest;           // positions below this are nobody's
   const float* hidden;  // [tile] of 0 or -inf, added to every row's scores; null = all 0
+  const float* bias;    // [rows], added to every score of a row; null = all 0
 };
 
 // Turns scores [rows, tile] into weights exp(score - m) * value_factor and updates m and l.
@@ -273,6 +274,7 @@ static inline void softmax_tile(float* scores, int rows, int tile, const float* 
     vf largest = splat(kMinusInf);
     for (int i = 0; i < tile; i += kLanes) {
       vf x = load(s + i) * load(key_factor + i);
+      if (mask.bias) x = x + splat(mask.bias[r]);
       if (soft_cap > 0.0f) x = splat(soft_cap) * vtanh(x * splat(1.0f / soft_cap));
       if (!whole) {
         const vi token = lane + (mask.begin + i);

@@ -79,6 +79,7 @@ def _gpt_oss():
 
 _SHAPES = {
     "llama": _llama,
+    "llama-1layer": lambda: _llama(num_hidden_layers=1),
     "llama-mha80": lambda: _llama(num_attention_heads=4, num_key_value_heads=4, head_dim=80),
     "llama-mqa128": lambda: _llama(num_attention_heads=4, num_key_value_heads=1, head_dim=128),
     "llama-d48": lambda: _llama(head_dim=48),

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from . import odd_rank
 from .harness import Answer, largest_difference, varied_prompts
 from .models import VOCAB_SIZE, make_model
 
@@ -25,9 +26,17 @@ START_S = 300.0
 PRESET = "fibquant_2bit"
 
 
+class DidNotStart(Exception):
+    """With the end of the server's output."""
+
+
 @contextlib.contextmanager
 def server(model: str, *flags: str, threads: str = "0"):
-    """vLLM's own API server; yields its URL. `threads` has the cores of each rank."""
+    """vLLM's own API server; yields its URL. `threads` has the cores of each rank.
+
+    Raises:
+        DidNotStart: it ended, or took too long.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -59,8 +68,8 @@ def server(model: str, *flags: str, threads: str = "0"):
     try:
         deadline = time.monotonic() + START_S
         while True:
-            assert process.poll() is None, "".join(lines)[-4000:]
-            assert time.monotonic() < deadline, "".join(lines)[-4000:]
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise DidNotStart("".join(lines)[-20_000:])
             with contextlib.suppress(OSError):
                 urllib.request.urlopen(f"{url}/health", timeout=2)
                 break
@@ -134,3 +143,28 @@ def test_data_parallel(model_folder, prompts, one_process):
         answers = ask_all(url, prompts)
     print("\ndata parallel 2:", largest_difference(one_process, answers))
     assert [a.bits for a in answers] == [a.bits for a in one_process]
+
+
+def test_ranks_with_other_codebooks(model_folder, tmp_path, monkeypatch):
+    """One value of one codebook differs on rank 1: nobody serves, and the message says why."""
+    from vllm_fibquant import codebook
+
+    (path,) = codebook.SHIPPED_DIR.glob("d64-k4n256-int8.fqcb")
+    book = codebook.read_codebook(path)
+    table = book.table.numpy().copy()
+    table[7, 1] ^= 1
+    other, content = codebook.make_codebook(book.spec, 64, table, book.scale, book.provenance)
+    (tmp_path / path.name).write_bytes(content)
+    monkeypatch.setenv(odd_rank.CODEBOOKS, str(tmp_path))
+    flags = ["--enforce-eager", "--worker-cls", "tests.engine.odd_rank.OddRankWorker"]
+    flags += ["--tensor-parallel-size", "2"]
+    model = make_model("llama", model_folder)
+    with pytest.raises(DidNotStart) as caught, server(model, *flags, threads="0|1"):
+        pass
+    told = str(caught.value)
+    for side in ("keys'", "values'"):
+        assert (
+            f"{side} codebook k4n256 in int8 for head_dim 64: must be the same on every rank, got "
+            f"{book.digest[:16]} on rank 0; {other.digest[:16]} on rank 1"
+        ) in told
+    assert "--kv-cache-dtype fibquant_2bit cannot be used here" in told

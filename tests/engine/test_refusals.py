@@ -104,6 +104,53 @@ def test_every_reason_is_given_at_once(model_folder):
     assert told.count("\n  - ") == 3
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kv_transfer_config": {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}},
+        {"kv_transfer_config": {"kv_connector": "LMCacheMPConnector", "kv_role": "kv_both"}},
+        {
+            "kv_transfer_config": {
+                "kv_connector": "MultiConnector",
+                "kv_role": "kv_both",
+                "kv_connector_extra_config": {
+                    "connectors": [
+                        {"kv_connector": "ExampleConnector", "kv_role": "kv_both"},
+                        {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"},
+                    ]
+                },
+            }
+        },
+        {"kv_offloading_size": 1, "kv_offloading_backend": "lmcache"},
+    ],
+    ids=["in process", "its server", "among several", "--kv-offloading-backend"],
+)
+def test_lmcache(model_folder, settings, monkeypatch):
+    from vllm.distributed.kv_transfer.kv_connector import factory
+
+    # The connector to LMCache's server cannot be imported where LMCache is not installed.
+    registry = factory.KVConnectorFactory._registry
+    monkeypatch.setitem(registry, "LMCacheMPConnector", registry["ExampleConnector"])
+    told = refusal_of(make_model("llama", model_folder), **settings)
+    assert "LMCache sizes its buffers wrongly for packed pages" in told
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kv_offloading_size": 1},
+        {"kv_transfer_config": {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}},
+        {"kv_transfer_config": {"kv_connector": "SimpleCPUOffloadConnector", "kv_role": "kv_both"}},
+    ],
+    ids=["--kv-offloading-size", "OffloadingConnector", "SimpleCPUOffloadConnector"],
+)
+def test_offloading_to_host_memory(model_folder, settings):
+    """vLLM's own needs a GPU, and says so only when the model is loaded."""
+    told = refusal_of(make_model("llama", model_folder), **settings)
+    assert "KV offloading: must be off on CPUs" in told
+    assert "--kv-cache-memory-bytes" in told
+
+
 def test_damaged_codebook(model_folder, tmp_path, monkeypatch):
     """A flipped bit in a codebook is found before anything is started."""
     from vllm_fibquant import codebook

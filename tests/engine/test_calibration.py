@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calibration in the engine: measured once, read ever after, and as exact as without."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from vllm_fibquant import attention, calibrate
+from vllm_fibquant.calibration import KeyStatistics, pack_calibration, parse_calibration
+
+from .harness import engine, generate, in_batches, largest_difference, varied_prompts
+from .models import VOCAB_SIZE, make_model
+from .test_exactness import assert_exact, run_everything
+from .test_refusals import refusal_of
+
+
+@pytest.fixture(autouse=True)
+def short_text(monkeypatch):
+    """A few random tokens: the models here know no words."""
+    sequences = varied_prompts(3, VOCAB_SIZE, longest=150, shortest=100)
+    monkeypatch.setattr(calibrate, "text_sequences", lambda model_config: sequences)
+
+
+def measure(model: str, path: Path) -> None:
+    with engine(model, "fibquant_2bit", fibquant=calibrated(path)):
+        pass
+
+
+def calibrated(path: Path, **options) -> dict:
+    return {"calibrate": "means", "calibration": str(path), **options}
+
+
+def exaggerate(path: Path) -> None:
+    """Gives every head a long mean, as real models have: whatever it is, answers are exact."""
+    found = parse_calibration(path.read_bytes(), str(path))
+    generator = torch.Generator().manual_seed(0)
+    layers = {
+        name: KeyStatistics(
+            s.key_mean + torch.randn(s.shape, generator=generator), s.key_covariance, s.query_moment
+        )
+        for name, s in found.layers.items()
+    }
+    path.write_bytes(pack_calibration(found.model, found.num_tokens, found.num_first, layers))
+
+
+@pytest.mark.parametrize("shape", ["llama", pytest.param("gemma2", marks=pytest.mark.slow)])
+def test_what_is_measured_is_what_the_model_computes(model_folder, tmp_path, shape):
+    """Measured through the layers, against the same model in transformers."""
+    from transformers import AutoModelForCausalLM, DynamicCache
+
+    path = make_model(shape, model_folder)
+    measure(path, tmp_path / "a.fqcal")
+    found = parse_calibration((tmp_path / "a.fqcal").read_bytes(), "file")
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, attn_implementation="eager"
+    )
+    keys: dict[int, list[torch.Tensor]] = {}
+    with torch.inference_mode():
+        for tokens in calibrate.text_sequences(None):
+            cache = DynamicCache()
+            model(torch.tensor([tokens]), past_key_values=cache)
+            for number, layer in enumerate(cache.layers):
+                keys.setdefault(number, []).append(layer.keys[0, :, 4:])
+    assert len(found.layers) == len(keys)
+    for number, statistics in enumerate(found.layers.values()):
+        expected = torch.cat(keys[number], 1)  # [num_kv_heads, num_tokens, head_dim]
+        assert found.num_tokens == expected.shape[1]
+        assert torch.allclose(statistics.key_mean, expected.mean(1), atol=1e-4)
+        centred = (expected - expected.mean(1, keepdim=True)).double()
+        covariance = (centred.transpose(1, 2) @ centred / centred.shape[1]).float()
+        assert torch.allclose(statistics.key_covariance, covariance, atol=1e-4)
+
+
+def test_measured_once_and_then_read(model_folder, tmp_path, monkeypatch):
+    model, path = make_model("llama", model_folder), tmp_path / "folder" / "a.fqcal"
+    prompts = varied_prompts(6, VOCAB_SIZE)
+    with engine(model, "fibquant_2bit", fibquant=calibrated(path)) as llm:
+        first = in_batches(llm, prompts)
+    written = path.read_bytes()
+    monkeypatch.setattr(calibrate, "text_sequences", None)  # measuring again would fail
+    with engine(model, "fibquant_2bit", fibquant=calibrated(path)) as llm:
+        again = in_batches(llm, prompts)
+    with engine(model, "fibquant_2bit") as llm:
+        without = in_batches(llm, prompts)
+    assert path.read_bytes() == written
+    assert [a.bits for a in first] == [a.bits for a in again]
+    assert [a.bits for a in first] != [a.bits for a in without]
+
+
+def test_kept_in_the_cache_when_no_path_is_given(model_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("FIBQUANT_CACHE_DIR", str(tmp_path))
+    model = make_model("llama", model_folder)
+    with engine(model, "fibquant_2bit", fibquant={"calibrate": "means"}):
+        pass
+    (path,) = tmp_path.glob("calibrations/*.fqcal")
+    assert parse_calibration(path.read_bytes(), "file").model == path.stem
+
+
+def test_another_models_file_is_refused(model_folder, tmp_path):
+    path = tmp_path / "a.fqcal"
+    measure(make_model("llama", model_folder), path)
+    other = make_model("gemma2", model_folder)
+    with (
+        pytest.raises(ValueError, match=r"calibration: .*a\.fqcal must .* it is of another model|"
+                      "must be of model"),
+        engine(other, "fibquant_2bit", fibquant=calibrated(path)),
+    ):  # fmt: skip
+        pass
+
+
+@pytest.mark.parametrize("shape", ["gemma2", pytest.param("llama", marks=pytest.mark.slow)])
+def test_nothing_matters(model_folder, tmp_path, shape):
+    """As without a calibration, an answer is the same bit for bit under every schedule."""
+    model, path = make_model(shape, model_folder), tmp_path / "a.fqcal"
+    measure(model, path)
+    exaggerate(path)
+    prompts = varied_prompts(24, VOCAB_SIZE, seed=8)
+    assert_exact(run_everything(model, "fibquant_2bit", prompts, 2, fibquant=calibrated(path)))
+
+
+def test_a_window_over_everything_is_stock_attention(model_folder, tmp_path, monkeypatch):
+    """Copies and new tokens are in the model's basis, whatever the codes' keys are made into."""
+    monkeypatch.setattr(attention, "copy_dtype", lambda model_dtype: model_dtype)
+    model, path = make_model("llama", model_folder), tmp_path / "a.fqcal"
+    measure(model, path)
+    exaggerate(path)
+    prompts = varied_prompts(8, VOCAB_SIZE, longest=100)
+    with engine(model, "auto") as llm:
+        expected = generate(llm, prompts, 16)
+    quality = calibrated(path, mode="quality", recent_window=256)
+    with engine(model, "fibquant_1bit", fibquant=quality) as llm:
+        answers = generate(llm, prompts, 16)
+    assert largest_difference(expected, answers)[2] < 1e-3
+    assert largest_difference(expected, answers)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size must be 1"),
+        ({"kv_cache_dtype_skip_layers": ["0"]}, "skip-layers must be empty"),
+        ({"kv_offloading_size": 1.0}, "calibration must be an existing file"),
+    ],
+    ids=str,
+)
+def test_refusals(model_folder, settings, message):
+    told = refusal_of(
+        make_model("llama", model_folder),
+        additional_config={"fibquant": {"calibrate": "means"}},
+        **settings,
+    )
+    assert message in told

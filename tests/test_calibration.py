@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Statistics of keys and queries, and the file that holds them."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+import torch
+
+from vllm_fibquant.calibration import (
+    KeyStatistics,
+    StatisticsCollector,
+    check_calibration,
+    join_heads,
+    pack_calibration,
+    parse_calibration,
+)
+
+HEADS, DIM = 2, 16
+
+
+def tokens(count: int = 300, num_q_heads: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    mix = torch.randn(DIM, DIM, generator=generator)
+    query = torch.randn(count, num_q_heads, DIM, generator=generator) @ mix + 1
+    key = torch.randn(count, HEADS, DIM, generator=generator) @ mix - 5
+    return query, key
+
+
+def measured() -> KeyStatistics:
+    query, key = tokens()
+    collector = StatisticsCollector(HEADS, DIM)
+    for begin, end in ((0, 100), (100, 101), (101, 300)):
+        collector.add(query[begin:end], key[begin:end])
+    assert collector.num_tokens == 300
+    return collector.result()
+
+
+def content(**changes) -> bytes:
+    given = {"model": "abc", "num_tokens": 300, "num_first": 4, "layers": {"layer.0": measured()}}
+    return pack_calibration(**{**given, **changes})
+
+
+def test_statistics_are_those_of_all_tokens() -> None:
+    query, key = (x.double() for x in tokens())
+    found = measured()
+    for head in range(HEADS):
+        k, q = key[:, head], query[:, 3 * head : 3 * head + 3].reshape(-1, DIM)
+        assert torch.allclose(found.key_mean[head].double(), k.mean(0), rtol=1e-5)
+        covariance = torch.cov(k.T, correction=0)
+        assert torch.allclose(found.key_covariance[head].double(), covariance, rtol=1e-4, atol=1e-4)
+        moment = q.T @ q / len(q)
+        assert torch.allclose(found.query_moment[head].double(), moment, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_heads_of_several_ranks_are_joined(replicas: int) -> None:
+    query, key = tokens(num_q_heads=4)
+    parts = []
+    for rank in range(2 * replicas):
+        per_rank = 2 // replicas
+        collector = StatisticsCollector(1, DIM)
+        head = rank // replicas
+        collector.add(query[:, rank * per_rank : (rank + 1) * per_rank], key[:, head : head + 1])
+        parts.append(collector.result())
+    whole = StatisticsCollector(HEADS, DIM)
+    whole.add(query, key)
+    joined, expected = join_heads(parts, replicas), whole.result()
+    for name in ("key_mean", "key_covariance", "query_moment"):
+        assert torch.allclose(getattr(joined, name), getattr(expected, name), rtol=1e-5), name
+
+
+def test_a_file_is_read_as_it_was_written() -> None:
+    calibration, statistics = parse_calibration(content(), "file"), measured()
+    assert (calibration.model, calibration.num_tokens, calibration.num_first) == ("abc", 300, 4)
+    for name in ("key_mean", "key_covariance", "query_moment"):
+        read = getattr(calibration.layers["layer.0"], name)
+        assert torch.equal(read, getattr(statistics, name)), name
+    second = calibration.key_map("layer.0", 1, 2, num_plain=3)
+    assert torch.equal(second.mean, statistics.key_mean[1:])
+    assert second.num_plain == 3
+
+
+def test_the_digest_tells_files_apart() -> None:
+    first, second = content(), content(num_first=5)
+    assert parse_calibration(first, "a").digest == parse_calibration(first, "b").digest
+    assert parse_calibration(first, "a").digest != parse_calibration(second, "a").digest
+
+
+def with_digest(body: bytes) -> bytes:
+    return body + hashlib.sha256(body).digest()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c[:20], "must be at least 48 bytes, got 20"),
+        (lambda c: b"GGUF" + c[4:], "this is no calibration file"),
+        (lambda c: c[:8] + b"\x09" + c[9:], "must have format version 1, got 9"),
+        (lambda c: c[:-90] + b"\x00" + c[-89:], "it is damaged"),
+        (lambda c: c[:-40] + c[-32:], "it is damaged"),
+        (lambda c: with_digest(c[:-36]), "bytes of statistics"),
+        (lambda c: with_digest(c[:16] + b"}" + c[17:-32]), "must have a valid header"),
+        (lambda c: with_digest(c[:-36] + b"\xff\xff\xff\x7f"), "must hold finite values"),
+    ],
+)
+def test_a_bad_file_is_refused(change, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_calibration(change(content()), "file")
+
+
+@pytest.mark.parametrize(
+    ("model", "layer", "shape", "message"),
+    [
+        ("xyz", "layer.0", (2, 16), "must be of model xyz, got abc"),
+        ("abc", "layer.1", (2, 16), "must hold layer layer.1 with 2 KV heads .* got none"),
+        ("abc", "layer.0", (4, 16), "4 KV heads of head_dim 16, got 2 and 16"),
+    ],
+)
+def test_another_model_is_refused(model: str, layer: str, shape, message: str) -> None:
+    calibration = parse_calibration(content(), "file")
+    check_calibration(calibration, "file", "abc", [("layer.0", (2, 16))])
+    with pytest.raises(ValueError, match=message):
+        check_calibration(calibration, "file", model, [(layer, shape)])
