@@ -15,8 +15,8 @@
     self_check      true (default) or false          compare kernel and oracle at start
     retain          {"first": 4, "recent": 1024}     keep a request's first and newest tokens alone;
                                                      "first" may be left out; default: keep all
-    calibrate       "none" (default) or "means"      what of the model's keys is measured, and
-                                                     subtracted before they are encoded
+    calibrate       "none" (default), "means"        what a measurement of the model's keys is
+                    or "transform"                   used for, see docs/calibration.md
     calibration     path of a file                   where that is kept; default: in the cache
 """
 
@@ -30,7 +30,7 @@ from vllm_fibquant.config import PrefillMode, Preset, get_preset
 
 SECTION = "fibquant"
 Mode = Literal["exact", "quality"]
-Calibrate = Literal["none", "means"]
+Calibrate = Literal["none", "means", "transform"]
 DEFAULT_MODE: Mode = "exact"
 MAX_RECENT_WINDOW = 4096
 MAX_FIRST_TOKENS = 64
