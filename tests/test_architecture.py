@@ -24,10 +24,10 @@ LAYERS = {
         "rotation",
         "codec",
         "options",
-        "key_map",
+        "key_transform",
         "list_search",
     ],
-    1: ["layout", "copies", "agreement", "counters", "calibration"],
+    1: ["layout", "key_map", "copies", "agreement", "counters", "calibration"],
     2: [
         "reference",
         "native",

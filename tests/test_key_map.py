@@ -7,18 +7,28 @@ import pytest
 import torch
 
 from tests.paged import Paged, make_paged
-from tests.test_attention import attend_in_chunks, check_against_oracle, codec_of
-from vllm_fibquant import ops
+from tests.test_attention import HEAD_DIMS, attend_in_chunks, check_against_oracle, codec_of
+from vllm_fibquant import ops, reference
 from vllm_fibquant.key_map import KeyMap
+from vllm_fibquant.key_transform import make_transform
 from vllm_fibquant.reference import TokenCopies
 
 NUM_PLAIN = 4
 
 
-def make_map(head_dim: int, num_kv_heads: int = 2, length: float = 3.0) -> KeyMap:
+def make_map(
+    head_dim: int, num_kv_heads: int = 2, length: float = 3.0, index_bytes: int = 0
+) -> KeyMap:
+    """A map of long means; with index_bytes also a transform, of keys whose variances fall."""
     generator = torch.Generator().manual_seed(7)
     mean = torch.randn(num_kv_heads, head_dim, generator=generator) * length
-    return KeyMap(mean, NUM_PLAIN)
+    transform = None
+    if index_bytes:
+        shape = (num_kv_heads, head_dim, head_dim)
+        skew = torch.randn(shape, generator=generator) * torch.linspace(2, 0.1, head_dim)
+        queries = torch.randn(shape, generator=generator)
+        transform = make_transform(skew @ skew.mT, queries @ queries.mT / head_dim, index_bytes)
+    return KeyMap(mean, NUM_PLAIN, transform)
 
 
 def mapped(
@@ -27,10 +37,17 @@ def mapped(
     *,
     head_dim: int = 64,
     preset: str = "fibquant_2bit",
+    transform: bool = False,
     **settings,
 ) -> Paged:
     codec = codec_of(preset, head_dim)
-    return make_paged(codec, seq_lens, query_lens, key_map=make_map(head_dim), **settings)
+    key_map = make_map(head_dim, index_bytes=transform * codec.layout.key_index_bytes)
+    return make_paged(codec, seq_lens, query_lens, key_map=key_map, **settings)
+
+
+@pytest.fixture(params=[False, True], ids=["means", "transform"])
+def transform(request: pytest.FixtureRequest) -> bool:
+    return request.param
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
@@ -40,14 +57,46 @@ def test_every_code(preset: str, head_dim: int) -> None:
     check_against_oracle(paged)
 
 
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("preset", ["fibquant_2bit", "fibquant_1bit"])
+def test_every_transformed_code(preset: str, head_dim: int) -> None:
+    settings = {"head_dim": head_dim, "preset": preset, "transform": True}
+    check_against_oracle(mapped([70, 1, 33, 5], [1, 1, 4, 5], group_size=3, **settings))
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_records_of_transformed_keys(head_dim: int) -> None:
+    """The same bytes as the oracle's, but for ties; and NaN, infinite, huge and zero keys."""
+    codec = codec_of("fibquant_2bit", head_dim)
+    key_map = make_map(head_dim, index_bytes=codec.layout.key_index_bytes)
+    generator = torch.Generator().manual_seed(1)
+    key, value = torch.randn(2, 400, 2, head_dim, generator=generator)
+    key += key_map.mean
+    key[0, 0, 3], key[1, 0, 5], key[2] = torch.nan, torch.inf, 1e38
+    key[3], key[4] = key_map.mean, 0.0
+    caches = torch.zeros(2, 25, 2, 16, codec.layout.record_bytes, dtype=torch.uint8)
+    slots = torch.arange(400)
+    counts = [
+        encode(key, value, cache, slots, codec, key_map)
+        for encode, cache in zip((ops.encode_kv, reference.encode_kv), caches, strict=True)
+    ]
+    assert counts == [2, 2]
+    differs = (caches[0] != caches[1]).any(-1)
+    assert differs.float().mean() < 0.01
+    decoded = key_map.decode_keys(caches[0].transpose(1, 2).flatten(0, 1), codec, torch.float32)
+    assert torch.isfinite(decoded).all()
+    assert torch.equal(decoded[3], key_map.mean)  # zero is coded as zero
+    assert torch.equal(decoded[0, 0], key_map.mean[0])
+
+
 @pytest.mark.parametrize("raw", [False, True], ids=["codes", "raw"])
 @pytest.mark.parametrize(
     "options",
     [{"window": 2}, {"window": 7}, {"window": 66}, {"soft_cap": 2.0}, {"sinks": True}],
     ids=str,
 )
-def test_options(options: dict, raw: bool) -> None:
-    paged = mapped([66, 640, 5, 3], [60, 2, 5, 1], group_size=3)
+def test_options(options: dict, raw: bool, transform: bool) -> None:
+    paged = mapped([66, 640, 5, 3], [60, 2, 5, 1], group_size=3, transform=transform)
     options = dict(options)
     if options.pop("sinks", False):
         options["sinks"] = torch.linspace(-2, 2, 6)
@@ -56,9 +105,9 @@ def test_options(options: dict, raw: bool) -> None:
     check_against_oracle(paged, **options)
 
 
-def test_copies_of_first_and_recent_tokens() -> None:
+def test_copies_of_first_and_recent_tokens(transform: bool) -> None:
     """Copies are in the model's basis, beside codes that are not."""
-    paged = mapped([66, 30, 6], [3, 1, 1], group_size=3)
+    paged = mapped([66, 30, 6], [3, 1, 1], group_size=3, transform=transform)
     num_first, num_recent = 2, 8
     starts = torch.tensor([0, 66, 96])
     contexts = [63, 29, 5]
@@ -78,23 +127,24 @@ def test_model_dtypes(dtype: torch.dtype) -> None:
     check_against_oracle(mapped([200, 77], [1, 50], group_size=4, dtype=dtype))
 
 
-def test_every_instruction_set(isa: str) -> None:
+def test_every_instruction_set(isa: str, transform: bool) -> None:
     for query_lens in ([1, 1], [9, 20]):
-        paged = mapped([70, 530], query_lens, group_size=3)
+        paged = mapped([70, 530], query_lens, group_size=3, transform=transform)
         check_against_oracle(paged, window=300, soft_cap=4.0)
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 100}, {"soft_cap": 3.0}], ids=str)
-def test_bit_equal_however_the_prompt_is_cut(options: dict) -> None:
-    paged = mapped([1100], [1100], group_size=3)
+def test_bit_equal_however_the_prompt_is_cut(options: dict, transform: bool) -> None:
+    paged = mapped([1100], [1100], group_size=3, transform=transform)
     whole = attend_in_chunks(paged, [1100], key_map=paged.key_map, **options)
     for chunks in ([512, 588], [1, 2, 1, 1096], [3, 1049, 48], [1073] + [1] * 27):
         cut = attend_in_chunks(paged, chunks, key_map=paged.key_map, **options)
         assert torch.equal(whole, cut)
 
 
-def test_bit_equal_for_any_number_of_threads() -> None:
-    paged, threads, results = mapped([1100], [1], group_size=3), torch.get_num_threads(), []
+def test_bit_equal_for_any_number_of_threads(transform: bool) -> None:
+    paged = mapped([1100], [1], group_size=3, transform=transform)
+    threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 5):
             torch.set_num_threads(count)
@@ -130,6 +180,7 @@ def test_a_mean_is_worth_a_bit() -> None:
     [
         (lambda: make_map(64, num_kv_heads=3), "key_map must be of 2 KV heads"),
         (lambda: make_map(128), "head_dim 64"),
+        (lambda: make_map(64, index_bytes=8), "a transform to 16 index bytes.* got one to 8"),
         (lambda: KeyMap(torch.zeros(2, 64, dtype=torch.float64), 4), "contiguous float32"),
         (lambda: KeyMap(torch.full((2, 64), torch.nan), 4), "must be finite"),
         (lambda: KeyMap(torch.zeros(2, 64), -1), "num_plain must be at least 0"),
@@ -145,3 +196,30 @@ def test_bad_maps_are_refused(key_map, message: str) -> None:
 def test_not_with_keep_first() -> None:
     with pytest.raises(ValueError, match="keep_first must be 0 with key_map"):
         mapped([30], [1]).attend(keep_first=2)
+
+
+def test_the_transform_is_worth_half_of_the_error() -> None:
+    """Keys and queries as the statistics say: scores err less than half as much as with means."""
+    generator = torch.Generator().manual_seed(2)
+    fall = torch.linspace(0, -4, 64).exp()
+    mix = torch.linalg.qr(torch.randn(64, 64, generator=generator))[0] * fall
+    key = torch.randn(2000, 1, 64, generator=generator) @ mix.T
+    query = torch.randn(500, 64, generator=generator)
+    codec, mean = codec_of("fibquant_2bit", 64), torch.zeros(1, 64)
+    transform = make_transform((mix @ mix.T)[None], torch.eye(64)[None], 16)
+    error = []
+    for key_map in (KeyMap(mean, 0), KeyMap(mean, 0, transform)):
+        decoded = key_map.decode_keys(key_map.encode_records(key, key, codec), codec, key.dtype)
+        error.append(((key - decoded).squeeze(1) @ query.T).square().mean())
+    assert error[1] < 0.5 * error[0]
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_the_transform_loses_nothing_but_what_is_not_coded(head_dim: int) -> None:
+    """<w, z> = <q, k> exactly where every coordinate is coded."""
+    key_map = make_map(head_dim, index_bytes=head_dim // 4)
+    transform = key_map.transform
+    identity = transform.query_matrix.mT.double() @ transform.key_matrix.double()
+    assert torch.allclose(identity, torch.eye(head_dim).double(), atol=1e-3)
+    assert transform.num_coded == head_dim
+    assert sum(transform.lengths) == head_dim // 4

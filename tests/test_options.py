@@ -113,7 +113,7 @@ def test_calibration() -> None:
     assert (options.calibrate, options.calibration) == ("means", "a.fqcal")
     assert len({options.digest, parsed().digest, parsed(calibrate="means").digest}) == 3
     for bad, message in (
-        ({"calibrate": "mean"}, 'calibrate must be "none" or "means".*got \'mean\''),
+        ({"calibrate": "mean"}, 'calibrate must be "none" or "means" or "transform".*got \'mean\''),
         ({"calibration": "a.fqcal"}, 'given with "calibrate"'),
         ({"calibrate": "means", "calibration": 3}, "must be the path of a file"),
         ({"calibrate": "means", "retain": {"recent": 64}}, 'calibrate must be "none" with retain'),

@@ -78,13 +78,18 @@ def calibrate_layers(
             write_atomically(path, content)
             logger.info("FibQuant measured this model's keys and keeps the result in %s", path)
     calibration = parse_calibration(content, str(path))
+    is_transformed = options.calibrate == "transform"
     num_parts, part = group.world_size // replicas, group.rank_in_group // replicas
     shapes = [(n, (i.num_kv_heads * num_parts, i.head_size)) for n, i in layers.items()]
     check_calibration(calibration, str(path), fingerprint, shapes)
     for name, impl in layers.items():
         begin = part * impl.num_kv_heads
         impl.key_map = calibration.key_map(
-            name, begin, begin + impl.num_kv_heads, options.first_tokens
+            name,
+            begin,
+            begin + impl.num_kv_heads,
+            options.first_tokens,
+            impl.codec.layout.key_index_bytes if is_transformed else 0,
         )
     logger.info("FibQuant keys are coded by calibration %s of %s", calibration.digest[:8], path)
 

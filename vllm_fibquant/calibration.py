@@ -30,6 +30,7 @@ import torch
 
 from vllm_fibquant.codebook import cache_dir
 from vllm_fibquant.key_map import KeyMap
+from vllm_fibquant.key_transform import make_transform
 
 MAGIC = b"FIBQCALB"
 FORMAT_VERSION = 1
@@ -82,9 +83,20 @@ class Calibration:
     layers: Mapping[str, KeyStatistics]
     digest: str
 
-    def key_map(self, layer: str, begin: int, end: int, num_plain: int) -> KeyMap:
-        """The map of the keys of KV heads begin to end - 1 of a layer."""
-        return KeyMap(self.layers[layer].heads(begin, end).key_mean.contiguous(), num_plain)
+    def key_map(
+        self, layer: str, begin: int, end: int, num_plain: int, index_bytes: int = 0
+    ) -> KeyMap:
+        """The map of the keys of KV heads begin to end - 1 of a layer.
+
+        Args:
+            num_plain: first tokens whose keys are encoded as they are.
+            index_bytes: those of a key, to transform keys; 0 to subtract their mean alone.
+        """
+        part = self.layers[layer].heads(begin, end)
+        transform = None
+        if index_bytes:
+            transform = make_transform(part.key_covariance, part.query_moment, index_bytes)
+        return KeyMap(part.key_mean.contiguous(), num_plain, transform)
 
 
 def pack_calibration(

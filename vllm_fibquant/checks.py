@@ -178,6 +178,14 @@ def _check_key_map(
             f"{function}: key_map must be of {expected[0]} KV heads and head_dim {expected[1]}, "
             f"for a cache on the CPU, got {list(key_map.mean.shape)} on {cache.device}"
         )
+    index_bytes = codec.layout.key_index_bytes
+    if key_map is not None and key_map.transform is not None:
+        got = key_map.transform.index_bytes
+        if got != index_bytes:
+            raise ValueError(
+                f"{function}: key_map must have a transform to {index_bytes} index bytes, as the "
+                f"codec's keys, got one to {got}"
+            )
 
 
 def _check_copies(

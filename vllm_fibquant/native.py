@@ -27,9 +27,11 @@ from typing import Any
 
 import torch
 
-from vllm_fibquant.codec import KVCodec, VectorCodec
-from vllm_fibquant.config import GAIN_NUMBERS
+from vllm_fibquant.codebook import Codebook
+from vllm_fibquant.codec import KVCodec
+from vllm_fibquant.config import GAIN_NUMBERS, CodeSpec
 from vllm_fibquant.key_map import KeyMap
+from vllm_fibquant.list_search import CodewordLists
 from vllm_fibquant.reference import TokenCopies
 
 LIBRARY_PATH = Path(__file__).parent / "lib" / "libfibquant_cpu.so"
@@ -68,7 +70,15 @@ class _Pages(Structure):
 
 
 class _KeyMap(Structure):
-    _fields_ = [("mean", c_void_p), ("num_plain", c_int64)]
+    _fields_ = [
+        ("mean", c_void_p),
+        ("num_plain", c_int64),
+        *((name, c_void_p) for name in ("key_matrix_t", "query_matrix_t", "weight")),
+        ("source_scale", c_float),
+        ("num_coded", c_int32),
+        ("num_subvecs", c_int32 * 3),
+        ("codes", _Code * 3),
+    ]
 
 
 class _Encode(Structure):
@@ -170,9 +180,10 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
     return view.copy_(x)
 
 
-def _code(vector_codec: VectorCodec, keep: list[torch.Tensor]) -> _Code:
-    spec = vector_codec.spec
-    rows = vector_codec.codebook.rows.float()  # [num_rows, subvec_dim]
+def _code(
+    spec: CodeSpec, codebook: Codebook, lists: CodewordLists | None, keep: list[torch.Tensor]
+) -> _Code:
+    rows = codebook.rows.float()  # [num_rows, subvec_dim]
     num_rows, dim = rows.shape
     padded = -(-num_rows // 16) * 16
     rows_t = torch.zeros(dim, padded)
@@ -183,16 +194,16 @@ def _code(vector_codec: VectorCodec, keep: list[torch.Tensor]) -> _Code:
     keep.extend(tables)
     pointers = [t.data_ptr() for t in tables]
     gain = GAIN_NUMBERS[spec.gain]
-    lists = _lists(vector_codec, keep)
-    return _Code(dim, spec.index_bits, num_rows, int(spec.folded), gain, padded, *pointers, *lists)
+    found = _lists(rows, lists, spec.lists_searched, keep)
+    return _Code(dim, spec.index_bits, num_rows, int(spec.folded), gain, padded, *pointers, *found)
 
 
-def _lists(vector_codec: VectorCodec, keep: list[torch.Tensor]) -> tuple[int | None, ...]:
+def _lists(
+    rows: torch.Tensor, lists: CodewordLists | None, num_lists: int, keep: list[torch.Tensor]
+) -> tuple[int | None, ...]:
     """The fields of `_Code` from num_cells on."""
-    lists = vector_codec.lists
     if lists is None:
         return 0, 0, None, None, None, None
-    rows = vector_codec.codebook.rows.float()
     listed = [members.nonzero().squeeze(-1) for members in lists.members]
     index = torch.cat([torch.nn.functional.pad(i, (0, -len(i) % 16), value=-1) for i in listed])
     num_tiles = torch.tensor([0, *(-(-len(i) // 16) for i in listed)])
@@ -201,7 +212,7 @@ def _lists(vector_codec: VectorCodec, keep: list[torch.Tensor]) -> tuple[int | N
     tables = [_aligned(_tiles(lists.cells, cells)), _aligned(_tiles(rows, index))]
     tables += [num_tiles.cumsum(0).to(torch.int32), index.to(torch.int32)]
     keep.extend(tables)
-    return len(lists.cells), vector_codec.num_lists, *(t.data_ptr() for t in tables)
+    return len(lists.cells), num_lists, *(t.data_ptr() for t in tables)
 
 
 def _tiles(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -227,12 +238,14 @@ def codec_struct(codec: KVCodec) -> _Codec:
             keep += [_aligned(rotation.matrix), _aligned(rotation.matrix.T)]
             pointers = [None, *(t.data_ptr() for t in keep)]
         struct = _Codec(codec.head_dim, codec.layout.record_bytes, *pointers)
-        struct.key, struct.value = _code(codec.key, keep), _code(codec.value, keep)
+        struct.key, struct.value = (
+            _code(side.spec, side.codebook, side.lists, keep) for side in (codec.key, codec.value)
+        )
         _codecs[codec] = (struct, keep)
     return _codecs[codec][0]
 
 
-_key_maps: weakref.WeakKeyDictionary[KeyMap, tuple[_KeyMap, torch.Tensor]] = (
+_key_maps: weakref.WeakKeyDictionary[KeyMap, tuple[_KeyMap, list[torch.Tensor]]] = (
     weakref.WeakKeyDictionary()
 )
 
@@ -242,8 +255,18 @@ def _key_map_pointer(key_map: KeyMap | None) -> Any:
     if key_map is None:
         return None
     if key_map not in _key_maps:
-        mean = _aligned(key_map.mean)
-        _key_maps[key_map] = (_KeyMap(mean.data_ptr(), key_map.num_plain), mean)
+        keep = [_aligned(key_map.mean)]
+        struct = _KeyMap(keep[0].data_ptr(), key_map.num_plain)
+        if (transform := key_map.transform) is not None:
+            matrices = (transform.key_matrix.mT, transform.query_matrix.mT, transform.weight)
+            keep += [_aligned(x) for x in matrices]
+            struct.key_matrix_t, struct.query_matrix_t, struct.weight = (
+                x.data_ptr() for x in keep[1:]
+            )
+            struct.source_scale, struct.num_coded = transform.source_scale, transform.num_coded
+            struct.num_subvecs[:] = transform.lengths
+            struct.codes[:] = [_code(b.spec, b, None, keep) for b in transform.codebooks]
+        _key_maps[key_map] = (struct, keep)
     return pointer(_key_maps[key_map][0])
 
 

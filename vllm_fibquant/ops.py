@@ -87,7 +87,7 @@ def encode_kv(
         cache: uint8 [num_blocks, num_kv_heads, block_size, record_bytes], last two axes contiguous.
         slot_mapping: int64 [num_slots], num_slots <= num_tokens; -1 skips a token.
         codec: the codec of this cache.
-        key_map: what keys are made into before they are encoded, or None; on the CPU alone.
+        key_map: how keys are encoded, None for as they are; on the CPU alone.
 
     Returns:
         How many stored vectors held a NaN or infinity; they are stored as zero vectors.

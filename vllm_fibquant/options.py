@@ -20,8 +20,8 @@
                     {"budget": 0.005,                with attention over exact keys and values; in
                      "tokens": 4096}                 at most this share of step time, keeping at
                                                      most this many exact tokens (monitor.py)
-    calibrate       "none" (default) or "means"      what of the model's keys is measured, and
-                                                     subtracted before they are encoded
+    calibrate       "none" (default), "means"        what a measurement of the model's keys is
+                    or "transform"                   used for, see docs/calibration.md
     calibration     path of a file                   where that is kept; default: in the cache
 """
 
@@ -35,7 +35,7 @@ from vllm_fibquant.config import PrefillMode, Preset, get_preset
 
 SECTION = "fibquant"
 Mode = Literal["exact", "quality"]
-Calibrate = Literal["none", "means"]
+Calibrate = Literal["none", "means", "transform"]
 DEFAULT_MODE: Mode = "exact"
 MAX_RECENT_WINDOW = 4096
 MAX_FIRST_TOKENS = 64

@@ -60,7 +60,7 @@ def encode_kv(
         cache: uint8 [num_blocks, num_kv_heads, block_size, record_bytes], written in place.
         slot_mapping: int64 [num_slots], num_slots <= num_tokens; -1 skips a token.
         codec: the codec both vectors are encoded with.
-        key_map: what keys are made into before they are encoded; None to encode them as they are.
+        key_map: how keys are encoded; None for as they are.
 
     Returns:
         How many stored vectors held a NaN or infinity (they are stored as zero vectors).
@@ -72,8 +72,11 @@ def encode_kv(
         return 0
     new_key, new_value = key[:num_slots][keep].float(), value[:num_slots][keep].float()
     block_size = cache.shape[2]
-    coded_key = new_key if key_map is None else key_map.apply(new_key)
-    cache[slots // block_size, :, slots % block_size] = codec.encode_records(coded_key, new_value)
+    if key_map is None:
+        records = codec.encode_records(new_key, new_value)
+    else:
+        records = key_map.encode_records(new_key, new_value, codec)
+    cache[slots // block_size, :, slots % block_size] = records
     finite = torch.isfinite(torch.stack((new_key, new_value))).all(-1)
     return int((~finite).sum())
 
@@ -136,7 +139,8 @@ def paged_attention(
         records = cache[blocks, :, positions % block_size]  # [seq_len, num_kv_heads, record_bytes]
         keys, values = (x.to(compute_dtype) for x in codec.decode_records(records))
         if key_map is not None:
-            keys[key_map.num_plain :] = key_map.inverse(keys[key_map.num_plain :])
+            mapped = records[key_map.num_plain :]
+            keys[key_map.num_plain :] = key_map.decode_keys(mapped, codec, compute_dtype)
         if raw_key is not None and raw_value is not None:
             keys[seq_len - query_len :] = raw_key[begin:end].to(compute_dtype)
             values[seq_len - query_len :] = raw_value[begin:end].to(compute_dtype)

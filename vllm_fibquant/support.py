@@ -15,6 +15,7 @@ from vllm_fibquant import ops
 from vllm_fibquant.checks import DTYPES
 from vllm_fibquant.codec import KVCodec
 from vllm_fibquant.config import PRESETS
+from vllm_fibquant.key_transform import transform_problem
 from vllm_fibquant.options import Options, parse_options
 
 if TYPE_CHECKING:
@@ -235,7 +236,16 @@ def calibrate_problems(vllm_config: VllmConfig, options: Options) -> list[str]:
             f"speculative decoding must be off or ngram, got {speculation.method}, whose draft "
             "model is not measured; leave --speculative-config out"
         )
+    if model is not None and options.calibrate == "transform" and not model.use_mla:
+        problem = transform_problem(options.preset.key, model.get_head_size())
+        if problem:
+            problems.append(problem)
     moves_pages = vllm_config.kv_transfer_config is not None or cache.kv_offloading_size is not None
+    if moves_pages and options.calibrate == "transform":
+        problems.append(
+            'it must be "means" with KV connectors and offloading, got "transform", which two '
+            "machines may compute with other last digits"
+        )
     if moves_pages and not (options.calibration and Path(options.calibration).is_file()):
         problems.append(
             "calibration must be an existing file with KV connectors and offloading, got "

@@ -6,6 +6,7 @@
 // tile: scores from the codes of keys, softmax, weighted sum of the codes of values.
 // The first positions may be a leading split: FqAttend::keep_first of them with other queries and
 // no window, or FqKeyMap::num_plain whose keys were coded as they are.
+// Codes of transformed keys are attended in the transform's basis, with transformed queries.
 // Splits are merged in order of position, by the job itself or, when several jobs share a row
 // block, from their stored states in a second pass: the same arithmetic either way.
 //
@@ -51,7 +52,9 @@ static void attend_split(Call& call, const RowBlock& b, int begin, int end, int 
   const bool is_leading = end <= num_leading(call.args);
   const int window = is_leading && call.args.keep_first > 0 ? 0 : call.args.window;
   const int oldest = is_leading ? 0 : (int)num_leading(call.args);
-  const float* bias = call.args.key_map && !is_leading ? s.bias : nullptr;
+  const FqKeyMap* map = is_leading ? nullptr : call.args.key_map;
+  const float* bias = map ? s.bias : nullptr;
+  const int num_coded = map ? map->num_coded : 0;
   clear(state, rows, head_dim);
   for (int t0 = begin / tile * tile; t0 < end; t0 += tile) {
     const int t1 = t0 + tile < end ? t0 + tile : end;
@@ -100,7 +103,12 @@ static void attend_split(Call& call, const RowBlock& b, int begin, int end, int 
       value_fields[j] = value_fields[lead];
       s.key_factor[j] = s.value_factor[j] = 0.0f;
     }
-    call.key.dot(codec.key, key_fields, s.query, rows, head_dim, rounded, s.tile, s.scores);
+    if (num_coded > 0) {
+      decode_mapped(*map, key_fields, rounded, s.tile);
+      dot_tile(s.query, rows, DenseTile{s.tile, num_coded}, num_coded, rounded, s.scores);
+    } else {
+      call.key.dot(codec.key, key_fields, s.query, rows, head_dim, rounded, s.tile, s.scores);
+    }
     const Mask mask = {t0, count, first_position, call.group_size, window, oldest, hidden, bias};
     softmax_tile(s.scores, rows, tile, s.key_factor, s.value_factor, mask, call.args.soft_cap,
                  state, s.alpha);
@@ -311,8 +319,10 @@ static int64_t encode_kv(const FqCodec& codec, const FqPages& pages, const FqEnc
       memset(record, 0, (size_t)layout.record_bytes);
       load_row(args.key, token * args.stride_key_token + head * args.stride_key_head, args.dtype,
                head_dim, x);
-      if (args.key_map) subtract(x, args.key_map->mean + (int64_t)head * head_dim, head_dim);
-      nonfinite += !encode_vector(codec, codec.key, x, record + layout.key_index_offset, norms);
+      uint8_t* key_field = record + layout.key_index_offset;
+      nonfinite += args.key_map
+                       ? !encode_mapped(codec, *args.key_map, head, x, key_field, norms)
+                       : !encode_vector(codec, codec.key, x, key_field, norms);
       load_row(args.value, token * args.stride_value_token + head * args.stride_value_head,
                args.dtype, head_dim, x);
       nonfinite +=

@@ -47,12 +47,13 @@ static inline void hadamard(float* x, int dim) {
   }
 }
 
-// dst = M^T src for row-major M [dim, dim]; dst must not alias src.
-static inline void multiply_transposed(const float* matrix, int dim, const float* src, float* dst) {
-  for (int i = 0; i < dim; i += kLanes) {
+// dst = M^T src for row-major M [rows, columns]; dst must not alias src.
+static inline void multiply_transposed(const float* matrix, int rows, int columns, const float* src,
+                                       float* dst) {
+  for (int i = 0; i < columns; i += kLanes) {
     vf acc = vf{};
-    for (int j = 0; j < dim; ++j)
-      acc = madd(splat(src[j]), load(matrix + (int64_t)j * dim + i), acc);
+    for (int j = 0; j < rows; ++j)
+      acc = madd(splat(src[j]), load(matrix + (int64_t)j * columns + i), acc);
     store(dst + i, acc);
   }
 }
@@ -75,7 +76,7 @@ static inline void rotate(const FqCodec& codec, float* x, bool inverse) {
   } else {
     alignas(64) float copy[kMaxHeadDim];
     memcpy(copy, x, (size_t)dim * 4);
-    multiply_transposed(inverse ? codec.rotation_matrix : codec.rotation_matrix_t, dim, copy, x);
+    multiply_transposed(inverse ? codec.rotation_matrix : codec.rotation_matrix_t, dim, dim, copy, x);
   }
 }
 
@@ -257,31 +258,46 @@ static void decode_records_any(const FqCode& code, int head_dim, const uint8_t* 
 
 // ---- floats to codes ----------------------------------------------------------------------------
 
+constexpr float kMinNormal = 1.17549435e-38f;
+
+// The largest magnitude among the coordinates of x, or infinity if one is a NaN or infinite.
+static inline float peak(const float* x, int count) {
+  float largest = 0.0f;
+  for (int i = 0; i < count; ++i) {
+    const float magnitude = __builtin_fabsf(x[i]);
+    if (!(magnitude < __builtin_inff())) return __builtin_inff();
+    largest = fmax2(largest, magnitude);
+  }
+  return largest;
+}
+
+// Divides x, of which no square overflows, by its length, which it returns; zeros stay.
+static inline float normalise(float* x, int count) {
+  float partial[16] = {};
+  for (int i = 0; i < count; i += 16) {
+    for (int j = 0; j < 16; ++j) partial[j] += x[i + j] * x[i + j];
+  }
+  float length_sq = 0.0f;
+  for (int j = 0; j < 16; ++j) length_sq += partial[j];
+  const float length = __builtin_sqrtf(length_sq);
+  for (int i = 0; length > 0.0f && i < count; ++i) x[i] = x[i] / length;
+  return length;
+}
+
 // Encodes x [head_dim] (overwritten) into a zeroed index field and a norm.
 // Returns false, storing the zero vector, when x holds a NaN or infinity.
 static inline bool encode_vector(const FqCodec& codec, const FqCode& code, float* x, uint8_t* field,
                                  uint16_t* norm) {
   const int head_dim = codec.head_dim, dim = code.subvec_dim;
   *norm = 0;
-  float largest = 0.0f;
-  for (int i = 0; i < head_dim; ++i) {
-    const float magnitude = __builtin_fabsf(x[i]);
-    if (!(magnitude < __builtin_inff())) return false;
-    largest = fmax2(largest, magnitude);
-  }
-  if (largest < 1.17549435e-38f) return true;  // zero, or below the least normal float
+  const float largest = peak(x, head_dim);
+  if (largest == __builtin_inff()) return false;
+  if (largest < kMinNormal) return true;  // zero, or below the least normal float
 
   // Dividing by the largest coordinate first keeps squares of any finite input finite.
   for (int i = 0; i < head_dim; ++i) x[i] = x[i] / largest;
   rotate(codec, x, false);
-  float partial[16] = {};
-  for (int i = 0; i < head_dim; i += 16) {
-    for (int j = 0; j < 16; ++j) partial[j] += x[i + j] * x[i + j];
-  }
-  float length_sq = 0.0f;
-  for (int j = 0; j < 16; ++j) length_sq += partial[j];
-  const float length = __builtin_sqrtf(length_sq);
-  for (int i = 0; i < head_dim; ++i) x[i] = x[i] / length;
+  const float length = normalise(x, head_dim);
 
   const int num_subvecs = head_dim / dim;
   uint32_t index[kMaxHeadDim], pattern[kMaxHeadDim];

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/codec.h"
+#include "cpu/mapped.h"
 #include "cpu/params.h"
 #include "cpu/tile.h"
 #include "cpu/workspace.h"
@@ -91,7 +92,8 @@ static inline int64_t num_leading(const FqAttend& a) {
   return a.key_map ? a.key_map->num_plain : a.keep_first;
 }
 
-// The queries of a row block, [rows, head_dim], rotated unless raw. For codes of mapped keys also
+// The queries of a row block, [rows, head_dim], rotated unless raw; for codes of transformed keys
+// [rows, num_coded], transformed. For codes of mapped keys also
 // bias[r], the part of row r's scores that all of them have in common.
 static void load_queries(const Call& call, const RowBlock& b, Queries which, float* dst,
                          float* bias = nullptr) {
@@ -105,10 +107,17 @@ static void load_queries(const Call& call, const RowBlock& b, Queries which, flo
   const int64_t token = a.query_start_loc[b.req] + b.token;
   for (int r = 0; r < rows_of(call, b); ++r) {
     const int head = b.kv_head * group + r % group;
-    float* q = dst + (int64_t)r * head_dim;
+    float* q = dst + (int64_t)r * (map && map->num_coded ? map->num_coded : head_dim);
     load_row(query, (token + r / group) * stride_token + head * stride_head, a.dtype, head_dim, q);
     if (map) bias[r] = a.scale * dot(q, map->mean + (int64_t)b.kv_head * head_dim, head_dim);
-    if (which != Queries::kRaw) rotate(call.codec, q, false);
+    if (map && map->num_coded > 0) {
+      alignas(64) float copy[kMaxHeadDim];
+      memcpy(copy, q, (size_t)head_dim * 4);
+      multiply_transposed(matrix_of(*map, map->query_matrix_t, b.kv_head, head_dim), head_dim,
+                          map->num_coded, copy, q);
+    } else if (which != Queries::kRaw) {
+      rotate(call.codec, q, false);
+    }
   }
 }
 

@@ -52,11 +52,21 @@ struct FqPages {
   int32_t block_size;
 };
 
-// How one layer's keys differ from what is coded: a key k of KV head h is coded as k - mean[h], but
-// for a request's first num_plain tokens, which are coded as they are.
+// What one layer's keys are coded as: a key k of KV head h as k - mean[h] or, with a transform, as
+// key_matrix[h] (k - mean[h]); but a request's first num_plain tokens as they are.
+//
+// A transformed key z has num_coded coordinates. They are coded run by run, subvectors of 2, of 4
+// and of 8 coordinates in turn; every index is one byte. The coordinates behind the last run are 0.
 struct FqKeyMap {
   const float* mean;  // [num_kv_heads, head_dim]
   int64_t num_plain;
+  const float* key_matrix_t;    // [num_kv_heads, head_dim, num_coded] or null
+  const float* query_matrix_t;  // as key_matrix_t: a query q is scored as query_matrix[h] q
+  const float* weight;          // [num_kv_heads, num_coded], of each coordinate's error
+  float source_scale;           // length of z / |z| * source_scale is what the codebooks expect
+  int32_t num_coded;            // a multiple of 16, at most head_dim
+  int32_t num_subvecs[3];       // of 2, 4 and 8 coordinates
+  FqCode codes[3];              // theirs: 256 rows each, searched exhaustively
 };
 
 struct FqEncode {

@@ -29,8 +29,8 @@ def measure(model: str, path: Path) -> None:
         pass
 
 
-def calibrated(path: Path, **options) -> dict:
-    return {"calibrate": "means", "calibration": str(path), **options}
+def calibrated(path: Path, calibrate: str = "means", **options) -> dict:
+    return {"calibrate": calibrate, "calibration": str(path), **options}
 
 
 def exaggerate(path: Path) -> None:
@@ -111,14 +111,18 @@ def test_another_models_file_is_refused(model_folder, tmp_path):
         pass
 
 
-@pytest.mark.parametrize("shape", ["gemma2", pytest.param("llama", marks=pytest.mark.slow)])
-def test_nothing_matters(model_folder, tmp_path, shape):
+@pytest.mark.parametrize(
+    ("shape", "kind"),
+    [("gemma2", "transform"), pytest.param("llama", "means", marks=pytest.mark.slow)],
+)
+def test_nothing_matters(model_folder, tmp_path, shape, kind):
     """As without a calibration, an answer is the same bit for bit under every schedule."""
     model, path = make_model(shape, model_folder), tmp_path / "a.fqcal"
     measure(model, path)
     exaggerate(path)
     prompts = varied_prompts(24, VOCAB_SIZE, seed=8)
-    assert_exact(run_everything(model, "fibquant_2bit", prompts, 2, fibquant=calibrated(path)))
+    options = calibrated(path, kind)
+    assert_exact(run_everything(model, "fibquant_2bit", prompts, 2, fibquant=options))
 
 
 def test_a_window_over_everything_is_stock_attention(model_folder, tmp_path, monkeypatch):
@@ -143,13 +147,17 @@ def test_a_window_over_everything_is_stock_attention(model_folder, tmp_path, mon
         ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size must be 1"),
         ({"kv_cache_dtype_skip_layers": ["0"]}, "skip-layers must be empty"),
         ({"kv_offloading_size": 1.0}, "calibration must be an existing file"),
+        ({"kv_offloading_size": 1.0, "calibrate": "transform"}, 'it must be "means" with KV'),
+        ({"kv_cache_dtype": "fibquant_3bit", "calibrate": "transform"}, "at most 2 bits per"),
     ],
     ids=str,
 )
 def test_refusals(model_folder, settings, message):
+    settings = dict(settings)
+    calibrate = settings.pop("calibrate", "means")
     told = refusal_of(
         make_model("llama", model_folder),
-        additional_config={"fibquant": {"calibrate": "means"}},
+        additional_config={"fibquant": {"calibrate": calibrate}},
         **settings,
     )
     assert message in told

@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+// Keys coded through a map (FqKeyMap): without their mean, and with a transform as a product code
+// whose subvectors are the shorter the more their coordinates matter.
+#pragma once
+
+#include "cpu/codec.h"
+
+namespace fq::FQ_ISA {
+
+static inline const float* matrix_of(const FqKeyMap& map, const float* matrices, int head,
+                                     int head_dim) {
+  return matrices + (int64_t)head * head_dim * map.num_coded;
+}
+
+// Codes one run of subvectors y; adds their weighted <y, v> and <v, v>. Returns their number of
+// coordinates.
+template <int kDim>
+static inline int encode_run(const FqCode& code, int num_subvecs, const float* y,
+                             const float* weight, uint8_t* field, float* dot, float* decoded_sq) {
+  uint32_t index[kMaxHeadDim];
+  nearest_all<kDim>(code, num_subvecs, y, index);
+  for (int s = 0; s < num_subvecs; ++s, y += kDim, weight += kDim) {
+    const float* row = code.rows + index[s] * kDim;
+    for (int j = 0; j < kDim; ++j) {
+      *dot += weight[j] * y[j] * row[j];
+      *decoded_sq += weight[j] * row[j] * row[j];
+    }
+    field[s] = (uint8_t)index[s];
+  }
+  return num_subvecs * kDim;
+}
+
+// Encodes a key x [head_dim] (overwritten) of one head into a zeroed index field and a norm.
+// Returns false, storing the zero vector, when x holds a NaN or infinity.
+static inline bool encode_mapped(const FqCodec& codec, const FqKeyMap& map, int head, float* x,
+                                 uint8_t* field, uint16_t* norm) {
+  const int head_dim = codec.head_dim;
+  subtract(x, map.mean + (int64_t)head * head_dim, head_dim);
+  if (!map.num_coded) return encode_vector(codec, codec.key, x, field, norm);
+  *norm = 0;
+  const float largest = peak(x, head_dim);
+  if (largest == __builtin_inff()) return false;
+  if (largest < kMinNormal) return true;
+  for (int i = 0; i < head_dim; ++i) x[i] = x[i] / largest;
+  alignas(64) float y[kMaxHeadDim];
+  multiply_transposed(matrix_of(map, map.key_matrix_t, head, head_dim), head_dim, map.num_coded, x,
+                      y);
+  const float length = normalise(y, map.num_coded);
+  if (!(length > 0.0f)) return true;
+  for (int i = 0; i < map.num_coded; ++i) y[i] = y[i] * map.source_scale;
+
+  const float* weight = map.weight + (int64_t)head * map.num_coded;
+  const int32_t* count = map.num_subvecs;
+  float dot = 0.0f, decoded_sq = 0.0f;
+  int at = encode_run<2>(map.codes[0], count[0], y, weight, field, &dot, &decoded_sq);
+  field += count[0];
+  at += encode_run<4>(map.codes[1], count[1], y + at, weight + at, field, &dot, &decoded_sq);
+  field += count[1];
+  encode_run<8>(map.codes[2], count[2], y + at, weight + at, field, &dot, &decoded_sq);
+  // The gain of least weighted error.
+  const float gain = fmax2(dot, 0.0f) / fmax2(decoded_sq, 1e-12f);
+  const float stored = gain * length / map.source_scale * largest;
+  *norm = float_to_half(stored < 65504.0f ? stored : 65504.0f);
+  return true;
+}
+
+template <int kDim>
+static inline float* decode_run(const FqCode& code, int num_subvecs, const uint8_t* field,
+                                float* dst) {
+  for (int s = 0; s < num_subvecs; ++s, dst += kDim) {
+    memcpy(dst, code.rows + field[s] * kDim, kDim * 4);
+  }
+  return dst;
+}
+
+// Writes the directions of `count` transformed keys, [count, num_coded] floats.
+static void decode_mapped(const FqKeyMap& map, const uint8_t* const* fields, int count,
+                          float* dst) {
+  const int32_t* num = map.num_subvecs;
+  for (int t = 0; t < count; ++t) {
+    const uint8_t* field = fields[t];
+    float* end = dst + map.num_coded;
+    dst = decode_run<2>(map.codes[0], num[0], field, dst);
+    dst = decode_run<4>(map.codes[1], num[1], field + num[0], dst);
+    dst = decode_run<8>(map.codes[2], num[2], field + num[0] + num[1], dst);
+    while (dst < end) *dst++ = 0.0f;
+  }
+}
+
+}  // namespace fq::FQ_ISA
