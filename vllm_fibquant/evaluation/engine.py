@@ -49,11 +49,12 @@ class Engine:
         Raises:
             RuntimeError: the engine computed another number of tokens.
         """
-        from vllm import SamplingParams
+        from vllm import SamplingParams, TokensPrompt
 
         self._states.clear()
         params = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
-        self._llm.generate([{"prompt_token_ids": list(tokens)}], params, use_tqdm=False)
+        prompt = TokensPrompt(prompt_token_ids=list(tokens))
+        self._llm.generate([prompt], params, use_tqdm=False)
         states = torch.cat(self._states).float()
         if states.shape[0] != len(tokens):
             raise RuntimeError(

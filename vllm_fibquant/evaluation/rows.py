@@ -104,7 +104,8 @@ def all_rows(step: int) -> list[Row]:
         )  # fmt: skip
     rows += _ablation(step)
     rows += _rivals()
-    for mode, options in (("exact", {}), ("quality", quality)):
+    modes: dict[str, dict[str, Any]] = {"exact": {}, "quality": quality}
+    for mode, options in modes.items():
         known = FibQuant.from_options(parse_options("fibquant_2bit", {"fibquant": options}), step)
         rows.append(Row(f"2bit, {mode}, simulated", "check", known, quick=mode == "exact"))
     return rows + _frontier()

@@ -152,7 +152,7 @@ class Suite:
         print(f"eval: {len(self.jobs) - len(jobs)} of {len(self.jobs)} results are there; "
               f"{len(jobs)} to measure", file=sys.stderr, flush=True)  # fmt: skip
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with tqdm(total=total, unit="tok", unit_scale=True, disable=None, smoothing=0.05) as bar:
+        with tqdm(total=total, unit="tok", unit_scale=True, mininterval=5, smoothing=0) as bar:
             for row in self.rows:
                 mine = [job for job in jobs if job.row is row]
                 if mine:
