@@ -30,15 +30,30 @@ LAYERS = {
     2: ["reference", "native", "checks", "gpu", "ops", "selfcheck"],
     3: ["support", "metadata", "retention", "rotary", "attention"],
     4: ["compat", "plugin"],
-    5: ["__init__", "__main__", "cli", "codebook_cli", "demo_model", "info", "launcher", "plan"],
+    5: [
+        "__init__",
+        "__main__",
+        "cli",
+        "codebook_cli",
+        "demo_model",
+        "evaluation",
+        "info",
+        "launcher",
+        "plan",
+    ],
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
 # The codec of a preset knows the record it fills: the one import upwards, between two halves of
 # the same description.
 ALLOWED_UPWARD = {("codec", "layout")}
 
-# The one undocumented touch outside compat: the target of vLLM's own console script.
-VLLM_ENTRY = {("launcher", "vllm.entrypoints.cli")}
+# The one undocumented touch outside compat, the target of vLLM's own console script; and the
+# evaluation, a user of the documented LLM class.
+VLLM_ENTRY = {
+    ("launcher", "vllm.entrypoints.cli"),
+    ("evaluation", "vllm"),
+    ("evaluation", "vllm.distributed"),
+}
 
 MAX_LINES = 440  # "about 400"
 SOURCES = ("*.py", "*.cpp", "*.h", "*.cu", "*.cuh")
@@ -75,16 +90,26 @@ def imports_of(path):
             yield from ((name, id(node) not in lazy) for name in names)
 
 
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
+FILES = sorted([*PACKAGE.glob("*.py"), *PACKAGE.glob("evaluation/*.py")])
+
+
+def module_of(path):
+    """The module, or the package, that a layer is given to."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def name_of(path):
+    return str(path.relative_to(PACKAGE).with_suffix(""))
 
 
 def test_every_module_has_a_layer():
-    assert sorted(LAYER_OF) == MODULES
+    assert sorted(LAYER_OF) == sorted({module_of(path) for path in FILES})
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_dependencies_point_down(module):
-    for name, _ in imports_of(PACKAGE / f"{module}.py"):
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_dependencies_point_down(path):
+    module = module_of(path)
+    for name, _ in imports_of(path):
         if not name.startswith("vllm_fibquant."):
             continue
         target = name.split(".")[1]
@@ -93,10 +118,11 @@ def test_dependencies_point_down(module):
         assert LAYER_OF[target] <= LAYER_OF[module], f"{module} must not import {target}"
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_foreign_imports(module):
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_foreign_imports(path):
     """vLLM from layer 3 up; below, torch and numpy at import, scipy and tqdm when used."""
-    for name, at_import in imports_of(PACKAGE / f"{module}.py"):
+    module = module_of(path)
+    for name, at_import in imports_of(path):
         root = name.split(".")[0]
         layer = LAYER_OF[module]
         if root == "vllm":
@@ -108,7 +134,8 @@ def test_foreign_imports(module):
         elif layer <= 2 and at_import:
             assert root in ("torch", "numpy"), f"{module} must not need {root} to be imported"
         elif layer == 5:
-            assert not at_import or module == "codebook_cli", f"{module} must import {root} lazily"
+            is_late = module in ("codebook_cli", "evaluation")  # imported by their command alone
+            assert not at_import or is_late, f"{module} must import {root} lazily"
 
 
 def test_lower_layers_import_without_vllm():
@@ -144,7 +171,7 @@ def test_no_asserts_on_what_users_give():
     """An assert vanishes under -O and prints no value: the package raises instead."""
     found = [
         f"{path.name}:{node.lineno}"
-        for path in PACKAGE.glob("*.py")
+        for path in FILES
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Assert)
     ]
@@ -154,7 +181,7 @@ def test_no_asserts_on_what_users_give():
 def test_environment_names():
     """Our own environment variables begin with FIBQUANT_; the other one is vLLM's."""
     pattern = re.compile(r"""(?:environ(?:\.get)?|getenv)\s*[\[(]\s*["']([A-Z_]+)""")
-    for path in PACKAGE.glob("*.py"):
+    for path in FILES:
         for name in pattern.findall(path.read_text()):
             assert name.startswith("FIBQUANT_") or name == "VLLM_CPU_KVCACHE_SPACE", path.name
 

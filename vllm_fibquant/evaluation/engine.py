@@ -49,11 +49,11 @@ class Engine:
         Raises:
             RuntimeError: the engine computed another number of tokens.
         """
-        from vllm import SamplingParams, TokensPrompt
+        from vllm import SamplingParams
 
         self._states.clear()
         params = SamplingParams(temperature=0, max_tokens=1, detokenize=False)
-        prompt = TokensPrompt(prompt_token_ids=list(tokens))
+        prompt: Any = {"prompt_token_ids": list(tokens)}
         self._llm.generate([prompt], params, use_tqdm=False)
         states = torch.cat(self._states).float()
         if states.shape[0] != len(tokens):

@@ -117,12 +117,13 @@ def _ablation(step: int) -> list[Row]:
     for bits in ("3bit", "2bit"):
         preset = f"fibquant_{bits}"
         codes = parse_options(preset).preset
-        for name, options in {
+        repairs: dict[str, dict[str, Any]] = {
             "key gain alone": {"value": {"gain": "norm"}},
             "value gain alone": {"key": {"gain": "norm"}},
             "gains, window 64": {"mode": "quality", "first_tokens": 0},
             "published gains, window 64, first 4": {"mode": "quality", **PUBLISHED},
-        }.items():
+        }
+        for name, options in repairs.items():
             rows.append(engine_row(f"{bits}, {name}", "ablation", preset, options, step))
         rows.append(Row(f"{bits}, gains, first 4", "ablation", FibQuant(codes, first=4)))
     return rows

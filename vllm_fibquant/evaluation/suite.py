@@ -43,6 +43,8 @@ _DECIDING = ("config", "codebook", "codec", "list_search", "rotation", "layout",
              "reference", "evaluation/formats", "evaluation/rivals", "evaluation/simulate",
              "evaluation/engine", "evaluation/measure")  # fmt: skip
 
+NUM_STAGES = 4
+
 
 @dataclass(frozen=True)
 class Job:
@@ -144,7 +146,7 @@ class Suite:
         return [job for job in self.jobs if (job.row.name, job.unit.name) not in self.results]
 
     def run(self) -> None:
-        """Measures what is missing, row by row."""
+        """Measures what is missing, what matters most first, so that a stopped run is of use."""
         from tqdm import tqdm
 
         jobs = self.missing
@@ -153,11 +155,25 @@ class Suite:
               f"{len(jobs)} to measure", file=sys.stderr, flush=True)  # fmt: skip
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with tqdm(total=total, unit="tok", unit_scale=True, mininterval=5, smoothing=0) as bar:
-            for row in self.rows:
-                mine = [job for job in jobs if job.row is row]
-                if mine:
-                    bar.set_description(row.name[:28].ljust(28))
-                    self._run_row(row, mine, bar)
+            for stage in range(NUM_STAGES):
+                for row in self.rows:
+                    mine = [job for job in jobs if job.row is row and self._stage(job) == stage]
+                    if mine:
+                        bar.set_description(row.name[:28].ljust(28))
+                        self._run_row(row, mine, bar)
+
+    def _stage(self, job: Job) -> int:
+        """Main rows on the texts that all rows are measured on, their tasks, other rows, the rest.
+
+        One engine serves a row within a stage.
+        """
+        texts = [other.unit.name for other in self.jobs if other.unit.kind == "text"]
+        early = list(dict.fromkeys(texts))[: self.sizes.num_other_chunks]
+        if not job.row.main:
+            return 0 if job.row.group in ("check", "frontier") else 2
+        if job.unit.kind in ("passkey", "greedy"):
+            return 1
+        return 0 if job.unit.kind == "fidelity" or job.unit.name in early else 3
 
     def _run_row(self, row: Row, jobs: list[Job], bar: Any) -> None:
         if isinstance(row.cache_format, KVQuant):
