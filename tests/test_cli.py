@@ -205,3 +205,8 @@ def test_this_machine():
     pytest.importorskip("vllm", reason="describes the installed vLLM")
     machine = launcher.this_machine()
     assert machine.free_memory > 0
+
+
+def test_eval_refuses_what_is_no_model(tmp_path, capsys):
+    assert cli.main(["eval", str(tmp_path), "--out", str(tmp_path)]) == 1
+    assert "model must be a folder with a config.json" in capsys.readouterr().err

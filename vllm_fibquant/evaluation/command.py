@@ -33,10 +33,16 @@ def run(options: argparse.Namespace) -> int:
 
     if options.threads < 1:
         raise ValueError(f"--threads must be at least 1, got {options.threads}; leave it out")
+    model = Path(options.model) if options.model else ensure_demo_model()
+    if not (model / "config.json").is_file():
+        raise ValueError(
+            f"eval: model must be a folder with a config.json, got {str(model)!r}; "
+            "download it first"
+        )
     torch.set_num_threads(options.threads)
     name = "evaluation-quick" if options.quick else "evaluation"
     suite = Suite(
-        options.model or str(ensure_demo_model()),
+        str(model),
         QUICK if options.quick else Sizes(),
         options.out / f"{name}.jsonl",
         quick=options.quick,
