@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import pytest
@@ -22,10 +23,13 @@ def words(tmp_path_factory):
 
 
 def test_the_suite(tmp_path, words, monkeypatch):
+    from vllm_fibquant import attention
     from vllm_fibquant.evaluation import report, suite, texts
     from vllm_fibquant.evaluation.rivals import KVQuant
     from vllm_fibquant.evaluation.rows import Row, all_rows
 
+    # The simulation does not round copies; on this model's sharp attention that would show.
+    monkeypatch.setattr(attention, "copy_dtype", lambda model_dtype: model_dtype)
     monkeypatch.setattr(texts, "EVALUATION", words)
     monkeypatch.setattr(suite, "CALIBRATION", words)
     wanted = {"float32 through vLLM", "2bit, exact", "2bit, quality", "2bit, exact, simulated",
@@ -43,7 +47,7 @@ def test_the_suite(tmp_path, words, monkeypatch):
     for mode in ("exact", "quality"):
         engine, simulated = numbers[f"2bit, {mode}"], numbers[f"2bit, {mode}, simulated"]
         assert engine["kl"] > 1e-3, "two bits must show"
-        assert engine["kl"] == pytest.approx(simulated["kl"], rel=0.02)
+        assert engine["kl"] == pytest.approx(simulated["kl"], rel=0.01)
         assert engine["delta"] == pytest.approx(simulated["delta"], abs=2e-3)
     assert numbers["2bit, quality"]["kl"] < numbers["2bit, exact"]["kl"]
 
@@ -51,7 +55,10 @@ def test_the_suite(tmp_path, words, monkeypatch):
     assert len(lines) == len(first.jobs)
     path.write_text("\n".join(lines[:-3]) + "\n")
     again = suite.Suite(model, sizes, path, rows=rows)
-    assert [job.row.name for job in again.missing] == ["KVQuant"] * 3
+    lost = [json.loads(line) for line in lines[-3:]]
+    assert {(job.row.name, job.unit.name) for job in again.missing} == {
+        (line["row"], line["unit"]) for line in lost
+    }
     again.run()
     again.prune()
     assert len(path.read_text().splitlines()) == len(first.jobs)
