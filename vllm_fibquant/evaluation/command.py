@@ -54,7 +54,6 @@ def run(options: argparse.Namespace) -> int:
     text = markdown(suite)
     (options.out / f"{name}.md").write_text(f"# Evaluation\n\n{text}")
     print(text)
-    if not options.quick:
-        for path in draw_all(summarise_all(suite), options.images or options.out):
-            print(f"drew {path}", file=sys.stderr)
+    for path in draw_all(summarise_all(suite), options.images or options.out, name):
+        print(f"drew {path}", file=sys.stderr)
     return 0

@@ -20,8 +20,10 @@ def measure_text(
     """Next-token distributions against the truth's, over all positions and over the far ones.
 
     Args:
-        truth, states: last hidden states of the uncompressed model and of the format, float32
-            `[num_tokens, hidden_size]`; both pass through the same head.
+        truth: next-token log-probabilities of the uncompressed model, float32
+            `[num_tokens, vocabulary]`.
+        states: last hidden states of the format, float32 `[num_tokens, hidden_size]`; they pass
+            through the same head.
         far: the first far position.
 
     Returns:
@@ -34,7 +36,7 @@ def measure_text(
     after = torch.tensor(unit.tokens[1:])
     for begin in range(0, last, _ROWS):
         rows = slice(begin, min(begin + _ROWS, last))
-        want = simulator.logits(truth[rows]).log_softmax(-1)
+        want = truth[rows]
         got = simulator.logits(states[rows]).log_softmax(-1)
         index = after[rows].unsqueeze(-1)
         loss = -got.gather(1, index).squeeze(1)

@@ -19,8 +19,8 @@ STYLES = {
 LADDER = ("as published", "exact", "gains, first 4", "gains, window 64", "quality")
 
 
-def draw_all(summaries: Sequence[Summary], folder: Path) -> Iterator[Path]:
-    """Draws what there are results for; yields the files written."""
+def draw_all(summaries: Sequence[Summary], folder: Path, name: str) -> Iterator[Path]:
+    """Draws what there are results for into files that begin with `name`; yields their paths."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -28,7 +28,7 @@ def draw_all(summaries: Sequence[Summary], folder: Path) -> Iterator[Path]:
     for draw in (frontier, ablation):
         figure = draw([s for s in summaries if s.num_texts])
         if figure is not None:
-            path = folder / f"evaluation-{draw.__name__}.png"
+            path = folder / f"{name}-{draw.__name__}.png"
             figure.savefig(path, dpi=120, bbox_inches="tight")
             yield path
 

@@ -205,7 +205,8 @@ class Suite:
         if unit.kind != "text":
             return measure_spans(self.simulator, unit, states)
         if unit.name not in self._truths:
-            self._truths[unit.name] = self.simulator.hidden(list(unit.tokens))
+            logits = self.simulator.logits(self.simulator.hidden(list(unit.tokens)))
+            self._truths[unit.name] = logits.log_softmax(-1)
         return measure_text(self.simulator, unit, self._truths[unit.name], states, self.sizes.far)
 
     def _keep(self, job: Job, metrics: dict[str, Any], seconds: float) -> None:

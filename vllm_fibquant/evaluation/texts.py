@@ -74,10 +74,10 @@ class Sizes:
     calibration: int = 2048
     step: int = 16
     far: int = 1024
-    passkeys: tuple[tuple[int, int], ...] = ((1, 6), (2, 3), (4, 2), (8, 2))
-    passkey_length: int = 600
+    passkeys: tuple[tuple[int, int], ...] = ((1, 4), (2, 2), (4, 2), (8, 2))
+    passkey_length: int = 448
     greedy: int = 8
-    prompt_length: int = 192
+    prompt_length: int = 128
     answer_length: int = 128
 
     @property
