@@ -91,11 +91,15 @@ def summarise(row: Row, head_dim: int, results: Iterable[dict[str, Any]]) -> Sum
 
 
 def summarise_all(suite: Suite) -> list[Summary]:
-    """One summary per row of the plan."""
+    """One summary per row of the plan that anything was measured of."""
     by_row = defaultdict(list)
     for (name, _), result in suite.results.items():
         by_row[name].append(result)
-    return [summarise(row, suite.simulator.head_dim, by_row[row.name]) for row in suite.rows]
+    return [
+        summarise(row, suite.simulator.head_dim, by_row[row.name])
+        for row in suite.rows
+        if row.name in by_row
+    ]
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -181,21 +185,29 @@ def markdown(suite: Suite) -> str:
         ]
         head = ["code", "bits of codes", "x 16 / 32 bits", "key error", "value error", "cosine"]
         parts += ["## Ends of the published frontier", table(head, lines)]
-    return "\n\n".join([*parts, check_text(summaries)]).rstrip() + "\n"
+    return "\n\n".join([*parts, check_text(suite)]).rstrip() + "\n"
 
 
-def check_text(summaries: Sequence[Summary]) -> str:
+def check_text(suite: Suite) -> str:
     """Engine beside simulation of the same format, on the texts that both were measured on."""
-    named = {s.row.name: s for s in summaries}
     lines = []
-    for name, simulated in named.items():
-        engine = named.get(name.removesuffix(", simulated"))
-        if engine is None or engine is simulated or not (engine.num_texts and simulated.num_texts):
-            continue
-        lines.append(
-            f"- {engine.row.name}: KL {engine.get('kl'):.4f} through the engine "
-            f"({engine.num_texts} texts), {simulated.get('kl'):.4f} simulated "
-            f"({simulated.num_texts}); perplexity {engine.get('perplexity'):.3f} and "
-            f"{simulated.get('perplexity'):.3f}"
-        )
+    for name in (row.name for row in suite.rows if row.name.endswith(", simulated")):
+        engine_name = name.removesuffix(", simulated")
+        pairs = [
+            (suite.results[engine_name, unit], result)
+            for (row, unit), result in suite.results.items()
+            if row == name and result["kind"] == "text" and (engine_name, unit) in suite.results
+        ]
+        if pairs:
+            shown = []
+            for metric, label in (("kl", "KL"), ("loss_increase", "increase of loss")):
+                engine, simulated = (
+                    statistics.fmean(r[metric] for r in x) for x in zip(*pairs, strict=True)
+                )
+                error = standard_error([a[metric] - b[metric] for a, b in pairs])
+                shown.append(
+                    f"{label} {engine:.4f} through the engine, {simulated:.4f} simulated "
+                    f"(standard error of the difference {_shown(error, '.4f')})"
+                )
+            lines.append(f"- {engine_name}, {len(pairs)} texts: {'; '.join(shown)}")
     return "\n".join(["## Engine against simulation", "", *lines]) if lines else ""
