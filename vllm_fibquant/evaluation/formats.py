@@ -125,6 +125,25 @@ class FibQuant(Format):
         return (positions // self.step * self.step - self.window).clamp(min=0)
 
 
+@dataclass(frozen=True)
+class Perturbed(FibQuant):
+    """With keys and values changed by a millionth before they are coded.
+
+    Two computations that agree to rounding, such as engine and simulation, may differ by as much
+    as this one differs from `FibQuant`: a coordinate on the border of two cells decides for
+    another code, which all later tokens and layers see.
+    """
+
+    seed: int = 0
+
+    def roundtrip(self, layer, keys, values, rotate):
+        generator = torch.Generator().manual_seed(1000 * self.seed + layer)
+        keys, values = (
+            x * (1 + 1e-6 * torch.randn(x.shape, generator=generator)) for x in (keys, values)
+        )
+        return super().roundtrip(layer, keys, values, rotate)
+
+
 class BuiltFibQuant(FibQuant):
     """With codebooks made on the spot, for codes that do not ship; kept in memory alone."""
 

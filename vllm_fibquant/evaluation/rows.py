@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from vllm_fibquant.config import CodeSpec, Preset
-from vllm_fibquant.evaluation.formats import BuiltFibQuant, FibQuant, Format, Rounded
+from vllm_fibquant.evaluation.formats import BuiltFibQuant, FibQuant, Format, Perturbed, Rounded
 from vllm_fibquant.evaluation.rivals import GgmlQ4, Int4PerToken, Kivi, KVQuant, TurboQuant
 from vllm_fibquant.options import parse_options
 
@@ -108,6 +108,11 @@ def all_rows(step: int) -> list[Row]:
     for mode, options in modes.items():
         known = FibQuant.from_options(parse_options("fibquant_2bit", {"fibquant": options}), step)
         rows.append(Row(f"2bit, {mode}, simulated", "check", known, quick=mode == "exact"))
+    codes = parse_options("fibquant_2bit").preset
+    rows += [
+        Row(f"2bit, exact, perturbed {i}", "check", Perturbed(codes, seed=i), fidelity=False)
+        for i in (1, 2)
+    ]
     return rows + _frontier()
 
 
