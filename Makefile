@@ -16,7 +16,7 @@ EMULATED := build/libfibquant_cuda_emulated.so
 COMPOSE := docker/compose.yaml docker/compose.gpu.yaml
 CSRC    := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help serve cuda test test-slow test-next lint docker-lint docker-test format bench load wheel clean
+.PHONY: help serve cuda test test-slow test-next lint docker-lint docker-test format bench eval load wheel clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -67,6 +67,9 @@ load: $(VENV)/.dev $(LIBRARY)  ## measure requests per second of the server when
 	rm -f docs/results/load.jsonl
 	$(BIN)/python -m benchmarks.bench_load --out docs/results/load.jsonl $(ARGS)
 	$(BIN)/python -m benchmarks --plot-only
+
+eval: $(VENV)/.dev $(LIBRARY)  ## quality of every format, ours and others: an hour (ARGS=--quick: minutes)
+	$(BIN)/vllm-fibquant eval $(MODEL) --out docs/results --images docs/images $(ARGS)
 
 wheel: $(VENV)/.deps  ## build a wheel into dist/
 	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .

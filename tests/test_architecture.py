@@ -48,6 +48,7 @@ LAYERS = {
         "cli",
         "codebook_cli",
         "demo_model",
+        "evaluation",
         "info",
         "launcher",
         "plan",
@@ -58,8 +59,13 @@ LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in mod
 # the same description.
 ALLOWED_UPWARD = {("codec", "layout")}
 
-# Outside the adapters: the target of vLLM's own console script, and its class for offline use.
-VLLM_ENTRY = {("launcher", "vllm.entrypoints.cli"), ("calibrate_cli", "vllm")}
+# Outside the adapters: the target of vLLM's console script, and users of its documented classes.
+VLLM_ENTRY = {
+    ("launcher", "vllm.entrypoints.cli"),
+    ("calibrate_cli", "vllm"),
+    ("evaluation", "vllm"),
+    ("evaluation", "vllm.distributed"),
+}
 
 MAX_LINES = 440  # "about 400"
 SOURCES = ("*.py", "*.cpp", "*.h", "*.cu", "*.cuh")
@@ -96,16 +102,26 @@ def imports_of(path):
             yield from ((name, id(node) not in lazy) for name in names)
 
 
-MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
+FILES = sorted([*PACKAGE.glob("*.py"), *PACKAGE.glob("evaluation/*.py")])
+
+
+def module_of(path):
+    """The module, or the package, that a layer is given to."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def name_of(path):
+    return str(path.relative_to(PACKAGE).with_suffix(""))
 
 
 def test_every_module_has_a_layer():
-    assert sorted(LAYER_OF) == MODULES
+    assert sorted(LAYER_OF) == sorted({module_of(path) for path in FILES})
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_dependencies_point_down(module):
-    for name, _ in imports_of(PACKAGE / f"{module}.py"):
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_dependencies_point_down(path):
+    module = module_of(path)
+    for name, _ in imports_of(path):
         if not name.startswith("vllm_fibquant."):
             continue
         target = name.split(".")[1]
@@ -114,10 +130,11 @@ def test_dependencies_point_down(module):
         assert LAYER_OF[target] <= LAYER_OF[module], f"{module} must not import {target}"
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_foreign_imports(module):
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_foreign_imports(path):
     """vLLM from layer 3 up; below, torch and numpy at import, scipy and tqdm when used."""
-    for name, at_import in imports_of(PACKAGE / f"{module}.py"):
+    module = module_of(path)
+    for name, at_import in imports_of(path):
         root = name.split(".")[0]
         layer = LAYER_OF[module]
         if root == "vllm":
@@ -129,7 +146,8 @@ def test_foreign_imports(module):
         elif layer <= 2 and at_import:
             assert root in ("torch", "numpy"), f"{module} must not need {root} to be imported"
         elif layer == 5:
-            assert not at_import or module == "codebook_cli", f"{module} must import {root} lazily"
+            is_late = module in ("codebook_cli", "evaluation")  # imported by their command alone
+            assert not at_import or is_late, f"{module} must import {root} lazily"
 
 
 def test_lower_layers_import_without_vllm():
@@ -165,7 +183,7 @@ def test_no_asserts_on_what_users_give():
     """An assert vanishes under -O and prints no value: the package raises instead."""
     found = [
         f"{path.name}:{node.lineno}"
-        for path in PACKAGE.glob("*.py")
+        for path in FILES
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Assert)
     ]
@@ -175,7 +193,7 @@ def test_no_asserts_on_what_users_give():
 def test_environment_names():
     """Our own environment variables begin with FIBQUANT_; the others are vLLM's."""
     pattern = re.compile(r"""(?:environ(?:\.get)?|getenv)\s*[\[(]\s*["']([A-Z_]+)""")
-    for path in PACKAGE.glob("*.py"):
+    for path in FILES:
         for name in pattern.findall(path.read_text()):
             is_vllms = name in ("VLLM_CPU_KVCACHE_SPACE", "VLLM_PLUGINS")
             assert name.startswith("FIBQUANT_") or is_vllms, path.name

@@ -225,3 +225,8 @@ def test_serve_ends_on_sigterm_before_vllm_handles_it():
         assert process.stdout.readline() == b"importing\n"
         process.terminate()
         assert process.wait(20) == 128 + signal.SIGTERM
+
+
+def test_eval_refuses_what_is_no_model(tmp_path, capsys):
+    assert cli.main(["eval", str(tmp_path), "--out", str(tmp_path)]) == 1
+    assert "model must be a folder with a config.json" in capsys.readouterr().err

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 
 from vllm_fibquant import __version__
+from vllm_fibquant.evaluation import command as evaluation
 
 CODEBOOK_HELP = "build, show or verify codebook files"
 SERVE_HELP = "serve a model with vLLM's OpenAI-compatible server and a FibQuant KV cache"
@@ -112,6 +113,15 @@ def make_parser(with_codebook: bool = True) -> argparse.ArgumentParser:
     )
     calibrate.add_argument("--dtype", default="auto", help="as for vLLM; default: auto")
     calibrate.set_defaults(run=run_calibrate)
+
+    evaluate = commands.add_parser(
+        "eval",
+        help="measure what each cache format does to a model, ours and others",
+        description="Fidelity, perplexity, KL, pass keys and greedy answers of every format: "
+        "under an hour on two cores for a small model. See docs/evaluation.md.",
+    )
+    evaluation.add_arguments(evaluate)
+    evaluate.set_defaults(run=evaluation.run)
 
     if with_codebook:
         from vllm_fibquant.codebook_cli import add_parser

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm-fibquant eval`: its arguments, and what it writes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", help="folder of a model; default: the demo model")
+    parser.add_argument("--quick", action="store_true", help="few rows and short texts: minutes")
+    parser.add_argument("--out", type=Path, default=Path("evaluation"), metavar="DIR",
+                        help="results and tables; a stopped run goes on there")  # fmt: skip
+    parser.add_argument("--images", type=Path, metavar="DIR", help="plots; default: as --out")
+    parser.add_argument("--threads", type=int, default=2, help="default: 2")
+    parser.add_argument("--report", action="store_true",
+                        help="measure nothing: tables and plots of what is there")  # fmt: skip
+    parser.add_argument("--any-code", action="store_true",
+                        help="take results that other versions of the code measured")  # fmt: skip
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measures and reports; returns the exit status."""
+    import torch
+
+    from vllm_fibquant.demo_model import ensure_demo_model
+    from vllm_fibquant.evaluation.plots import draw_all
+    from vllm_fibquant.evaluation.report import markdown, summarise_all
+    from vllm_fibquant.evaluation.suite import Suite
+    from vllm_fibquant.evaluation.texts import QUICK, Sizes
+
+    if options.threads < 1:
+        raise ValueError(f"--threads must be at least 1, got {options.threads}; leave it out")
+    model = Path(options.model) if options.model else ensure_demo_model()
+    if not (model / "config.json").is_file():
+        raise ValueError(
+            f"eval: model must be a folder with a config.json, got {str(model)!r}; "
+            "download it first"
+        )
+    torch.set_num_threads(options.threads)
+    name = "evaluation-quick" if options.quick else "evaluation"
+    suite = Suite(
+        str(model),
+        QUICK if options.quick else Sizes(),
+        options.out / f"{name}.jsonl",
+        quick=options.quick,
+        any_code=options.any_code or options.report,
+    )
+    if not options.report:
+        suite.run()
+        suite.prune()
+    text = markdown(suite)
+    (options.out / f"{name}.md").write_text(f"# Evaluation\n\n{text}")
+    print(text)
+    for path in draw_all(summarise_all(suite), options.images or options.out, name):
+        print(f"drew {path}", file=sys.stderr)
+    return 0

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The metrics of one unit; docs/evaluation.md defines them in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vllm_fibquant.evaluation.formats import Format
+from vllm_fibquant.evaluation.simulate import Simulator, attend
+from vllm_fibquant.evaluation.texts import Unit
+
+_ROWS = 256  # positions whose whole vocabulary is held at once
+
+
+def measure_text(
+    simulator: Simulator, unit: Unit, truth: torch.Tensor, states: torch.Tensor, far: int
+) -> dict[str, Any]:
+    """Next-token distributions against the truth's, over all positions and over the far ones.
+
+    Args:
+        truth: next-token log-probabilities of the uncompressed model, float32
+            `[num_tokens, vocabulary]`.
+        states: last hidden states of the format, float32 `[num_tokens, hidden_size]`; they pass
+            through the same head.
+        far: the first far position.
+
+    Returns:
+        For all positions, and with the prefix far_ for those from `far` on: num, and means of
+        loss (nats), loss_increase (over the truth's), kl (truth from format, nats), same (likeliest
+        tokens equal).
+    """
+    columns = []
+    last = len(unit.tokens) - 1
+    after = torch.tensor(unit.tokens[1:])
+    for begin in range(0, last, _ROWS):
+        rows = slice(begin, min(begin + _ROWS, last))
+        want = truth[rows]
+        got = simulator.logits(states[rows]).log_softmax(-1)
+        index = after[rows].unsqueeze(-1)
+        loss = -got.gather(1, index).squeeze(1)
+        increase = loss + want.gather(1, index).squeeze(1)
+        same = (want.argmax(-1) == got.argmax(-1)).float()
+        kl = (want.exp() * (want - got)).sum(-1)
+        columns.append(torch.stack([loss, increase, kl, same]))
+    all_positions = torch.cat(columns, 1).double()
+    result: dict[str, Any] = {}
+    for prefix, part in (("", all_positions), ("far_", all_positions[:, far:])):
+        result[f"{prefix}num"] = part.shape[1]
+        names = ("loss", "loss_increase", "kl", "same")
+        result |= {f"{prefix}{n}": float(x) for n, x in zip(names, part.mean(1), strict=True)}
+    return result
+
+
+def measure_spans(simulator: Simulator, unit: Unit, states: torch.Tensor) -> dict[str, Any]:
+    """Which answers greedy generation would have given.
+
+    Args:
+        states: last hidden states of the format, float32 `[num_tokens, hidden_size]`.
+
+    Returns:
+        right: per span, whether all its tokens are the likeliest; equal: tokens of each span
+        before the first that is not.
+    """
+    right, equal = [], []
+    for begin, end in unit.spans:
+        likeliest = simulator.logits(states[begin - 1 : end - 1]).argmax(-1)
+        wrong = likeliest != torch.tensor(unit.tokens[begin:end])
+        equal.append(int(wrong.int().argmax()) if wrong.any() else end - begin)
+        right.append(equal[-1] == end - begin)
+    return {"right": right, "equal": equal}
+
+
+def measure_fidelity(simulator: Simulator, unit: Unit, cache_format: Format) -> dict[str, Any]:
+    """What a format does to captured keys, values and attention outputs of the uncompressed model.
+
+    Returns:
+        key_error, value_error: squared error over squared length, of codes alone, mean over layers;
+        cosine: of attention outputs with and without the format, mean over layers, heads and
+        queries; the tokens the format leaves alone are read uncompressed.
+    """
+    errors = torch.zeros(3, dtype=torch.float64)
+    layers = simulator.capture(unit.tokens)
+    for index, (query, key, value) in enumerate(layers):
+        coded = cache_format.roundtrip(index, key, value, simulator.rotate)
+        scale = simulator.head_dim**-0.5
+        want = attend(query, (key, value), (key, value), scale)
+        got = attend(query, (key, value), coded, scale, cache_format)
+        relative = [
+            (x - y).square().sum() / x.square().sum()
+            for x, y in zip((key, value), coded, strict=True)
+        ]
+        cosine = torch.cosine_similarity(want, got, dim=-1).mean()
+        errors += torch.stack([*relative, cosine]).double()
+    return dict(zip(("key_error", "value_error", "cosine"), (errors / len(layers)).tolist(),
+                    strict=True))  # fmt: skip

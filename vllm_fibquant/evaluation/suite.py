@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm-fibquant eval`: measures what is missing, keeps every result at once, reports.
+
+Each result is one line of a jsonl file, filed under what decides it (`Job.what`) and the code that
+computed it (`code_digest`). A stopped run goes on where it was; a changed text, model, row or codec
+is measured again.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vllm_fibquant.evaluation.engine import Engine
+from vllm_fibquant.evaluation.measure import measure_fidelity, measure_spans, measure_text
+from vllm_fibquant.evaluation.rivals import KVQuant
+from vllm_fibquant.evaluation.rows import Row, all_rows
+from vllm_fibquant.evaluation.simulate import Simulator
+from vllm_fibquant.evaluation.texts import (
+    CALIBRATION,
+    Sizes,
+    Unit,
+    chunks_of,
+    greedy_units,
+    passkey_units,
+    text_units,
+)
+
+PACKAGE = Path(__file__).parent.parent
+# What the numbers follow from. Kernels and adapters are not here: tests and the self-check at
+# start hold them to the oracle.
+_DECIDING = ("config", "codebook", "codec", "list_search", "rotation", "layout", "options",
+             "reference", "evaluation/formats", "evaluation/rivals", "evaluation/simulate",
+             "evaluation/engine", "evaluation/measure")  # fmt: skip
+
+NUM_STAGES = 4
+
+
+@dataclass(frozen=True)
+class Job:
+    """One unit of one row."""
+
+    row: Row
+    unit: Unit
+    what: str
+
+
+def code_digest() -> str:
+    """Of the shipped codebooks and the deciding modules' statements, without docstrings."""
+    digest = hashlib.sha256()
+    for name in _DECIDING:
+        tree = ast.parse((PACKAGE / f"{name}.py").read_text())
+        for node in ast.walk(tree):
+            body = getattr(node, "body", None)
+            if isinstance(body, list):
+                node.body = [s for s in body if not _is_text(s)]  # type: ignore[attr-defined]
+        digest.update(ast.dump(tree).encode())
+    for path in sorted((PACKAGE / "codebooks").glob("*.fqcb")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _is_text(statement: ast.stmt) -> bool:
+    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+
+
+def model_digest(folder: Path) -> str:
+    """Of a model's configuration and weights."""
+    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+class Suite:
+    """The plan for one model, and what of it has been measured.
+
+    Attributes:
+        rows: what is measured.
+        results: by (row name, unit name), the lines of the file that belong to this plan.
+    """
+
+    def __init__(
+        self, model: str, sizes: Sizes, path: Path, *, rows: Sequence[Row] | None = None,
+        quick: bool = False, any_code: bool = False,
+    ) -> None:  # fmt: skip
+        self.model, self.sizes, self.path = model, sizes, path
+        self.simulator = Simulator(model)
+        given = all_rows(sizes.step) if rows is None else list(rows)
+        self.rows = [row for row in given if row.quick or not quick]
+        self.code = code_digest()
+        encode = functools.partial(self.simulator.tokenizer.encode, add_special_tokens=False)
+        self._calibration = chunks_of(CALIBRATION, encode, sizes.calibration, 1)[0]
+        prompts = functools.cache(lambda: greedy_units(encode, sizes, self._continue))
+        units = text_units(encode, sizes) + list(passkey_units(encode, sizes)) + prompts()
+        self._base = repr((model_digest(Path(model)), self._calibration, sizes.far))
+        self.jobs = [
+            Job(row, unit, self._what(row, unit))
+            for row in self.rows
+            for unit in self._for(row, units)
+        ]
+        self._truths: dict[str, torch.Tensor] = {}
+        wanted = {(job.row.name, job.unit.name): job.what for job in self.jobs}
+        self.results: dict[tuple[str, str], dict[str, Any]] = {}
+        for line in path.read_text().splitlines() if path.exists() else ():
+            result = json.loads(line)
+            key = result["row"], result["unit"]
+            if wanted.get(key) == result["what"] and (any_code or result["code"] == self.code):
+                self.results[key] = result
+
+    def _continue(self, prompts: list[list[int]], count: int) -> list[list[int]]:
+        return self.simulator.continuations(prompts, count)
+
+    def _what(self, row: Row, unit: Unit) -> str:
+        given = repr((self._base, row.identity, unit.digest))
+        return hashlib.sha256(given.encode()).hexdigest()[:16]
+
+    def _for(self, row: Row, units: list[Unit]) -> Iterator[Unit]:
+        """The units that a row is measured on."""
+        texts = 0
+        for unit in units:
+            if unit.kind == "fidelity":
+                if row.fidelity:
+                    yield unit
+            elif row.group == "frontier":
+                continue
+            elif unit.kind == "text":
+                texts += 1
+                if row.main or texts <= self.sizes.num_other_chunks:
+                    yield unit
+            elif row.main:
+                yield unit
+
+    @property
+    def missing(self) -> list[Job]:
+        return [job for job in self.jobs if (job.row.name, job.unit.name) not in self.results]
+
+    def run(self) -> None:
+        """Measures what is missing, what matters most first, so that a stopped run is of use."""
+        from tqdm import tqdm
+
+        jobs = self.missing
+        total = sum(_weight(job) for job in jobs)
+        print(f"eval: {len(self.jobs) - len(jobs)} of {len(self.jobs)} results are there; "
+              f"{len(jobs)} to measure", file=sys.stderr, flush=True)  # fmt: skip
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with tqdm(total=total, unit="tok", unit_scale=True, mininterval=5, smoothing=0) as bar:
+            for stage in range(NUM_STAGES):
+                for row in self.rows:
+                    mine = [job for job in jobs if job.row is row and self._stage(job) == stage]
+                    if mine:
+                        bar.set_description(row.name[:28].ljust(28))
+                        self._run_row(row, mine, bar)
+
+    def _stage(self, job: Job) -> int:
+        """Main rows on the texts that all rows are measured on, their tasks, other rows, the rest.
+
+        One engine serves a row within a stage.
+        """
+        texts = [other.unit.name for other in self.jobs if other.unit.kind == "text"]
+        early = list(dict.fromkeys(texts))[: self.sizes.num_other_chunks]
+        if not job.row.main:
+            return 0 if job.row.group in ("check", "frontier") else 2
+        if job.unit.kind in ("passkey", "greedy"):
+            return 1
+        return 0 if job.unit.kind == "fidelity" or job.unit.name in early else 3
+
+    def _run_row(self, row: Row, jobs: list[Job], bar: Any) -> None:
+        if isinstance(row.cache_format, KVQuant):
+            layers = self.simulator.capture(tuple(self._calibration))
+            row.cache_format.fit(layers, self.simulator.rotate)
+        engine = None
+        try:
+            for job in jobs:
+                begun = time.process_time()
+                if job.unit.kind == "fidelity":
+                    metrics = measure_fidelity(self.simulator, job.unit, row.cache_format)
+                else:
+                    if row.engine and engine is None:
+                        engine = Engine(self.model, *row.engine, row.step, self.sizes.longest)
+                    tokens = list(job.unit.tokens)
+                    states = (
+                        engine.hidden(tokens)
+                        if engine
+                        else self.simulator.hidden(tokens, row.cache_format)
+                    )
+                    metrics = self._judge(job.unit, states)
+                self._keep(job, metrics, time.process_time() - begun)
+                bar.update(_weight(job))
+        finally:
+            if engine:
+                engine.close()
+
+    def _judge(self, unit: Unit, states: torch.Tensor) -> dict[str, Any]:
+        if unit.kind != "text":
+            return measure_spans(self.simulator, unit, states)
+        if unit.name not in self._truths:
+            logits = self.simulator.logits(self.simulator.hidden(list(unit.tokens)))
+            self._truths[unit.name] = logits.log_softmax(-1)
+        return measure_text(self.simulator, unit, self._truths[unit.name], states, self.sizes.far)
+
+    def _keep(self, job: Job, metrics: dict[str, Any], seconds: float) -> None:
+        result = {
+            "model": Path(self.model).name, "row": job.row.name, "unit": job.unit.name,
+            "kind": job.unit.kind, "via": "engine" if job.row.engine and job.unit.kind != "fidelity"
+            else "simulation", **metrics, "cpu_seconds": round(seconds, 1), "what": job.what,
+            "code": self.code,
+        }  # fmt: skip
+        if job.unit.depths:
+            result["depths"] = job.unit.depths
+        with self.path.open("a") as file:
+            file.write(json.dumps(result) + "\n")
+        self.results[job.row.name, job.unit.name] = result
+
+    def prune(self) -> None:
+        """Rewrites the file with this plan's results alone, in the plan's order."""
+        keys = [(job.row.name, job.unit.name) for job in self.jobs]
+        lines = [json.dumps(self.results[key]) for key in keys if key in self.results]
+        self.path.write_text("".join(line + "\n" for line in lines))
+
+
+def _weight(job: Job) -> int:
+    """Tokens to be read, those of small engine steps counted by what they cost."""
+    slow = 3 if job.row.engine and job.row.step < 64 else 1
+    return len(job.unit.tokens) * (1 if job.unit.kind == "fidelity" else slow)
