@@ -133,7 +133,8 @@ def part_build(args) -> int:
 
 def part_test(args) -> int:
     files = ["tests/test_cuda_emulated.py", "tests/triton_cases.py"]
-    return subprocess.run([sys.executable, "-m", "pytest", "-q", *files]).returncode
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", *files]
+    return subprocess.run(command).returncode
 
 
 def part_sanitize(args) -> int:
