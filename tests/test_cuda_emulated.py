@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import subprocess
 
@@ -292,6 +293,41 @@ def test_gain_rules_and_strided_half_inputs(library, gain: str, dtype: torch.dty
     key, value = qkv[:, 256:384].view(20, 2, 64), qkv[:, 384:].view(20, 2, 64)
     got, expected, _ = encode_both(library, codec, key, value, torch.arange(20) + 5)
     check_records(codec, got, expected)
+
+
+# ---- what is supported --------------------------------------------------------------------------
+
+
+def test_the_documents_table_is_the_librarys(library) -> None:
+    document = (emu.ROOT / "docs" / "gpu.md").read_text()
+    assert library.support.markdown() in document
+
+
+def test_every_preset_has_a_kernel_of_its_own_and_others_are_refused(library) -> None:
+    for name in PRESET_NAMES:
+        preset = PRESETS[name]
+        assert (preset.key.name, preset.value.name) in library.support.pairs, name
+        for head_dim in library.support.wide_columns:
+            assert library.support.unsupported(codec_of(name, head_dim)) is None
+    assert "head_dim must be one of 64" in library.support.unsupported(
+        codec_of("fibquant_2bit", 80)
+    )
+    codes = {key: name for key, name in library.support.codes.items() if name != "k8n256"}
+    fewer = dataclasses.replace(library.support, codes=codes)
+    assert "key must be one of k2n256" in fewer.unsupported(codec_of("fibquant_1bit", 64))
+    cache = emu.aligned(torch.zeros(2, 1, 24, 36, dtype=torch.uint8))
+    assert "block_size must be a multiple of 16" in native_cuda.unsupported_cache(cache)
+    with pytest.raises(RuntimeError, match="pages must be 16-byte aligned"):
+        paged = paged_of(codec_of("fibquant_2bit", 64), [5], [1], block_size=24)
+        emu.attend(library, paged)
+
+
+def test_a_library_of_other_sources_is_refused(tmp_path) -> None:
+    with pytest.raises(RuntimeError, match="is missing; build it with `make cuda`"):
+        native_cuda.Library(tmp_path / "none.so")
+    (tmp_path / "text.so").write_text("no library")
+    with pytest.raises(RuntimeError, match="does not load"):
+        native_cuda.Library(tmp_path / "text.so")
 
 
 # ---- the judge judged ---------------------------------------------------------------------------

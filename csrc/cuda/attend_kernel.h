@@ -12,7 +12,7 @@ struct WarpState {
   static constexpr int kSteps = kHeadDim / 16;
   float m[kTiles][2], l[kTiles][2];  // l: this lane's part, summed over the warp at the end
   float o[kTiles][kSteps][4];        // in units of top
-  float top;                         // largest value norm met, the same in all lanes
+  float top, unit;                   // largest value norm met, the same in all lanes; 1 / top
 };
 
 // Merges the warps' states and stores the split's. `scratch` is kTableBytes, `factors` kMaxWarps *
@@ -135,38 +135,47 @@ attend(FQ_PARAM AttendArgs args) {
       for (int c = 0; c < 4; ++c) s.o[i][j][c] = 0.0f;
     }
   }
-  s.top = 0.0f;
+  s.top = s.unit = 0.0f;
   const float cap = a.soft_cap, log_cap = cap * kLog2e;
 
-  // Where a tile's 16 records are, or null when the block table does not lead into the cache.
-  const auto find_tile = [&](int tile) -> const uint8_t* {
-    const int entry = tile * kTokens / args.pages.block_size;
-    if (entry >= a.table_width) return nullptr;
-    const int64_t block = a.block_table[b.req * a.stride_block_table + entry];
-    if (block < 0 || block >= args.pages.num_blocks) return nullptr;
-    return args.pages.base + block * args.pages.stride_block + kv_head * args.pages.stride_head +
-           tile * kTokens % args.pages.block_size * record_bytes;
-  };
-  // Starts the copy of a tile into its place in the ring; returns whether it exists.
-  const auto fetch = [&](int tile, int stage) {
-    const uint8_t* from = tile < tile_end ? find_tile(tile) : nullptr;
-    if (from) {
+  // The tile that is fetched next, and where it is: entry of the block table, tile of that block.
+  // A step of num_warps tiles is added to both, which spares a division per tile.
+  const int per_block = args.pages.block_size / kTokens;
+  int fetched = tile_begin + warp_idx();
+  int entry = fetched / per_block, within = fetched % per_block;
+  const int step_entry = num_warps / per_block, step_within = num_warps % per_block;
+  // Starts the copy of the next tile into a stage of the ring. Returns whether it exists: not when
+  // the block table does not lead into the cache.
+  const auto fetch = [&](int stage) {
+    int64_t block = -1;
+    if (fetched < tile_end && entry < a.table_width)
+      block = a.block_table[b.req * a.stride_block_table + entry];
+    const bool exists = block >= 0 && block < args.pages.num_blocks;
+    if (exists) {
+      const uint8_t* from = args.pages.base + block * args.pages.stride_block +
+                            kv_head * args.pages.stride_head + within * kTokens * record_bytes;
       uint8_t* to = ring + stage * kTokens * record_bytes;
       for (int i = lane * 16; i < kTokens * record_bytes; i += kWarp * 16)
         copy_async(to + i, from + i);
     }
     commit_copies();
-    return from != nullptr;
+    fetched += num_warps;
+    entry += step_entry;
+    within += step_within;
+    if (within >= per_block) {
+      within -= per_block;
+      ++entry;
+    }
+    return exists;
   };
 
   uint32_t known = 0;  // bit s: the tile in stage s exists
-  for (int i = 0; i < kStages - 1; ++i)
-    known |= (uint32_t)fetch(tile_begin + warp_idx() + i * num_warps, i) << i;
+  for (int i = 0; i < kStages - 1; ++i) known |= (uint32_t)fetch(i) << i;
   int stage = 0;
   for (int tile = tile_begin + warp_idx(); tile < tile_end; tile += num_warps) {
     sync_warp();  // the stage that is fetched into has been read by all lanes
     const int next = stage == 0 ? kStages - 1 : stage - 1;
-    const uint32_t there = fetch(tile + (kStages - 1) * num_warps, next);
+    const uint32_t there = fetch(next);
     known = (known & ~(1u << next)) | there << next;
     wait_copies<kStages - 1>();
     sync_warp();
@@ -218,6 +227,7 @@ attend(FQ_PARAM AttendArgs args) {
       largest = maximum(warp_max(largest), s.top);
       const float shrink = largest > 0.0f ? s.top / largest : 1.0f;
       s.top = largest;
+      s.unit = largest > 0.0f ? 1.0f / largest : 0.0f;
 #pragma unroll
       for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
@@ -237,7 +247,6 @@ attend(FQ_PARAM AttendArgs args) {
     }
 
     // ---- weights, times value norms, as mma B fragments
-    const float unit = s.top > 0.0f ? 1.0f / s.top : 0.0f;
     uint32_t p[kTiles][2];
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
@@ -246,7 +255,7 @@ attend(FQ_PARAM AttendArgs args) {
       for (int c = 0; c < 4; ++c) {
         weight[c] = exp2_fast(acc[i][c] - s.m[i][c % 2]);
         s.l[i][c % 2] += weight[c];
-        weight[c] *= value_norm[c / 2] * unit;
+        weight[c] *= value_norm[c / 2] * s.unit;
       }
       p[i][0] = transpose(to_half2(weight[0], weight[1]));
       p[i][1] = transpose(to_half2(weight[2], weight[3]));

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decode attention of others, set up for one case of benchmarks/gpu_proof.py.
+
+Each function returns a call without arguments and the bytes of keys and values it reads. vLLM's
+kernels are optional: without vLLM they raise ImportError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+BLOCK_SIZE = 16
+SPLITS = 32
+Prepared = tuple[Callable[[], object], int]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One token of each of `batch` requests against `context` cached ones."""
+
+    head_dim: int
+    num_kv_heads: int
+    group_size: int
+    batch: int
+    context: int
+    device: str
+
+    @property
+    def num_q_heads(self) -> int:
+        return self.num_kv_heads * self.group_size
+
+    def query(self) -> torch.Tensor:
+        shape = (self.batch, self.num_q_heads, self.head_dim)
+        return torch.randn(shape, device=self.device).bfloat16()
+
+    def lens(self) -> torch.Tensor:
+        return torch.full((self.batch,), self.context, dtype=torch.int32, device=self.device)
+
+    def table(self) -> torch.Tensor:
+        """A shuffled block table [batch, blocks of a request]."""
+        blocks = -(-self.context // BLOCK_SIZE)
+        table = torch.randperm(self.batch * blocks).to(torch.int32)
+        return table.view(self.batch, blocks).to(self.device)
+
+
+def sdpa(case: Case) -> Prepared:
+    """torch's SDPA on contiguous bfloat16: no pages, the easiest case."""
+    shape = (case.batch, case.num_kv_heads, case.context, case.head_dim)
+    key, value = (torch.randn(shape, device=case.device, dtype=torch.bfloat16) for _ in range(2))
+    query, grouped = case.query().unsqueeze(2), case.group_size > 1
+    attend = torch.nn.functional.scaled_dot_product_attention
+    return lambda: attend(query, key, value, enable_gqa=grouped), 4 * key.numel()
+
+
+def _paged(case: Case, dtype: torch.dtype) -> Prepared:
+    from vllm.v1.attention.ops.triton_decode_attention import decode_attention_fwd
+
+    table = case.table()
+    shape = (table.numel(), BLOCK_SIZE, case.num_kv_heads, case.head_dim)
+    key, value = (torch.randn(shape, device=case.device).bfloat16().to(dtype) for _ in range(2))
+    query = case.query()
+    out, lens = torch.empty_like(query), case.lens()
+    rows = (case.batch, case.num_q_heads)
+    lse = torch.empty(rows, device=case.device)
+    logits = torch.empty(*rows, SPLITS, case.head_dim + 1, device=case.device)
+
+    def run() -> None:
+        decode_attention_fwd(
+            query, key, value, out, lse, table, lens, logits, SPLITS, case.head_dim**-0.5,
+            BLOCK_SIZE,
+        )  # fmt: skip
+
+    return run, 2 * key.numel() * key.element_size()
+
+
+def paged_bf16(case: Case) -> Prepared:
+    """vLLM's Triton split-KV decode attention over bfloat16 pages."""
+    return _paged(case, torch.bfloat16)
+
+
+def paged_fp8(case: Case) -> Prepared:
+    """The same over float8_e4m3fn pages."""
+    return _paged(case, torch.float8_e4m3fn)
+
+
+def turboquant(case: Case) -> Prepared:
+    """vLLM's TurboQuant decode attention, 4 bits for keys and values, over random bytes."""
+    from vllm.v1.attention.ops import triton_turboquant_decode as ops
+
+    bits, dim = 4, case.head_dim
+    key_bytes = dim * bits // 8 + 2  # indices and a norm
+    token_bytes = key_bytes + dim * bits // 8 + 4  # values with scale and zero
+    table = case.table()
+    shape = (table.numel(), BLOCK_SIZE, case.num_kv_heads, token_bytes)
+    cache = torch.randint(0, 60, shape, dtype=torch.uint8, device=case.device)
+    query, lens = case.query(), case.lens()
+    rotation = torch.eye(dim, device=case.device)
+    centroids = torch.linspace(-2, 2, 1 << bits, device=case.device)
+
+    def run() -> torch.Tensor:
+        return ops.triton_turboquant_decode_attention(
+            query, cache, table, lens, rotation, centroids, dim**-0.5, bits, key_bytes, bits,
+            norm_correction=True, PiT=rotation,
+        )  # fmt: skip
+
+    return run, cache.numel()
+
+
+PEERS = {"sdpa": sdpa, "bf16": paged_bf16, "fp8": paged_fp8, "turboquant": turboquant}
