@@ -48,17 +48,17 @@ serve.main(parser.parse_args())
 COUNTERS = ("prefix_cache_hits", "prefix_cache_queries", "num_preemptions")
 
 
-def documents_of(model: str) -> list[str]:
-    """Texts of DOCUMENT_TOKENS tokens, up to what cutting a text between two tokens changes."""
+def documents_of(model: str, sizes: list[int]) -> list[str]:
+    """Texts of `sizes` tokens, up to what cutting a text between two tokens changes."""
     import pydoc_data.topics
 
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     topics = sorted(pydoc_data.topics.topics.values(), key=len)
-    tokens = tokenizer("\n".join(topics[::-1])[: 6 * sum(DOCUMENT_TOKENS)]).input_ids
+    tokens = tokenizer("\n".join(topics[::-1])[: 6 * sum(sizes)]).input_ids
     documents, begin = [], 0
-    for count in DOCUMENT_TOKENS:
+    for count in sizes:
         documents.append(tokenizer.decode(tokens[begin : begin + count]))
         begin += count
     return documents
@@ -118,6 +118,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--cache-mib", type=int, default=212,
                         help="memory of the cache, for 16 bits per value")  # fmt: skip
+    parser.add_argument("--documents", type=int, nargs="+", default=list(DOCUMENT_TOKENS),
+                        help="tokens of each document")  # fmt: skip
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=list(FORMATS))
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument("--per-document", type=int, default=3)
@@ -125,7 +127,7 @@ def main() -> None:
     add_out(parser)
     args = parser.parse_args()
     model = model_or_demo(args.model)
-    documents = documents_of(model)
+    documents = documents_of(model, args.documents)
 
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -140,7 +142,7 @@ def main() -> None:
                 serving(model, *flags, log_path=folder / name, port=args.first_port + number)
             )
         tokens = {name: server.cache_tokens() for name, server in servers.items()}
-        print(f"documents: {sum(DOCUMENT_TOKENS)} tokens; the cache holds {tokens}", flush=True)
+        print(f"documents: {sum(args.documents)} tokens; the cache holds {tokens}", flush=True)
         for server in servers.values():
             run_client(server, model, requests_of(documents, 1, seed=0), 1)
         print("| concurrency | format | requests / s | vs auto | TTFT p50, p95 (s) "
@@ -154,8 +156,8 @@ def main() -> None:
                 rates[name] = row["requests_per_s"]
                 ratio = rates[name] / rates[args.formats[0]]
                 append(args.out, bench="load", format=name, concurrency=concurrency,
-                       cache_mib=args.cache_mib, model_dtype=args.dtype, ratio=ratio,
-                       cache_tokens=tokens[name], **row)  # fmt: skip
+                       cache_mib=args.cache_mib, documents=args.documents, ratio=ratio,
+                       model_dtype=args.dtype, cache_tokens=tokens[name], **row)  # fmt: skip
                 print(
                     f"| {concurrency} | {name} | {rates[name]:.3f} | {ratio:.2f}x "
                     f"| {row['p50_ttft_ms'] / 1e3:.2f}, {row['p95_ttft_ms'] / 1e3:.2f} "
