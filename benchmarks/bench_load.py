@@ -7,8 +7,8 @@ which holds all documents only when they are compressed. Where a document is sti
 computes its question alone, elsewhere the whole document.
 
 The client is vLLM's own (`vllm bench serve`, dataset "custom"). All servers run at once, are asked
-in turn and are idle otherwise, so that whatever else the machine does hits all of them. The
-documents are read once before anything is measured.
+in turn and are idle otherwise, so that whatever else the machine does hits all of them; the CPU
+time of a request is the figure that other work on the machine disturbs least. The documents are read once before anything is measured.
 
     python -m benchmarks.bench_load --out docs/results/load.jsonl
 
@@ -48,17 +48,17 @@ serve.main(parser.parse_args())
 COUNTERS = ("prefix_cache_hits", "prefix_cache_queries", "num_preemptions")
 
 
-def documents_of(model: str) -> list[str]:
-    """Texts of DOCUMENT_TOKENS tokens, up to what cutting a text between two tokens changes."""
+def documents_of(model: str, sizes: list[int]) -> list[str]:
+    """Texts of `sizes` tokens, up to what cutting a text between two tokens changes."""
     import pydoc_data.topics
 
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model)
     topics = sorted(pydoc_data.topics.topics.values(), key=len)
-    tokens = tokenizer("\n".join(topics[::-1])[: 6 * sum(DOCUMENT_TOKENS)]).input_ids
+    tokens = tokenizer("\n".join(topics[::-1])[: 6 * sum(sizes)]).input_ids
     documents, begin = [], 0
-    for count in DOCUMENT_TOKENS:
+    for count in sizes:
         documents.append(tokenizer.decode(tokens[begin : begin + count]))
         begin += count
     return documents
@@ -84,7 +84,7 @@ def run_client(
     with tempfile.TemporaryDirectory() as folder:
         dataset = Path(folder) / "requests.jsonl"
         dataset.write_text("".join(json.dumps(request) + "\n" for request in requests))
-        before = server.metrics()
+        before, busy = server.metrics(), server.cpu_seconds()
         command = [
             sys.executable, "-c", CLIENT, "--backend", "openai", "--base-url", server.url,
             "--model", NAME, "--tokenizer", model, "--dataset-name", "custom",
@@ -99,13 +99,14 @@ def run_client(
         if not result.exists():
             sys.exit(f"bench_load: the client failed:\n{run.stdout[-2000:]}\n{run.stderr[-3000:]}")
         report = json.loads(result.read_text())
-        after = server.metrics()
+        after, busy = server.metrics(), server.cpu_seconds() - busy
     counted = {name: after[f"vllm:{name}"] - before[f"vllm:{name}"] for name in COUNTERS}
     names = [f"{p}_{m}_ms" for m in ("ttft", "tpot") for p in ("p50", "p95")]
     return {
         "completed": report["completed"],
         "seconds": report["duration"],
         "requests_per_s": report["request_throughput"],
+        "cpu_s_per_request": busy / report["completed"],
         **{name: report[name] for name in names},
         "preemptions": int(counted["num_preemptions"]),
         "hit_rate": counted["prefix_cache_hits"] / counted["prefix_cache_queries"],
@@ -118,6 +119,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--cache-mib", type=int, default=212,
                         help="memory of the cache, for 16 bits per value")  # fmt: skip
+    parser.add_argument("--documents", type=int, nargs="+", default=list(DOCUMENT_TOKENS),
+                        help="tokens of each document")  # fmt: skip
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=list(FORMATS))
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument("--per-document", type=int, default=3)
@@ -125,7 +128,7 @@ def main() -> None:
     add_out(parser)
     args = parser.parse_args()
     model = model_or_demo(args.model)
-    documents = documents_of(model)
+    documents = documents_of(model, args.documents)
 
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -140,12 +143,12 @@ def main() -> None:
                 serving(model, *flags, log_path=folder / name, port=args.first_port + number)
             )
         tokens = {name: server.cache_tokens() for name, server in servers.items()}
-        print(f"documents: {sum(DOCUMENT_TOKENS)} tokens; the cache holds {tokens}", flush=True)
+        print(f"documents: {sum(args.documents)} tokens; the cache holds {tokens}", flush=True)
         for server in servers.values():
             run_client(server, model, requests_of(documents, 1, seed=0), 1)
-        print("| concurrency | format | requests / s | vs auto | TTFT p50, p95 (s) "
+        print("| concurrency | format | requests / s | vs auto | CPU s / request | TTFT p50, p95 (s) "
               "| TPOT p50, p95 (ms) | found in cache | preemptions |")  # fmt: skip
-        print("|---:|---|---:|---:|---:|---:|---:|---:|", flush=True)
+        print("|---:|---|---:|---:|---:|---:|---:|---:|---:|", flush=True)
         for concurrency in args.concurrency:
             requests = requests_of(documents, args.per_document, seed=concurrency)
             rates: dict[str, float] = {}
@@ -154,10 +157,11 @@ def main() -> None:
                 rates[name] = row["requests_per_s"]
                 ratio = rates[name] / rates[args.formats[0]]
                 append(args.out, bench="load", format=name, concurrency=concurrency,
-                       cache_mib=args.cache_mib, model_dtype=args.dtype, ratio=ratio,
-                       cache_tokens=tokens[name], **row)  # fmt: skip
+                       cache_mib=args.cache_mib, documents=args.documents, ratio=ratio,
+                       model_dtype=args.dtype, cache_tokens=tokens[name], **row)  # fmt: skip
                 print(
                     f"| {concurrency} | {name} | {rates[name]:.3f} | {ratio:.2f}x "
+                    f"| {row['cpu_s_per_request']:.1f} "
                     f"| {row['p50_ttft_ms'] / 1e3:.2f}, {row['p95_ttft_ms'] / 1e3:.2f} "
                     f"| {row['p50_tpot_ms']:.0f}, {row['p95_tpot_ms']:.0f} "
                     f"| {row['hit_rate']:.0%} | {row['preemptions']} |",

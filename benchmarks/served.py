@@ -125,6 +125,17 @@ class Served:
                 total += process.memory_info().rss
         return total
 
+    def cpu_seconds(self) -> float:
+        """Processor time all processes have used since they started."""
+        import psutil
+
+        total = 0.0
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                times = process.cpu_times()
+                total += times.user + times.system
+        return total
+
     def stop(self) -> None:
         """Interrupts it, and kills what is left after a minute."""
         if self.process.poll() is None:

@@ -54,7 +54,8 @@ def test_killed_at_work(victim, flags, model_folder, tmp_path):
             f"/health failed {unhealthy:.1f} s later, server's status {server.process.poll()}"
         )
         assert not alive, "no process may stay behind"
-        assert server.process.poll() not in (None, 0)
+        # vLLM ends with status 0 here: whoever watches the server must restart it always.
+        assert server.process.poll() is not None
 
 
 def test_stopped_with_time_to_finish(model_folder, tmp_path):
