@@ -314,7 +314,7 @@ def test_every_preset_has_a_kernel_of_its_own_and_others_are_refused(library) ->
     )
     codes = {key: name for key, name in library.support.codes.items() if name != "k8n256"}
     fewer = dataclasses.replace(library.support, codes=codes)
-    assert "key must be one of k2n256" in fewer.unsupported(codec_of("fibquant_1bit", 64))
+    assert "the key code must be one of k2n256" in fewer.unsupported(codec_of("fibquant_1bit", 64))
     cache = emu.aligned(torch.zeros(2, 1, 24, 36, dtype=torch.uint8))
     assert "block_size must be a multiple of 16" in native_cuda.unsupported_cache(cache)
     with pytest.raises(RuntimeError, match="pages must be 16-byte aligned"):
