@@ -12,7 +12,7 @@ import torch
 
 from tests import emulated as emu
 from tests.paged import make_paged
-from vllm_fibquant import native_cuda, ops, reference
+from vllm_fibquant import gpu, native_cuda, ops, reference
 from vllm_fibquant.codec import KVCodec
 from vllm_fibquant.config import PRESETS
 
@@ -314,12 +314,38 @@ def test_every_preset_has_a_kernel_of_its_own_and_others_are_refused(library) ->
     )
     codes = {key: name for key, name in library.support.codes.items() if name != "k8n256"}
     fewer = dataclasses.replace(library.support, codes=codes)
-    assert "key must be one of k2n256" in fewer.unsupported(codec_of("fibquant_1bit", 64))
+    assert "the key code must be one of k2n256" in fewer.unsupported(codec_of("fibquant_1bit", 64))
     cache = emu.aligned(torch.zeros(2, 1, 24, 36, dtype=torch.uint8))
     assert "block_size must be a multiple of 16" in native_cuda.unsupported_cache(cache)
     with pytest.raises(RuntimeError, match="pages must be 16-byte aligned"):
         paged = paged_of(codec_of("fibquant_2bit", 64), [5], [1], block_size=24)
         emu.attend(library, paged)
+
+
+def test_the_door_chooses_the_library_where_it_fits(library, monkeypatch) -> None:
+    codec = codec_of("fibquant_2bit", 64)
+    paged = paged_of(codec, [40, 20], [1, 2])
+    cache = emu.aligned(paged.cache)
+    assert "not built" in gpu.why_not_cuda(cache, codec) or torch.cuda.is_available()
+    if emu.native_device(library).type == "cuda":
+        pytest.skip("the rest is for the emulated library")
+    monkeypatch.setattr(native_cuda, "is_built", lambda: True)
+    assert "has no code for cpu" in gpu.why_not_cuda(cache, codec)
+    monkeypatch.setattr(native_cuda, "library", lambda: library)
+    monkeypatch.setattr(gpu, "_runs_on", lambda device: True)
+    assert gpu.kernel_name(cache, codec) == "cuda"
+    assert gpu.kernel_name(cache, codec_of("fibquant_2bit", 80)) == "triton"
+    assert gpu.kernel_name(cache[:, :, :8], codec) == "triton"
+    out = torch.full_like(paged.query, torch.nan)
+    gpu.paged_attention(
+        paged.query, cache, codec, paged.query_start_loc, paged.seq_lens, paged.block_table, out,
+        scale=paged.scale,
+    )  # fmt: skip
+    assert (out.double() - paged.oracle()).abs().max() < 2e-3
+    expected, slots = cache.clone(), torch.tensor([3, -1])
+    assert gpu.encode_kv(paged.new_key, paged.new_value, cache, slots, codec) == 0
+    reference.encode_kv(paged.new_key, paged.new_value, expected, slots, codec)
+    assert float((cache != expected).any(-1).float().mean()) <= MAX_TIES
 
 
 def test_a_library_of_other_sources_is_refused(tmp_path) -> None:

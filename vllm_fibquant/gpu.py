@@ -11,6 +11,7 @@ outside the cache gives NaN in its request's rows.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any
 
@@ -33,6 +34,8 @@ def unsupported_codec(codec: KVCodec) -> str | None:
         )
     if codec.key.num_lists or codec.value.num_lists:
         return "num_lists must be 0 on a GPU, whose search is exhaustive; give num_lists 0"
+    if not torch.equal(codec.key.rotation.matrix, codec.value.rotation.matrix):
+        return "key and value must share one rotation on a GPU, got two"
     return unsupported_code(codec)
 
 
@@ -59,7 +62,7 @@ def why_not_cuda(cache: torch.Tensor, codec: KVCodec) -> str | None:
 def _runs_on(device: torch.device) -> bool:
     if device.type != "cuda":
         return False
-    with torch.cuda.device(device):
+    with _current(device):
         return native_cuda.library().usable()
 
 
@@ -85,7 +88,7 @@ def encode_kv(
     checks.check_encode(key, value, cache, slot_mapping, codec)
     _check_gpu("encode_kv", cache, codec)
     if kernel_name(cache, codec) == "cuda":
-        with torch.cuda.device(cache.device):
+        with _current(cache.device):
             native_cuda.library().encode_kv(
                 key, value, cache, slot_mapping, codec, counters(cache.device)
             )
@@ -142,7 +145,7 @@ def paged_attention(
                 query, raw_key, raw_value, query_start_loc, seq_lens, scale=scale, window=window,
                 soft_cap=soft_cap,
             )  # fmt: skip
-        with torch.cuda.device(cache.device):
+        with _current(cache.device):
             native_cuda.library().paged_attention(
                 query, cache, codec, query_start_loc, seq_lens, block_table, out, scale=scale,
                 window=window, soft_cap=soft_cap, sinks=sinks, raw_states=raw_states,
@@ -168,6 +171,10 @@ def reserve(query: torch.Tensor, raw: bool) -> None:
     # A step of many rows has enough row blocks to need no splits.
     floats = workspace_floats(query.shape[0] * query.shape[1], query.shape[2], 1, raw)
     torch.empty(floats, dtype=torch.float32, device=query.device)
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _require(is_met: bool, function: str, name: str, must: str, got: Any) -> None:

@@ -30,6 +30,7 @@
 namespace fq {
 
 constexpr int kTokens = 16, kStages = 3, kMaxWarps = 8;
+constexpr float kLeastNorm = 5.9604645e-8f;  // the least float16 above 0
 constexpr float kEmpty = -1e30f, kSlack = 6.0f, kLog2e = 1.4426950408889634f;
 
 struct AttendArgs {
@@ -38,6 +39,9 @@ struct AttendArgs {
   FqCudaAttend call;
   RecordLayout layout;
   int32_t key_kind, value_kind;  // CodeKind
+  // What the launcher knows and a register need not hold.
+  int32_t tiles_per_block, step_blocks, step_tiles;  // num_warps tiles are so many blocks and tiles
+  float cap_in, cap_out;  // a score becomes cap_out * tanh(cap_in / 2 * score / log2(e))
 };
 
 // Which rows a CTA owns. Rows of a request and KV head are numbered token first, head of the group

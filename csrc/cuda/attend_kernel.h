@@ -12,7 +12,7 @@ struct WarpState {
   static constexpr int kSteps = kHeadDim / 16;
   float m[kTiles][2], l[kTiles][2];  // l: this lane's part, summed over the warp at the end
   float o[kTiles][kSteps][4];        // in units of top
-  float top, unit;                   // largest value norm met, the same in all lanes; 1 / top
+  float top;                         // largest value norm met, the same in all lanes; never 0
 };
 
 // Merges the warps' states and stores the split's. `scratch` is kTableBytes, `factors` kMaxWarps *
@@ -135,20 +135,17 @@ attend(FQ_PARAM AttendArgs args) {
       for (int c = 0; c < 4; ++c) s.o[i][j][c] = 0.0f;
     }
   }
-  s.top = s.unit = 0.0f;
-  const float cap = a.soft_cap, log_cap = cap * kLog2e;
+  s.top = kLeastNorm;
 
-  // The tile that is fetched next, and where it is: entry of the block table, tile of that block.
+  // Where the tile that is fetched next is: entry of the block table, tile of that block.
   // A step of num_warps tiles is added to both, which spares a division per tile.
-  const int per_block = args.pages.block_size / kTokens;
-  int fetched = tile_begin + warp_idx();
-  int entry = fetched / per_block, within = fetched % per_block;
-  const int step_entry = num_warps / per_block, step_within = num_warps % per_block;
+  int entry = (tile_begin + warp_idx()) / args.tiles_per_block;
+  int within = (tile_begin + warp_idx()) % args.tiles_per_block;
   // Starts the copy of the next tile into a stage of the ring. Returns whether it exists: not when
   // the block table does not lead into the cache.
-  const auto fetch = [&](int stage) {
+  const auto fetch = [&](int tile, int stage) {
     int64_t block = -1;
-    if (fetched < tile_end && entry < a.table_width)
+    if (tile < tile_end && entry < a.table_width)
       block = a.block_table[b.req * a.stride_block_table + entry];
     const bool exists = block >= 0 && block < args.pages.num_blocks;
     if (exists) {
@@ -159,23 +156,23 @@ attend(FQ_PARAM AttendArgs args) {
         copy_async(to + i, from + i);
     }
     commit_copies();
-    fetched += num_warps;
-    entry += step_entry;
-    within += step_within;
-    if (within >= per_block) {
-      within -= per_block;
+    entry += args.step_blocks;
+    within += args.step_tiles;
+    if (within >= args.tiles_per_block) {
+      within -= args.tiles_per_block;
       ++entry;
     }
     return exists;
   };
 
   uint32_t known = 0;  // bit s: the tile in stage s exists
-  for (int i = 0; i < kStages - 1; ++i) known |= (uint32_t)fetch(i) << i;
+  for (int i = 0; i < kStages - 1; ++i)
+    known |= (uint32_t)fetch(tile_begin + warp_idx() + i * num_warps, i) << i;
   int stage = 0;
   for (int tile = tile_begin + warp_idx(); tile < tile_end; tile += num_warps) {
     sync_warp();  // the stage that is fetched into has been read by all lanes
     const int next = stage == 0 ? kStages - 1 : stage - 1;
-    const uint32_t there = fetch(next);
+    const uint32_t there = fetch(tile + (kStages - 1) * num_warps, next);
     known = (known & ~(1u << next)) | there << next;
     wait_copies<kStages - 1>();
     sync_warp();
@@ -209,9 +206,9 @@ attend(FQ_PARAM AttendArgs args) {
       for (int c = 0; c < 4; ++c) {
         const int token = tile * kTokens + g + 8 * (c / 2), row = position[i][c % 2];
         float score = acc[i][c] * (factor[i][c % 2] * key_norm[c / 2]);
-        if (cap > 0.0f) {  // cap * tanh(score / cap), in base 2
-          const float grown = exp2_fast(score * (2.0f * kLog2e / cap));
-          score = log_cap * (1.0f - 2.0f / (1.0f + grown));
+        if (a.soft_cap > 0.0f) {  // cap * tanh(score / cap), in base 2
+          const float grown = exp2_fast(score * args.cap_in);
+          score = args.cap_out * (1.0f - 2.0f * reciprocal_fast(1.0f + grown));
         } else {
           score *= kLog2e;
         }
@@ -225,9 +222,8 @@ attend(FQ_PARAM AttendArgs args) {
     // ---- rarely: new references for the weights and for the value norms
     if (any(grows)) {
       largest = maximum(warp_max(largest), s.top);
-      const float shrink = largest > 0.0f ? s.top / largest : 1.0f;
+      const float shrink = s.top * reciprocal_fast(largest);
       s.top = largest;
-      s.unit = largest > 0.0f ? 1.0f / largest : 0.0f;
 #pragma unroll
       for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
@@ -247,6 +243,7 @@ attend(FQ_PARAM AttendArgs args) {
     }
 
     // ---- weights, times value norms, as mma B fragments
+    const float unit = reciprocal_fast(s.top);
     uint32_t p[kTiles][2];
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
@@ -255,7 +252,7 @@ attend(FQ_PARAM AttendArgs args) {
       for (int c = 0; c < 4; ++c) {
         weight[c] = exp2_fast(acc[i][c] - s.m[i][c % 2]);
         s.l[i][c % 2] += weight[c];
-        weight[c] *= value_norm[c / 2] * s.unit;
+        weight[c] *= value_norm[c / 2] * unit;
       }
       p[i][0] = transpose(to_half2(weight[0], weight[1]));
       p[i][1] = transpose(to_half2(weight[2], weight[3]));

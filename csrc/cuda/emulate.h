@@ -299,6 +299,7 @@ FQ_DEVICE uint32_t shift_right(uint32_t low, uint32_t high, uint32_t shift) {
 }
 
 FQ_DEVICE float exp2_fast(float x) { return std::exp2(x); }
+FQ_DEVICE float reciprocal_fast(float x) { return 1.0f / x; }
 FQ_DEVICE float square_root(float x) { return std::sqrt(x); }
 FQ_DEVICE float maximum(float a, float b) { return std::fmax(a, b); }
 FQ_DEVICE float minimum(float a, float b) { return std::fmin(a, b); }

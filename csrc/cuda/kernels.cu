@@ -18,7 +18,7 @@ constexpr int wide_columns(int head_dim) {
 }
 
 template <int kKeyKind, int kValueKind, int kTiles>
-int launch_split(const AttendArgs& args, int max_shared_bytes, void* stream) {
+int launch_split(AttendArgs args, int max_shared_bytes, void* stream) {
   using Shape = AttendShape<FQ_HEAD_DIM, kTiles>;
   const FqCudaAttend& a = args.call;
   const int group = a.num_q_heads / args.pages.num_kv_heads;
@@ -26,6 +26,11 @@ int launch_split(const AttendArgs& args, int max_shared_bytes, void* stream) {
   int warps = kMaxWarps;
   while (warps > 1 && Shape::shared_bytes(args.codec.record_bytes, warps) > max_shared_bytes)
     warps /= 2;
+  args.tiles_per_block = args.pages.block_size / kTokens;
+  args.step_blocks = warps / args.tiles_per_block;
+  args.step_tiles = warps % args.tiles_per_block;
+  args.cap_in = a.soft_cap > 0 ? 2 * kLog2e / a.soft_cap : 0;
+  args.cap_out = a.soft_cap * kLog2e;
   const Grid grid = {row_blocks, args.pages.num_kv_heads, a.num_splits, warps * kWarp,
                      Shape::shared_bytes(args.codec.record_bytes, warps)};
   return launch(&attend<FQ_HEAD_DIM, kKeyKind, kValueKind, kTiles>, grid, stream, args);

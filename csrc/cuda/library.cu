@@ -131,12 +131,12 @@ FQ_EXPORT int fq_cuda_encode_kv(const FqCudaCodec* codec, const FqCudaPages* pag
 FQ_EXPORT int fq_cuda_paged_attention(const FqCudaCodec* codec, const FqCudaPages* pages,
                                       const FqCudaAttend* call, void* stream) {
   const FqCudaCode &k = codec->key, &v = codec->value;
-  fq::AttendArgs args = {*codec,
-                         *pages,
-                         *call,
-                         {},
-                         fq::find_kind(k.subvec_dim, k.index_bits, k.folded),
-                         fq::find_kind(v.subvec_dim, v.index_bits, v.folded)};
+  fq::AttendArgs args = {};
+  args.codec = *codec;
+  args.pages = *pages;
+  args.call = *call;
+  args.key_kind = fq::find_kind(k.subvec_dim, k.index_bits, k.folded);
+  args.value_kind = fq::find_kind(v.subvec_dim, v.index_bits, v.folded);
   const int refusal = fq::check(*codec, *pages, &args.layout);
   if (refusal || call->num_tokens == 0 || call->num_reqs == 0) return refusal;
   const int limit = fq::shared_limit();

@@ -78,6 +78,11 @@ FQ_DEVICE float exp2_fast(float x) {
   asm("ex2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+FQ_DEVICE float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 FQ_DEVICE float square_root(float x) { return __fsqrt_rn(x); }
 FQ_DEVICE float maximum(float a, float b) { return fmaxf(a, b); }  // the other one if one is NaN
 FQ_DEVICE float minimum(float a, float b) { return fminf(a, b); }
