@@ -5,7 +5,7 @@ What a key's error costs is decided by the queries: E<q, k - k'>^2 = |A (k - k')
 root of the queries' second moment. Principal axes of A times the keys' covariance times A are the
 coordinates in which both are simple, D^2 the variances along them:
 
-    U D^2 U^T = A cov A,    z = D^-1 U^T A (k - mean),    w = D U^T A^-1 q,    <w, z> = <q, k - mean>
+    U D^2 U^T = A cov A,   z = D^-1 U^T A (k - mean),   w = D U^T A^-1 q,   <w, z> = <q, k - mean>
 
 z is white, so a subvector of it has the law that our codebooks are made for, and an error of
 coordinate i costs D_i^2. D falls steeply. So subvectors are short, and their indices precise, where

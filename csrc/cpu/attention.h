@@ -104,8 +104,7 @@ static void attend_split(Call& call, const RowBlock& b, int begin, int end, int 
       s.key_factor[j] = s.value_factor[j] = 0.0f;
     }
     if (num_coded > 0) {
-      decode_mapped(*map, key_fields, rounded, s.tile);
-      dot_tile(s.query, rows, DenseTile{s.tile, num_coded}, num_coded, rounded, s.scores);
+      dot_mapped(*map, key_fields, s.query, rows, rounded, s.tile, s.scores);
     } else {
       call.key.dot(codec.key, key_fields, s.query, rows, head_dim, rounded, s.tile, s.scores);
     }
@@ -320,9 +319,8 @@ static int64_t encode_kv(const FqCodec& codec, const FqPages& pages, const FqEnc
       load_row(args.key, token * args.stride_key_token + head * args.stride_key_head, args.dtype,
                head_dim, x);
       uint8_t* key_field = record + layout.key_index_offset;
-      nonfinite += args.key_map
-                       ? !encode_mapped(codec, *args.key_map, head, x, key_field, norms)
-                       : !encode_vector(codec, codec.key, x, key_field, norms);
+      nonfinite += args.key_map ? !encode_mapped(codec, *args.key_map, head, x, key_field, norms)
+                                : !encode_vector(codec, codec.key, x, key_field, norms);
       load_row(args.value, token * args.stride_value_token + head * args.stride_value_head,
                args.dtype, head_dim, x);
       nonfinite +=

@@ -47,15 +47,29 @@ static inline void hadamard(float* x, int dim) {
   }
 }
 
+// kCount vectors of dst = M^T src, from column i on. One alone would wait for each sum.
+template <int kCount>
+static inline void multiply_columns(const float* matrix, int rows, int columns, int i,
+                                    const float* src, float* dst) {
+  vf acc[kCount] = {};
+  for (int j = 0; j < rows; ++j) {
+    const float* row = matrix + (int64_t)j * columns + i;
+    for (int c = 0; c < kCount; ++c) acc[c] = madd(splat(src[j]), load(row + c * kLanes), acc[c]);
+  }
+  for (int c = 0; c < kCount; ++c) store(dst + i + c * kLanes, acc[c]);
+}
+
 // dst = M^T src for row-major M [rows, columns]; dst must not alias src.
 static inline void multiply_transposed(const float* matrix, int rows, int columns, const float* src,
                                        float* dst) {
-  for (int i = 0; i < columns; i += kLanes) {
-    vf acc = vf{};
-    for (int j = 0; j < rows; ++j)
-      acc = madd(splat(src[j]), load(matrix + (int64_t)j * columns + i), acc);
-    store(dst + i, acc);
+  int i = 0;
+  for (; i + 8 * kLanes <= columns; i += 8 * kLanes) {
+    multiply_columns<8>(matrix, rows, columns, i, src, dst);
   }
+  for (; i + 4 * kLanes <= columns; i += 4 * kLanes) {
+    multiply_columns<4>(matrix, rows, columns, i, src, dst);
+  }
+  for (; i < columns; i += kLanes) multiply_columns<1>(matrix, rows, columns, i, src, dst);
 }
 
 // x = rotation of x (inverse: its transpose).
@@ -76,7 +90,8 @@ static inline void rotate(const FqCodec& codec, float* x, bool inverse) {
   } else {
     alignas(64) float copy[kMaxHeadDim];
     memcpy(copy, x, (size_t)dim * 4);
-    multiply_transposed(inverse ? codec.rotation_matrix : codec.rotation_matrix_t, dim, dim, copy, x);
+    multiply_transposed(inverse ? codec.rotation_matrix : codec.rotation_matrix_t, dim, dim, copy,
+                        x);
   }
 }
 
@@ -229,17 +244,25 @@ struct Codes {
   }
 };
 
+// Writes `num_coords` coordinates of the unit-norm vectors of `count` records, whose indices begin
+// at byte `offset` of a record's; vectors have `stride` floats.
+template <class C>
+static inline void decode_part(const FqCode& code, int num_coords, const uint8_t* const* fields,
+                               size_t offset, int count, float* dst, int stride) {
+  const C codes = {code.rows};
+  for (int t = 0; t < count; ++t, dst += stride) {
+    for (size_t i = 0; i < (size_t)num_coords; i += kUnit) {
+      const auto word = codes.word(fields[t] + offset, i);
+      for (int c = 0; c < kPerUnit; ++c) store(dst + i + c * kLanes, codes.at(word, c));
+    }
+  }
+}
+
 // Writes the unit-norm rotated vectors of `count` records, [count, head_dim] floats.
 template <class C>
 static void decode_records(const FqCode& code, int head_dim, const uint8_t* const* fields,
                            int count, float* dst) {
-  const C codes = {code.rows};
-  for (int t = 0; t < count; ++t) {
-    for (size_t i = 0; i < (size_t)head_dim; i += kUnit, dst += kUnit) {
-      const auto word = codes.word(fields[t], i);
-      for (int c = 0; c < kPerUnit; ++c) store(dst + c * kLanes, codes.at(word, c));
-    }
-  }
+  decode_part<C>(code, head_dim, fields, 0, count, dst, head_dim);
 }
 
 // The same for any code.

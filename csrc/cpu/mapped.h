@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cpu/codec.h"
+#include "cpu/tile.h"
 
 namespace fq::FQ_ISA {
 
@@ -85,6 +86,35 @@ static void decode_mapped(const FqKeyMap& map, const uint8_t* const* fields, int
     dst = decode_run<8>(map.codes[2], num[2], field + num[0] + num[1], dst);
     while (dst < end) *dst++ = 0.0f;
   }
+}
+
+// Scores of a tile of transformed keys for queries [rows, num_coded]; as dot_codes.
+static void dot_mapped(const FqKeyMap& map, const uint8_t* const* fields, const float* q, int rows,
+                       int num_tokens, float* scratch, float* scores) {
+  const int dim = map.num_coded, end2 = 2 * map.num_subvecs[0];
+  const int end4 = end2 + 4 * map.num_subvecs[1];
+  const size_t at4 = (size_t)map.num_subvecs[0], at8 = at4 + (size_t)map.num_subvecs[1];
+  const bool is_aligned =
+      end2 % kUnit == 0 && end4 % kUnit == 0 && end4 + 8 * map.num_subvecs[2] == dim;
+  if (is_aligned && rows <= kMaxFusedRows) {
+    const MappedTile tile = {{{map.codes[0].rows}, fields, 0},
+                             {{map.codes[1].rows}, fields, at4},
+                             {{map.codes[2].rows}, fields, at8},
+                             end2,
+                             end4};
+    dot_tile(q, rows, tile, dim, num_tokens, scores);
+    return;
+  }
+  if (is_aligned) {
+    decode_part<Codes<2, false>>(map.codes[0], end2, fields, 0, num_tokens, scratch, dim);
+    decode_part<Codes<4, false>>(map.codes[1], end4 - end2, fields, at4, num_tokens, scratch + end2,
+                                 dim);
+    decode_part<Codes<8, false>>(map.codes[2], dim - end4, fields, at8, num_tokens, scratch + end4,
+                                 dim);
+  } else {
+    decode_mapped(map, fields, num_tokens, scratch);
+  }
+  dot_tile(q, rows, DenseTile{scratch, dim}, dim, num_tokens, scores);
 }
 
 }  // namespace fq::FQ_ISA

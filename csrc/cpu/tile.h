@@ -57,6 +57,7 @@ static inline void merge(const State& into, const State& from, int rows, int hea
 // A tile of keys or values as floats, [tokens, head_dim].
 struct DenseTile {
   static constexpr bool kSpills = false;
+  static constexpr int kNumParts = 1;
   const float* base;
   int head_dim;
   const float* word(int t, size_t i) const { return base + (int64_t)t * head_dim + i; }
@@ -67,11 +68,51 @@ struct DenseTile {
 template <class C>
 struct CodeTile {
   static constexpr bool kSpills = C::kSpills;
+  static constexpr int kNumParts = 1;
   C codes;
   const uint8_t* const* fields;
   typename C::Word word(int t, size_t i) const { return codes.word(fields[t], i); }
   vf at(const typename C::Word& word, int c) const { return codes.at(word, c); }
 };
+
+// A part of a tile of codes, which begins at byte `offset` of every token's indices.
+template <class C>
+struct PartTile {
+  C codes;
+  const uint8_t* const* fields;
+  size_t offset;
+  typename C::Word word(int t, size_t i) const { return codes.word(fields[t] + offset, i); }
+  vf at(const typename C::Word& word, int c) const { return codes.at(word, c); }
+};
+
+// A tile of transformed keys (FqKeyMap) whose runs are whole units: subvectors of 2 coordinates up
+// to coordinate end2, of 4 up to end4, then of 8.
+struct MappedTile {
+  static constexpr bool kSpills = false;
+  static constexpr int kNumParts = 3;
+  PartTile<Codes<2, false>> part2;
+  PartTile<Codes<4, false>> part4;
+  PartTile<Codes<8, false>> part8;
+  int end2, end4;
+};
+
+// acc[r][j] += <q[r], k[t + j]>, lane by lane, over `count` coordinates; rows have stride head_dim.
+template <int kRows, int kTokens, class Tile>
+[[gnu::always_inline]] static inline void dot_add(const float* q, const Tile& k, int head_dim,
+                                                  int count, int t, vf (&acc)[kRows][kTokens]) {
+  for (size_t i = 0; i < (size_t)count; i += kUnit) {
+    decltype(k.word(0, 0)) words[kTokens];
+    for (int j = 0; j < kTokens; ++j) words[j] = k.word(t + j, i);
+    for (int c = 0; c < kPerUnit; ++c) {
+      vf qv[kRows];
+      for (int r = 0; r < kRows; ++r) qv[r] = load(q + r * head_dim + i + c * kLanes);
+      for (int j = 0; j < kTokens; ++j) {
+        const vf kv = k.at(words[j], c);
+        for (int r = 0; r < kRows; ++r) acc[r][j] = madd(qv[r], kv, acc[r][j]);
+      }
+    }
+  }
+}
 
 // scores[r][t] = <q[r], k[t]> for kRows rows of stride head_dim and t in steps of kTokens.
 template <int kRows, int kTokens, class Tile>
@@ -79,17 +120,12 @@ static inline void dot_block(const float* q, const Tile& k, int head_dim, int nu
                              float* scores) {
   for (int t = 0; t < num_tokens; t += kTokens) {
     vf acc[kRows][kTokens] = {};
-    for (size_t i = 0; i < (size_t)head_dim; i += kUnit) {
-      decltype(k.word(0, 0)) words[kTokens];
-      for (int j = 0; j < kTokens; ++j) words[j] = k.word(t + j, i);
-      for (int c = 0; c < kPerUnit; ++c) {
-        vf qv[kRows];
-        for (int r = 0; r < kRows; ++r) qv[r] = load(q + r * head_dim + i + c * kLanes);
-        for (int j = 0; j < kTokens; ++j) {
-          const vf kv = k.at(words[j], c);
-          for (int r = 0; r < kRows; ++r) acc[r][j] = madd(qv[r], kv, acc[r][j]);
-        }
-      }
+    if constexpr (Tile::kNumParts == 3) {
+      dot_add<kRows, kTokens>(q, k.part2, head_dim, k.end2, t, acc);
+      dot_add<kRows, kTokens>(q + k.end2, k.part4, head_dim, k.end4 - k.end2, t, acc);
+      dot_add<kRows, kTokens>(q + k.end4, k.part8, head_dim, head_dim - k.end4, t, acc);
+    } else {
+      dot_add<kRows, kTokens>(q, k, head_dim, head_dim, t, acc);
     }
     if constexpr (kTokens == 2) {
       for (int r = 0; r < kRows; r += 2) {
