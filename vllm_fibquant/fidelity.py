@@ -74,9 +74,9 @@ class Ledger:
         self._step_began = now
         self.counters["monitor_step_seconds"] = self._steps
 
-    def can_afford(self) -> bool:
-        """Whether one more comparison keeps the monitors within their budget."""
-        return self._spent + self._cost <= self.budget * self._steps
+    def can_afford(self, num_comparisons: int = 1) -> bool:
+        """Whether so many more comparisons keep the monitors within their budget."""
+        return self._spent + num_comparisons * self._cost <= self.budget * self._steps
 
     def spend(self, seconds: float, is_comparison: bool = False) -> None:
         self._spent += seconds

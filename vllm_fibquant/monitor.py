@@ -39,6 +39,9 @@ from vllm_fibquant.options import MonitorOptions
 MIN_TOKENS, MAX_TOKENS = 16, 64
 """Tokens of a sample. Softmax over very few says little."""
 
+SAVED = 4
+"""Comparisons whose time is kept for new samples."""
+
 Ints = npt.NDArray[np.int64]
 
 
@@ -179,14 +182,12 @@ class Monitor:
         slots = slot_mapping[: query_start_loc[-1]]
         # First of all: what is planned below must not rest on tokens that this step replaces.
         self._drop_written(slots)
-        probe = None
+        batch, probe = (query_start_loc, seq_lens, block_table), None
         if self.ledger.can_afford():
-            self._turn += 1
-            batch = (query_start_loc, seq_lens, block_table)
-            plans = [lambda: self._plan_again(*batch), lambda: self._plan_new(*batch, slots)]
-            if self._turn % 2:
-                plans.reverse()
-            probe = plans[0]() or plans[1]()
+            probe = self._plan_new(*batch, slots)
+        # Prompts are rarer than other steps: what they may cost is not spent on old samples.
+        if probe is None and self.ledger.can_afford(1 + SAVED):
+            probe = self._plan_again(*batch)
         self.ledger.spend(time.perf_counter() - began)
         return probe
 
@@ -277,7 +278,7 @@ class Monitor:
         req = int(self._random.choice(long))
         length = min(MAX_TOKENS, int(query_lens[req]))
         # Its own last token's query is asked; a window layer would not see tokens far before it.
-        number = self._turn // 2 % len(self.layers)
+        number = self._turn % len(self.layers)
         layer = self.layers[number]
         reach = int(query_lens[req]) if not layer.window else min(query_lens[req], layer.window)
         if reach < MIN_TOKENS:
@@ -305,6 +306,7 @@ class Monitor:
         if len(self._samples) >= self._max_samples:
             # Any one of them: some samples grow old, most are young.
             self._drop(self._samples[int(self._random.integers(len(self._samples)))])
+        self._turn += 1
         self._samples.append(sample)
         self._sample_of_slot.update(dict.fromkeys(sample.slots.tolist(), sample))
         self._is_held[sample.slots] = True
