@@ -45,6 +45,10 @@ parser = argparse.ArgumentParser()
 serve.add_cli_args(parser)
 serve.main(parser.parse_args())
 """
+HEADING = """
+| concurrency | format | requests / s | vs auto | CPU s / request | TTFT p50, p95 (s) \
+| TPOT p50, p95 (ms) | found in cache | preemptions |
+|---:|---|---:|---:|---:|---:|---:|---:|---:|"""
 COUNTERS = ("prefix_cache_hits", "prefix_cache_queries", "num_preemptions")
 
 
@@ -146,9 +150,7 @@ def main() -> None:
         print(f"documents: {sum(args.documents)} tokens; the cache holds {tokens}", flush=True)
         for server in servers.values():
             run_client(server, model, requests_of(documents, 1, seed=0), 1)
-        print("| concurrency | format | requests / s | vs auto | CPU s / request "
-              "| TTFT p50, p95 (s) | TPOT p50, p95 (ms) | found in cache | preemptions |")  # fmt: skip
-        print("|---:|---|---:|---:|---:|---:|---:|---:|---:|", flush=True)
+        print(HEADING, flush=True)
         for concurrency in args.concurrency:
             requests = requests_of(documents, args.per_document, seed=concurrency)
             rates: dict[str, float] = {}
