@@ -7,8 +7,8 @@ which holds all documents only when they are compressed. Where a document is sti
 computes its question alone, elsewhere the whole document.
 
 The client is vLLM's own (`vllm bench serve`, dataset "custom"). All servers run at once, are asked
-in turn and are idle otherwise, so that whatever else the machine does hits all of them; the CPU
-time of a request is the figure that other work on the machine disturbs least. The documents are read once before anything is measured.
+in turn and are idle otherwise, so that whatever else the machine does hits all of them; other work
+disturbs the CPU time of a request least. The documents are read once before anything is measured.
 
     python -m benchmarks.bench_load --out docs/results/load.jsonl
 
@@ -45,6 +45,10 @@ parser = argparse.ArgumentParser()
 serve.add_cli_args(parser)
 serve.main(parser.parse_args())
 """
+HEADING = """
+| concurrency | format | requests / s | vs auto | CPU s / request | TTFT p50, p95 (s) \
+| TPOT p50, p95 (ms) | found in cache | preemptions |
+|---:|---|---:|---:|---:|---:|---:|---:|---:|"""
 COUNTERS = ("prefix_cache_hits", "prefix_cache_queries", "num_preemptions")
 
 
@@ -137,8 +141,8 @@ def main() -> None:
             doubled = 2 if name == "auto" and args.dtype == "float32" else 1
             cache = args.cache_mib * doubled << 20
             flags = ["--kv-cache-dtype", name, *FORMATS[name], "--dtype", args.dtype]
-            flags += ["--enforce-eager", "--max-model-len", "8192", "--max-num-seqs", "16"]
-            flags += ["--kv-cache-memory-bytes", str(cache), "--uvicorn-log-level", "warning"]
+            flags += ["--max-model-len", str(max(args.documents) + 512), "--max-num-seqs", "16"]
+            flags += ["--enforce-eager", "--kv-cache-memory-bytes", str(cache)]
             servers[name] = stack.enter_context(
                 serving(model, *flags, log_path=folder / name, port=args.first_port + number)
             )
@@ -146,9 +150,7 @@ def main() -> None:
         print(f"documents: {sum(args.documents)} tokens; the cache holds {tokens}", flush=True)
         for server in servers.values():
             run_client(server, model, requests_of(documents, 1, seed=0), 1)
-        print("| concurrency | format | requests / s | vs auto | CPU s / request | TTFT p50, p95 (s) "
-              "| TPOT p50, p95 (ms) | found in cache | preemptions |")  # fmt: skip
-        print("|---:|---|---:|---:|---:|---:|---:|---:|---:|", flush=True)
+        print(HEADING, flush=True)
         for concurrency in args.concurrency:
             requests = requests_of(documents, args.per_document, seed=concurrency)
             rates: dict[str, float] = {}

@@ -191,7 +191,7 @@ def serving(
         deadline = time.monotonic() + START_S
         while not server.is_healthy():
             if process.poll() is not None or time.monotonic() > deadline:
-                raise ServerEnded(f"status {process.poll()}:\n{server.log[-20_000:]}")
+                raise ServerEnded(f"status {process.poll()}:\n{server.log[-8000:]}")
             time.sleep(0.25)
         yield server
     finally:
