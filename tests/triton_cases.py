@@ -166,6 +166,30 @@ def test_nan_query_spoils_only_its_own_row() -> None:
         assert torch.equal(after, before)
 
 
+def test_raw_token_states_are_causal_attention() -> None:
+    paged = paged_of(codec_of("fibquant_2bit", 64), [40, 3], [5, 3], group_size=2)
+    on = (x.to(DEVICE) for x in (paged.query, paged.new_key, paged.new_value,
+                                 paged.query_start_loc, paged.seq_lens))  # fmt: skip
+    o, m, l = (  # noqa: E741
+        x.cpu() for x in attention.raw_token_states(*on, scale=paged.scale, window=0, soft_cap=0.0)
+    )
+    got = (o / l[:, None]).view(paged.query.shape)
+    for begin, end in ((0, 5), (5, 8)):
+        q, k, v = (
+            x[begin:end].transpose(0, 1)
+            for x in (
+                paged.query,
+                paged.new_key.repeat_interleave(2, 1),
+                paged.new_value.repeat_interleave(2, 1),
+            )
+        )
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=paged.scale
+        )
+        torch.testing.assert_close(got[begin:end].transpose(0, 1), expected, rtol=1e-4, atol=1e-5)
+    assert m.isfinite().all()
+
+
 # ---- the door -----------------------------------------------------------------------------------
 
 
