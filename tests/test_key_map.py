@@ -8,10 +8,11 @@ import torch
 
 from tests.paged import Paged, make_paged
 from tests.test_attention import HEAD_DIMS, attend_in_chunks, check_against_oracle, codec_of
-from vllm_fibquant import ops, reference
+from vllm_fibquant import native, ops, reference
 from vllm_fibquant.key_map import KeyMap
 from vllm_fibquant.key_transform import make_transform
 from vllm_fibquant.reference import TokenCopies
+from vllm_fibquant.selfcheck import run_self_check
 
 NUM_PLAIN = 4
 
@@ -173,6 +174,21 @@ def test_a_mean_is_worth_a_bit() -> None:
     ops.encode_kv(paged.key, paged.value, paged.cache, paged.slots, paged.codec)
     paged.key_map = None
     assert with_map < 0.5 * (paged.attend()[0] - truth).norm()
+
+
+def test_the_self_check_covers_maps(transform: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    codec = codec_of("fibquant_2bit", 64)
+    key_map = make_map(64, num_kv_heads=3, length=1.0, index_bytes=16 * transform)
+    result = run_self_check(codec, torch.float32, 9, 3, 16, key_map)
+    assert 0 < result.error <= result.tolerance
+    attend = native.paged_attention
+
+    def without_map(*args, **options):
+        return attend(*args, **{**options, "key_map": None})
+
+    monkeypatch.setattr(native, "paged_attention", without_map)
+    with pytest.raises(RuntimeError, match="refusing to serve"):
+        run_self_check(codec, torch.float32, 9, 3, 16, key_map)
 
 
 @pytest.mark.parametrize(

@@ -108,8 +108,10 @@ class KeyTransform:
 
     def first_heads(self, num_kv_heads: int) -> KeyTransform:
         """The transform of the first `num_kv_heads` heads."""
-        cut = (x[:num_kv_heads] for x in (self.key_matrix, self.query_matrix, self.weight))
-        return KeyTransform(*cut, self.index_bytes)
+        n = num_kv_heads
+        return KeyTransform(
+            self.key_matrix[:n], self.query_matrix[:n], self.weight[:n], self.index_bytes
+        )
 
     def encode(self, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Encodes keys without their mean.

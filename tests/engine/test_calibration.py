@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -161,3 +163,20 @@ def test_refusals(model_folder, settings, message):
         **settings,
     )
     assert message in told
+
+
+@pytest.mark.slow
+def test_the_command_measures_and_serving_reads(tmp_path):
+    """In a process of its own, with a real tokenizer: the file is what a start looks for."""
+    from vllm_fibquant.demo_model import ensure_demo_model
+
+    model, path = str(ensure_demo_model()), tmp_path / "a.fqcal"
+    command = [sys.executable, "-m", "vllm_fibquant", "calibrate", model, "--output", str(path)]
+    first = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert first.returncode == 0, first.stderr[-2000:]
+    assert str(path) in first.stdout
+    found = parse_calibration(path.read_bytes(), "file")
+    assert found.num_tokens == 8 * 1024 - 8 * found.num_first
+    again = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert again.returncode == 1
+    assert "which exists" in again.stderr
