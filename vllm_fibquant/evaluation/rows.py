@@ -102,6 +102,7 @@ def all_rows(step: int) -> list[Row]:
             engine_row(f"{preset}, quality", "quality", f"fibquant_{preset}", quality, step,
                        main=main, quick=preset == "2bit")
         )  # fmt: skip
+    rows += _calibrated(step)
     rows += _ablation(step)
     rows += _rivals()
     modes: dict[str, dict[str, Any]] = {"exact": {}, "quality": quality}
@@ -114,6 +115,22 @@ def all_rows(step: int) -> list[Row]:
         for i in (1, 2)
     ]
     return rows + _frontier()
+
+
+def _calibrated(step: int) -> list[Row]:
+    """Ours with the model's keys measured first, on another text (docs/calibration.md)."""
+    uses: dict[Group, dict[str, Any]] = {"exact": {}, "quality": {"mode": "quality"}}
+    kinds = {"k5v3": ["means"], "3bit": ["means"], "2bit": ["means", "transform"],
+             "1bit": ["means", "transform"]}  # fmt: skip
+    return [
+        engine_row(f"{preset}, {mode}, {kind}", mode, f"fibquant_{preset}",
+                   {**options, "calibrate": kind}, step, fidelity=False,
+                   main=preset in ("3bit", "2bit"))
+        for preset, of_preset in kinds.items()
+        for kind in of_preset
+        for mode, options in uses.items()
+        if mode == "quality" or preset != "1bit"
+    ]  # fmt: skip
 
 
 def _ablation(step: int) -> list[Row]:
