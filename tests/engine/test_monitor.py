@@ -9,7 +9,7 @@ import torch
 from vllm_fibquant import native
 from vllm_fibquant.codec import KVCodec
 from vllm_fibquant.counters import own_counters
-from vllm_fibquant.fidelity import DAMAGED, DEGRADED, HEALTHY, UNKNOWN
+from vllm_fibquant.fidelity import DAMAGED, DEGRADED, HEALTHY, UNKNOWN, Ledger
 
 from .harness import engine, in_batches, num_preemptions, varied_prompts
 from .models import VOCAB_SIZE, make_model
@@ -66,14 +66,16 @@ def test_answers_are_the_same_to_the_bit_and_nothing_is_alarmed(model_folder, sh
     assert findings.health in (UNKNOWN, HEALTHY)
 
 
-def test_drill_damage(model_folder):
+def test_drill_damage(model_folder, monkeypatch):
     """A table of the kernel is overwritten while the engine serves."""
+    # Steps of a tiny model earn little: here every step compares.
+    monkeypatch.setattr(Ledger, "can_afford", lambda self, num_comparisons=1: True)
     model = make_model("llama", model_folder)
     prompts = varied_prompts(16, VOCAB_SIZE, shortest=64)
     findings = Findings()
     with engine(model, PRESET, fibquant=ON, enable_prefix_caching=True) as llm:
         in_batches(llm, prompts, 24)
-        assert findings.samples > 3
+        assert findings.rereads > 10
         assert findings.changed == 0
         assert findings.health in (UNKNOWN, HEALTHY)
         codec = KVCodec.from_preset(PRESET, 64)
