@@ -49,7 +49,13 @@ class FibQuantRoutes:
 
     def attach_router(self, app: FastAPI) -> None:
         """Adds the routes, and our metrics to those vLLM serves."""
-        app.add_api_route("/fibquant/info", self._info, methods=["GET"], tags=["fibquant"])
+        app.add_api_route(
+            "/fibquant/info",
+            self._info,
+            methods=["GET"],
+            tags=["fibquant"],
+            responses={401: {"description": "a key is needed"}, 503: {"description": "starting"}},
+        )
         for path in sorted(PAGE_DIR.iterdir()):
             address = "/fibquant" if path.name == "index.html" else f"/fibquant/{path.name}"
             app.add_api_route(address, _serve_file(path), methods=["GET"], include_in_schema=False)

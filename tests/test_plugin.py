@@ -185,6 +185,10 @@ def test_what_gpu_kernels_cannot_do_is_refused_at_the_start():
     assert len(problems) == 1 and problems[0].startswith("recent_window: must be left out on a GPU")
     problems = support.config_problems(gpu_config(unproven_gpu=True, retain={"recent": 64}))
     assert any(p.startswith("retain: must be left out on a GPU") for p in problems)
+    problems = support.config_problems(
+        gpu_config(unproven_gpu=True, monitor=True, calibrate="means")
+    )
+    assert [p.split(":")[0] for p in problems] == ["monitor", "calibrate"]
 
 
 def test_cuda_graphs_are_declared_for_batches_of_equal_query_lengths():

@@ -152,7 +152,8 @@ def decide(
             why = "no AVX-512: vLLM's compiled bfloat16 is wrong on this CPU"
             decision.add("--enforce-eager", why="starts faster" if is_demo else why)
 
-    sizes = ("kv-cache-memory-bytes", "gpu-memory-utilization", "num-gpu-blocks-override")
+    # A number of blocks alone does not keep vLLM from claiming nine tenths of the machine.
+    sizes = ("kv-cache-memory-bytes", "gpu-memory-utilization")
     if machine.is_cpu_build and not given.any(*sizes) and not environ.get("VLLM_CPU_KVCACHE_SPACE"):
         size = min(MAX_DEFAULT_CACHE, machine.free_memory // 4)
         decision.add("--kv-cache-memory-bytes", str(size), why=f"{size / GIB:.1f} GiB")

@@ -144,6 +144,7 @@ def config_problems(vllm_config: VllmConfig) -> list[str]:
             ("recent_window", options.recent_window),
             ("retain", options.retain),
             ("monitor", options.monitor),
+            ("calibrate", "" if options.calibrate == "none" else options.calibrate),
         ):
             require(not asked, name, "left out on a GPU", asked, 'use "mode": "exact" without it')
 
