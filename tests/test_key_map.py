@@ -179,7 +179,7 @@ def test_a_mean_is_worth_a_bit() -> None:
 def test_the_self_check_covers_maps(transform: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     codec = codec_of("fibquant_2bit", 64)
     key_map = make_map(64, num_kv_heads=3, length=1.0, index_bytes=16 * transform)
-    result = run_self_check(codec, torch.float32, 9, 3, 16, key_map)
+    result = run_self_check(codec, torch.float32, 9, 3, 16, key_map=key_map)
     assert 0 < result.error <= result.tolerance
     attend = native.paged_attention
 
@@ -188,7 +188,7 @@ def test_the_self_check_covers_maps(transform: bool, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(native, "paged_attention", without_map)
     with pytest.raises(RuntimeError, match="refusing to serve"):
-        run_self_check(codec, torch.float32, 9, 3, 16, key_map)
+        run_self_check(codec, torch.float32, 9, 3, 16, key_map=key_map)
 
 
 @pytest.mark.parametrize(
