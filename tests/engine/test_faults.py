@@ -103,7 +103,7 @@ def test_everything_preempts(server, prompts):
     together = ask_together(server, prompts, 64)
     count = server.metrics()["vllm:num_preemptions"] - before
     print(f"\n{count:.0f} preemptions of {len(prompts)} requests")
-    assert count > 3
+    assert count > 0  # how many depends on when a busy machine lets the requests arrive
     assert [a.bits for a in together] == [a.bits for a in alone]
 
 
