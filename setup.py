@@ -160,7 +160,7 @@ class BuildCuda(Command):
         objects_dir = ROOT / "build" / ("cuda-emulated" if self.emulated else "cuda")
         objects_dir.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        headers = [*(ROOT / "csrc" / "cuda").glob("*.h"), ROOT / "csrc" / "page_layout.h"]
+        headers = [*(ROOT / "csrc" / "cuda").glob("*.h"), *(ROOT / "csrc").glob("*.h")]
 
         def compile_unit(unit: tuple[str, str, list[str]]) -> Path:
             name, object_name, defines = unit

@@ -30,6 +30,7 @@ LAYERS = {
     1: ["layout", "key_map", "copies", "agreement", "counters", "calibration"],
     2: [
         "reference",
+        "abi",
         "native",
         "native_cuda",
         "checks",

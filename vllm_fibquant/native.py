@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from vllm_fibquant.abi import DTYPES, Pages, load_library, pages_of
 from vllm_fibquant.codebook import Codebook
 from vllm_fibquant.codec import KVCodec
 from vllm_fibquant.config import GAIN_NUMBERS, CodeSpec
@@ -35,7 +36,6 @@ from vllm_fibquant.list_search import CodewordLists
 from vllm_fibquant.reference import TokenCopies
 
 LIBRARY_PATH = Path(__file__).parent / "lib" / "libfibquant_cpu.so"
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MAX_HEAD_DIM = 512
 HEAD_DIM_MULTIPLE = 16
 _ALIGNMENT = 64
@@ -58,14 +58,6 @@ class _Codec(Structure):
         *((f"rotation_{name}", c_void_p) for name in ("signs", "matrix", "matrix_t")),
         ("key", _Code),
         ("value", _Code),
-    ]
-
-
-class _Pages(Structure):
-    _fields_ = [
-        ("base", c_void_p),
-        *((name, c_int64) for name in ("num_blocks", "stride_block", "stride_head")),
-        *((name, c_int32) for name in ("num_kv_heads", "block_size")),
     ]
 
 
@@ -128,30 +120,13 @@ def library() -> ctypes.CDLL:
         RuntimeError: it is missing, does not load, or was built from other sources.
     """
     advice = "build it with `pip install -e .` (or `python setup.py build_ext --inplace`)"
-    if not is_built():
-        raise RuntimeError(f"native.library: {LIBRARY_PATH} is missing; {advice}")
-    try:
-        lib = ctypes.CDLL(str(LIBRARY_PATH))
-    except OSError as error:
-        raise RuntimeError(
-            f"native.library: {LIBRARY_PATH} does not load ({error}); {advice}"
-        ) from error
-    sizes = (c_int64 * 5)()
-    try:
-        lib.fq_abi(sizes)
-    except AttributeError:
-        sizes[0] = -1
-    expected = [ctypes.sizeof(s) for s in (_Codec, _Pages, _Encode, _Attend, _KeyMap)]
-    if list(sizes) != expected:
-        raise RuntimeError(
-            f"native.library: {LIBRARY_PATH} must be built from this version's sources "
-            f"(struct sizes {expected}, got {list(sizes)}); {advice}"
-        )
+    structs = (_Codec, Pages, _Encode, _Attend, _KeyMap)
+    lib = load_library("native.library", LIBRARY_PATH, "fq_abi", structs, advice)
     lib.fq_isa.restype = c_char_p
     lib.fq_select_isa.argtypes = [c_char_p]
-    lib.fq_encode_kv.argtypes = [POINTER(_Codec), POINTER(_Pages), POINTER(_Encode)]
+    lib.fq_encode_kv.argtypes = [POINTER(_Codec), POINTER(Pages), POINTER(_Encode)]
     lib.fq_encode_kv.restype = c_int64
-    lib.fq_paged_attention.argtypes = [POINTER(_Codec), POINTER(_Pages), POINTER(_Attend)]
+    lib.fq_paged_attention.argtypes = [POINTER(_Codec), POINTER(Pages), POINTER(_Attend)]
     return lib
 
 
@@ -277,13 +252,6 @@ def record_layout(codec: KVCodec) -> list[int]:
     return list(out)
 
 
-def _pages(cache: torch.Tensor) -> _Pages:
-    num_blocks, num_kv_heads, block_size, _ = cache.shape
-    return _Pages(
-        cache.data_ptr(), num_blocks, cache.stride(0), cache.stride(1), num_kv_heads, block_size
-    )
-
-
 def encode_kv(
     key: torch.Tensor,
     value: torch.Tensor,
@@ -298,7 +266,7 @@ def encode_kv(
         key.stride(0), key.stride(1), value.stride(0), value.stride(1),
         DTYPES[key.dtype], torch.get_num_threads(), _key_map_pointer(key_map),
     )  # fmt: skip
-    return library().fq_encode_kv(byref(codec_struct(codec)), byref(_pages(cache)), byref(args))
+    return library().fq_encode_kv(byref(codec_struct(codec)), byref(pages_of(cache)), byref(args))
 
 
 def paged_attention(
@@ -345,5 +313,5 @@ def paged_attention(
         first.data_ptr(), first.stride(0), first.stride(1), keep_first, _key_map_pointer(key_map),
     )  # fmt: skip
     return library().fq_paged_attention(
-        byref(codec_struct(codec)), byref(_pages(cache)), byref(args)
+        byref(codec_struct(codec)), byref(pages_of(cache)), byref(args)
     )

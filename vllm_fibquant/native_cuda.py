@@ -8,7 +8,6 @@ Arguments are checked by `gpu`; nothing here is called directly, and nothing rea
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import weakref
 from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int32, c_int64, c_void_p
@@ -18,11 +17,11 @@ from typing import Any
 
 import torch
 
+from vllm_fibquant.abi import DTYPES, Pages, load_library, pages_of
 from vllm_fibquant.codec import KVCodec, VectorCodec
 from vllm_fibquant.config import GAIN_NUMBERS
 
 LIBRARY_PATH = Path(__file__).parent / "lib" / "libfibquant_cuda.so"
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 NARROW_COLUMNS = 8
 MIN_SPLIT = 512
 """Tokens below which another split costs more in merging than it saves."""
@@ -46,14 +45,6 @@ class _Codec(Structure):
         *((f"rotation_{name}", c_void_p) for name in ("signs", "matrix", "matrix_t")),
         ("key", _Code),
         ("value", _Code),
-    ]
-
-
-class _Pages(Structure):
-    _fields_ = [
-        ("base", c_void_p),
-        *((name, c_int64) for name in ("num_blocks", "stride_block", "stride_head")),
-        *((name, c_int32) for name in ("num_kv_heads", "block_size")),
     ]
 
 
@@ -143,29 +134,16 @@ class Library:
     """
 
     def __init__(self, path: Path) -> None:
-        advice = "build it with `make cuda`"
-        if not path.exists():
-            raise RuntimeError(f"native_cuda.Library: {path} is missing; {advice}")
-        try:
-            self.lib = ctypes.CDLL(str(path))
-        except OSError as error:
-            raise RuntimeError(
-                f"native_cuda.Library: {path} does not load ({error}); {advice}"
-            ) from error
-        sizes = (c_int64 * 4)()
-        try:
-            self.lib.fq_cuda_abi(sizes)
-        except AttributeError:
-            sizes[0] = -1
-        expected = [ctypes.sizeof(s) for s in (_Codec, _Pages, _Encode, _Attend)]
-        if list(sizes) != expected:
-            raise RuntimeError(
-                f"native_cuda.Library: {path} must be built from this version's sources "
-                f"(struct sizes {expected}, got {list(sizes)}); {advice}"
-            )
+        self.lib = load_library(
+            "native_cuda.Library",
+            path,
+            "fq_cuda_abi",
+            (_Codec, Pages, _Encode, _Attend),
+            "build it with `make cuda`",
+        )
         for name in ("fq_cuda_support", "fq_cuda_error"):
             getattr(self.lib, name).restype = c_char_p
-        codec, pages = POINTER(_Codec), POINTER(_Pages)
+        codec, pages = POINTER(_Codec), POINTER(Pages)
         self.lib.fq_cuda_encode_kv.argtypes = [codec, pages, POINTER(_Encode), c_void_p]
         self.lib.fq_cuda_paged_attention.argtypes = [codec, pages, POINTER(_Attend), c_void_p]
         self.support = Support.parse(self.lib.fq_cuda_support().decode())
@@ -194,7 +172,7 @@ class Library:
             slot_mapping.shape[0], *key.stride()[:2], *value.stride()[:2], DTYPES[key.dtype],
             ENCODE_CTAS_PER_SM * num_sms(cache.device),
         )  # fmt: skip
-        struct, pages = _codec_struct(codec, cache.device), _pages(cache)
+        struct, pages = _codec_struct(codec, cache.device), pages_of(cache)
         error = self.lib.fq_cuda_encode_kv(
             byref(struct), byref(pages), byref(args), _stream(cache.device)
         )
@@ -258,7 +236,7 @@ class Library:
             *out.stride()[:2], num_tokens, num_reqs, num_q_heads, table_width,
             DTYPES[query.dtype], window, num_splits, int(wide), scale, soft_cap,
         )  # fmt: skip
-        struct, pages = _codec_struct(codec, cache.device), _pages(cache)
+        struct, pages = _codec_struct(codec, cache.device), pages_of(cache)
         error = self.lib.fq_cuda_paged_attention(
             byref(struct), byref(pages), byref(args), _stream(cache.device)
         )
@@ -315,13 +293,6 @@ def unsupported_cache(cache: torch.Tensor) -> str | None:
 
 def _stream(device: torch.device) -> int | None:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
-
-
-def _pages(cache: torch.Tensor) -> _Pages:
-    num_blocks, num_kv_heads, block_size, _ = cache.shape
-    return _Pages(
-        cache.data_ptr(), num_blocks, cache.stride(0), cache.stride(1), num_kv_heads, block_size
-    )
 
 
 def _code(code: VectorCodec, device: torch.device, keep: list[torch.Tensor]) -> _Code:

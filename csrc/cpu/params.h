@@ -5,10 +5,9 @@
 
 #include <cstdint>
 
-extern "C" {
+#include "abi.h"
 
-enum FqDtype : int32_t { kFqFloat32 = 0, kFqBFloat16 = 1, kFqFloat16 = 2 };
-enum FqGain : int32_t { kFqNorm = 0, kFqPreserve = 1, kFqMse = 2, kFqUnbiased = 3 };
+extern "C" {
 
 // One vector code, of keys or of values.
 struct FqCode {
@@ -40,16 +39,6 @@ struct FqCodec {
   const float* rotation_matrix_t;  // its transpose; null for Hadamard
   FqCode key;
   FqCode value;
-};
-
-// The pages of one layer: uint8 [num_blocks, num_kv_heads, block_size, record_bytes].
-struct FqPages {
-  uint8_t* base;
-  int64_t num_blocks;
-  int64_t stride_block;  // bytes
-  int64_t stride_head;   // bytes
-  int32_t num_kv_heads;
-  int32_t block_size;
 };
 
 // What one layer's keys are coded as: a key k of KV head h as k - mean[h] or, with a transform, as

@@ -35,7 +35,7 @@ constexpr float kEmpty = -1e30f, kSlack = 6.0f, kLog2e = 1.4426950408889634f;
 
 struct AttendArgs {
   FqCudaCodec codec;
-  FqCudaPages pages;
+  FqPages pages;
   FqCudaAttend call;
   RecordLayout layout;
   int32_t key_kind, value_kind;  // CodeKind

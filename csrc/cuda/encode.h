@@ -23,7 +23,7 @@ constexpr float kMinNormal = 1.17549435e-38f, kMaxNorm = 65504.0f, kMinCosine = 
 
 struct EncodeArgs {
   FqCudaCodec codec;
-  FqCudaPages pages;
+  FqPages pages;
   FqCudaEncode call;
   RecordLayout layout;
 };

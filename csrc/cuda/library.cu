@@ -23,7 +23,7 @@ namespace {
 // What the structs must be for a kernel to exist; fq_cuda_error names them.
 enum Refusal { kBadHeadDim = -1, kBadCode = -2, kBadRecord = -3, kBadPages = -4 };
 
-int check(const FqCudaCodec& codec, const FqCudaPages& pages, RecordLayout* layout) {
+int check(const FqCudaCodec& codec, const FqPages& pages, RecordLayout* layout) {
   for (const FqCudaCode* code : {&codec.key, &codec.value}) {
     if (find_kind(code->subvec_dim, code->index_bits, code->folded) == kNumKinds) return kBadCode;
     if (code->num_rows != kRows) return kBadCode;
@@ -64,7 +64,7 @@ emulator::Machine& emulator::machine() {
 // Sizes of the ABI's structs, for the caller to compare with its own.
 FQ_EXPORT void fq_cuda_abi(int64_t sizes[4]) {
   sizes[0] = sizeof(FqCudaCodec);
-  sizes[1] = sizeof(FqCudaPages);
+  sizes[1] = sizeof(FqPages);
   sizes[2] = sizeof(FqCudaEncode);
   sizes[3] = sizeof(FqCudaAttend);
 }
@@ -112,7 +112,7 @@ FQ_EXPORT const char* fq_cuda_error(int error) {
 }
 
 // Both return 0, a Refusal or a cudaError_t; the work is queued on `stream`.
-FQ_EXPORT int fq_cuda_encode_kv(const FqCudaCodec* codec, const FqCudaPages* pages,
+FQ_EXPORT int fq_cuda_encode_kv(const FqCudaCodec* codec, const FqPages* pages,
                                 const FqCudaEncode* call, void* stream) {
   fq::EncodeArgs args = {*codec, *pages, *call, {}};
   const int refusal = fq::check(*codec, *pages, &args.layout);
@@ -128,7 +128,7 @@ FQ_EXPORT int fq_cuda_encode_kv(const FqCudaCodec* codec, const FqCudaPages* pag
   }
 }
 
-FQ_EXPORT int fq_cuda_paged_attention(const FqCudaCodec* codec, const FqCudaPages* pages,
+FQ_EXPORT int fq_cuda_paged_attention(const FqCudaCodec* codec, const FqPages* pages,
                                       const FqCudaAttend* call, void* stream) {
   const FqCudaCode &k = codec->key, &v = codec->value;
   fq::AttendArgs args = {};

@@ -6,17 +6,16 @@
 
 #include <cstdint>
 
-extern "C" {
+#include "abi.h"
 
-enum FqCudaDtype : int32_t { kFqFloat32 = 0, kFqBFloat16 = 1, kFqFloat16 = 2 };
-enum FqCudaGain : int32_t { kFqNorm = 0, kFqPreserve = 1, kFqMse = 2, kFqUnbiased = 3 };
+extern "C" {
 
 // One vector code, of keys or of values.
 struct FqCudaCode {
   int32_t subvec_dim;
   int32_t index_bits;
   int32_t folded;  // 0 or 1
-  int32_t gain;    // FqCudaGain
+  int32_t gain;    // FqGain
   float table_scale;
   int32_t num_rows;       // 256: codewords, or magnitudes of a sign-folded codebook
   const uint16_t* table;  // float16 [num_rows, subvec_dim], 16-byte aligned; row = scale * table
@@ -34,16 +33,6 @@ struct FqCudaCodec {
   FqCudaCode value;
 };
 
-// The pages of one layer: uint8 [num_blocks, num_kv_heads, block_size, record_bytes].
-struct FqCudaPages {
-  uint8_t* base;  // 16-byte aligned, and so are the strides
-  int64_t num_blocks;
-  int64_t stride_block;  // bytes
-  int64_t stride_head;   // bytes
-  int32_t num_kv_heads;
-  int32_t block_size;  // a multiple of 16
-};
-
 struct FqCudaEncode {
   const void* key;              // [num_tokens, num_kv_heads, head_dim]
   const void* value;            // [num_tokens, num_kv_heads, head_dim]
@@ -52,7 +41,7 @@ struct FqCudaEncode {
   int64_t num_tokens;
   int64_t stride_key_token, stride_key_head;      // elements
   int64_t stride_value_token, stride_value_head;  // elements
-  int32_t dtype;                                  // FqCudaDtype
+  int32_t dtype;                                  // FqDtype
   int32_t max_ctas;                               // per side; more vectors are looped over
 };
 
@@ -78,7 +67,7 @@ struct FqCudaAttend {
   int32_t num_reqs;
   int32_t num_q_heads;
   int32_t table_width;
-  int32_t dtype;   // FqCudaDtype of query and out
+  int32_t dtype;   // FqDtype of query and out
   int32_t window;  // 0 = none
   int32_t num_splits;
   int32_t wide;  // 1 = many query columns share a decoded token, 0 = at most 8

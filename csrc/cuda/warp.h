@@ -153,7 +153,7 @@ FQ_DEVICE float warp_max(float x) {
   return x;
 }
 
-// Element `at` of an array of FqCudaDtype.
+// Element `at` of an array of FqDtype.
 FQ_DEVICE float load_element(const void* base, int64_t at, int32_t dtype) {
   if (dtype == 0) return static_cast<const float*>(base)[at];
   const uint16_t x = static_cast<const uint16_t*>(base)[at];

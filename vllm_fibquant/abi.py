@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the C ABIs of the CPU and the CUDA library share (csrc/abi.h), and how both are loaded."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import Structure, c_int32, c_int64, c_void_p
+from pathlib import Path
+
+import torch
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class Pages(Structure):
+    """The pages of one layer."""
+
+    _fields_ = [
+        ("base", c_void_p),
+        *((name, c_int64) for name in ("num_blocks", "stride_block", "stride_head")),
+        *((name, c_int32) for name in ("num_kv_heads", "block_size")),
+    ]
+
+
+def pages_of(cache: torch.Tensor) -> Pages:
+    """A layer's cache, uint8 [num_blocks, num_kv_heads, block_size, record_bytes], as a library
+    reads it."""
+    num_blocks, num_kv_heads, block_size, _ = cache.shape
+    return Pages(
+        cache.data_ptr(), num_blocks, cache.stride(0), cache.stride(1), num_kv_heads, block_size
+    )
+
+
+def load_library(
+    owner: str, path: Path, size_function: str, structs: Sequence[type[Structure]], advice: str
+) -> ctypes.CDLL:
+    """Loads a library that reads `structs` as we write them.
+
+    Args:
+        owner: who speaks in errors.
+        size_function: what fills an int64 array with the sizes of its structs, in our order.
+        structs: ours.
+        advice: how the library is built.
+
+    Raises:
+        RuntimeError: it is missing, does not load, or was built from other sources.
+    """
+    if not path.exists():
+        raise RuntimeError(f"{owner}: {path} is missing; {advice}")
+    try:
+        lib = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise RuntimeError(f"{owner}: {path} does not load ({error}); {advice}") from error
+    sizes = (c_int64 * len(structs))()
+    try:
+        getattr(lib, size_function)(sizes)
+    except AttributeError:
+        sizes[0] = -1
+    expected = [ctypes.sizeof(struct) for struct in structs]
+    if list(sizes) != expected:
+        raise RuntimeError(
+            f"{owner}: {path} must be built from this version's sources "
+            f"(struct sizes {expected}, got {list(sizes)}); {advice}"
+        )
+    return lib
