@@ -24,6 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_fibquant import splits
 from vllm_fibquant.codec import KVCodec
 from vllm_fibquant.kernels.codes import find_rows, load_codewords, load_indices, soft_cap_scores
 from vllm_fibquant.kernels.states import (
@@ -40,6 +41,9 @@ DECODE_ROWS, PREFILL_ROWS = 16, 64
 MIN_SPLIT = 256
 """Tokens below which another split costs more in merging than it saves."""
 PROGRAMS_PER_SM = 4
+choose_splits = functools.partial(
+    splits.choose_splits, ctas_per_sm=PROGRAMS_PER_SM, min_split=MIN_SPLIT
+)
 
 
 @triton.jit
@@ -154,25 +158,6 @@ def _attend_split(
         tl.store(state_ml + num_rows * NUM_SPLITS + at, l, mask=valid)
 
 
-@functools.cache
-def _num_sms(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def choose_splits(num_programs: int, max_tokens: int, device: torch.device) -> int:
-    """Splits that fill the device, from shapes alone: the same batch shape, the same splits.
-
-    Args:
-        num_programs: row blocks times KV heads.
-        max_tokens: tokens a row of the block table holds.
-        device: where the kernel runs.
-    """
-    wanted = -(-PROGRAMS_PER_SM * _num_sms(device) // num_programs)
-    return max(1, min(wanted, max_tokens // MIN_SPLIT))
-
-
 def workspace_floats(num_rows: int, head_dim: int, num_splits: int, raw: bool) -> int:
     """float32 elements `paged_attention` needs: rotated queries and the states of all splits.
 
@@ -263,13 +248,7 @@ def paged_attention(
             num_row_blocks * num_kv_heads, table_width * block_size, cache.device
         )
     floats = workspace_floats(num_rows, head_dim, num_splits, raw)
-    if workspace is None:
-        workspace = torch.empty(floats, dtype=torch.float32, device=cache.device)
-    elif workspace.numel() < floats or workspace.dtype != torch.float32:
-        raise ValueError(
-            f"paged_attention: workspace must be float32 of at least {floats} elements, got "
-            f"{workspace.dtype} of {workspace.numel()}; see workspace_floats"
-        )
+    workspace = splits.workspace_of(workspace, floats, cache.device)
     sizes = [
         num_rows * head_dim,
         num_splits * num_rows * head_dim,

@@ -31,6 +31,7 @@ LAYERS = {
     2: [
         "reference",
         "abi",
+        "splits",
         "native",
         "native_cuda",
         "checks",

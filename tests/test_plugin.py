@@ -203,9 +203,9 @@ def test_cuda_graphs_are_declared_for_batches_of_equal_query_lengths():
 def test_a_profiled_step_takes_the_memory_of_a_real_one(monkeypatch):
     """vLLM sizes the cache by the peak of a step in which nothing is attended."""
     attention = pytest.importorskip("vllm_fibquant.kernels.attention", reason="needs Triton")
-    from vllm_fibquant import gpu
+    from vllm_fibquant import gpu, splits
 
-    monkeypatch.setattr(attention, "_num_sms", lambda device: 132)
+    monkeypatch.setattr(splits, "num_sms", lambda device: 132)
     device, taken = torch.device("cpu"), []
     real_empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda n, **kw: taken.append(n) or real_empty(n, **kw))

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from vllm_fibquant import splits
 from vllm_fibquant.abi import DTYPES, Pages, load_library, pages_of
 from vllm_fibquant.codec import KVCodec, VectorCodec
 from vllm_fibquant.config import GAIN_NUMBERS
@@ -26,6 +27,9 @@ NARROW_COLUMNS = 8
 MIN_SPLIT = 512
 """Tokens below which another split costs more in merging than it saves."""
 CTAS_PER_SM = 2
+choose_splits = functools.partial(
+    splits.choose_splits, ctas_per_sm=CTAS_PER_SM, min_split=MIN_SPLIT
+)
 ENCODE_CTAS_PER_SM = 8
 
 
@@ -170,7 +174,7 @@ class Library:
         args = _Encode(
             key.data_ptr(), value.data_ptr(), slot_mapping.data_ptr(), counters.data_ptr(),
             slot_mapping.shape[0], *key.stride()[:2], *value.stride()[:2], DTYPES[key.dtype],
-            ENCODE_CTAS_PER_SM * num_sms(cache.device),
+            ENCODE_CTAS_PER_SM * splits.num_sms(cache.device),
         )  # fmt: skip
         struct, pages = _codec_struct(codec, cache.device), pages_of(cache)
         error = self.lib.fq_cuda_encode_kv(
@@ -220,13 +224,7 @@ class Library:
             num_ctas = (num_tokens * group_size // columns + num_reqs) * num_kv_heads
             num_splits = choose_splits(num_ctas, table_width * block_size, cache.device)
         floats = workspace_floats(num_rows, head_dim, num_splits)
-        if workspace is None:
-            workspace = torch.empty(floats, dtype=torch.float32, device=cache.device)
-        elif workspace.numel() < floats or workspace.dtype != torch.float32:
-            raise ValueError(
-                f"paged_attention: workspace must be float32 of at least {floats} elements, got "
-                f"{workspace.dtype} of {workspace.numel()}; see workspace_floats"
-            )
+        workspace = splits.workspace_of(workspace, floats, cache.device)
         raw = [None] * 3 if raw_states is None else [x.data_ptr() for x in raw_states]
         state_ml = workspace.data_ptr() + 4 * num_rows * num_splits * head_dim
         args = _Attend(
@@ -256,25 +254,6 @@ def library() -> Library:
         RuntimeError: it is missing, does not load, or was built from other sources.
     """
     return Library(LIBRARY_PATH)
-
-
-@functools.cache
-def num_sms(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def choose_splits(num_ctas: int, max_tokens: int, device: torch.device) -> int:
-    """Splits that fill the device, from shapes alone: the same batch shape, the same splits.
-
-    Args:
-        num_ctas: row blocks times KV heads.
-        max_tokens: tokens a row of the block table holds.
-        device: where the kernel runs.
-    """
-    wanted = -(-CTAS_PER_SM * num_sms(device) // num_ctas)
-    return max(1, min(wanted, max_tokens // MIN_SPLIT))
 
 
 def workspace_floats(num_rows: int, head_dim: int, num_splits: int) -> int:
