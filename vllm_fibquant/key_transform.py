@@ -167,7 +167,10 @@ def make_transform(
         key_covariance, query_moment: float32 [num_kv_heads, head_dim, head_dim].
         index_bytes: bytes of a key's indices.
     """
-    root = _power(_shrink(query_moment), 0.5)  # A
+    queries = _shrink(query_moment)
+    # A and its inverse, both from eigenvectors: on some CPUs LU of matrices this large, which
+    # torch.linalg.inv does, fails with several threads.
+    root, inverse_root = _power(queries, 0.5), _power(queries, -0.5)
     variances, axes = torch.linalg.eigh(root @ _shrink(key_covariance) @ root)
     # eigh gives ascending variances, and each axis with either sign.
     variances, axes = variances.flip(-1).clamp(min=1e-20), axes.flip(-1)
@@ -175,7 +178,7 @@ def make_transform(
     axes = axes * largest.sign()
     deviation = variances.sqrt().unsqueeze(-1)  # [h, d, 1]
     key_matrix = axes.transpose(-1, -2) @ root / deviation
-    query_matrix = axes.transpose(-1, -2) @ torch.linalg.inv(root) * deviation
+    query_matrix = axes.transpose(-1, -2) @ inverse_root * deviation
 
     rows_key, rows_query, rows_weight = [], [], []
     begin = 0
