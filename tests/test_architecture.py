@@ -24,6 +24,7 @@ LAYERS = {
         "rotation",
         "codec",
         "options",
+        "sealed",
         "key_transform",
         "list_search",
     ],

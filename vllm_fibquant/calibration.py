@@ -18,9 +18,7 @@ Statistics of all heads of a layer are in one file, however many processes serve
 
 from __future__ import annotations
 
-import hashlib
 import json
-import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,12 +29,10 @@ import torch
 from vllm_fibquant.codebook import cache_dir
 from vllm_fibquant.key_map import KeyMap
 from vllm_fibquant.key_transform import make_transform
+from vllm_fibquant.sealed import seal, unseal
 
 MAGIC = b"FIBQCALB"
 FORMAT_VERSION = 1
-
-_PREFIX = struct.Struct("<8sII")
-_DIGEST_BYTES = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,13 +108,12 @@ def pack_calibration(
             for name, s in layers.items()
         ],
     }
-    encoded = json.dumps(header, sort_keys=True).encode()
-    parts = [_PREFIX.pack(MAGIC, FORMAT_VERSION, len(encoded)), encoded]
-    for s in layers.values():
-        for x in (s.key_mean, s.key_covariance, s.query_moment):
-            parts.append(np.ascontiguousarray(x.numpy(), "<f4").tobytes())
-    content = b"".join(parts)
-    return content + hashlib.sha256(content).digest()
+    data = b"".join(
+        np.ascontiguousarray(x.numpy(), "<f4").tobytes()
+        for s in layers.values()
+        for x in (s.key_mean, s.key_covariance, s.query_moment)
+    )
+    return seal(MAGIC, FORMAT_VERSION, header, data)
 
 
 def parse_calibration(content: bytes, name: str) -> Calibration:
@@ -135,28 +130,19 @@ def parse_calibration(content: bytes, name: str) -> Calibration:
     def refuse(what: str, advice: str = "delete the file, and it is measured again") -> ValueError:
         return ValueError(f"calibration: {name} {what}; {advice}")
 
-    if len(content) < _PREFIX.size + _DIGEST_BYTES:
-        raise refuse(f"must be at least {_PREFIX.size + _DIGEST_BYTES} bytes, got {len(content)}")
-    magic, version, header_bytes = _PREFIX.unpack_from(content)
-    if magic != MAGIC:
-        raise refuse(f"must begin with {MAGIC!r}, got {magic!r}", "this is no calibration file")
-    if version != FORMAT_VERSION:
-        raise refuse(f"must have format version {FORMAT_VERSION}, got {version}")
-    body, stored = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
-    digest = hashlib.sha256(body).digest()
-    if digest != stored:
-        raise refuse(f"must have SHA-256 {stored.hex()}, got {digest.hex()}: it is damaged")
-    begin = _PREFIX.size + header_bytes
+    sealed = unseal(
+        content, MAGIC, FORMAT_VERSION, refuse, other_file="this is no calibration file"
+    )
     try:
-        header = json.loads(body[_PREFIX.size : begin])
+        header = json.loads(sealed.header)
         shapes = {s["name"]: (s["num_kv_heads"], s["head_dim"]) for s in header["layers"]}
         sizes = [heads * dim * (1 + 2 * dim) for heads, dim in shapes.values()]
         known = header["model"], header["num_tokens"], header["num_first"]
     except (ValueError, KeyError, TypeError) as error:
         raise refuse(f"must have a valid header, got {type(error).__name__}: {error}") from error
-    if len(body) - begin != 4 * sum(sizes):
-        raise refuse(f"must hold {4 * sum(sizes)} bytes of statistics, got {len(body) - begin}")
-    floats = torch.from_numpy(np.frombuffer(body, "<f4", offset=begin).astype(np.float32))
+    if len(sealed.data) != 4 * sum(sizes):
+        raise refuse(f"must hold {4 * sum(sizes)} bytes of statistics, got {len(sealed.data)}")
+    floats = torch.from_numpy(np.frombuffer(sealed.data, "<f4").astype(np.float32))
     if not torch.isfinite(floats).all():
         raise refuse("must hold finite values, got others")
     layers = {}
@@ -166,7 +152,7 @@ def parse_calibration(content: bytes, name: str) -> Calibration:
         layers[layer] = KeyStatistics(
             mean.view(heads, dim), covariance.view(square), moment.view(square)
         )
-    return Calibration(*known, layers, digest.hex())
+    return Calibration(*known, layers, sealed.digest)
 
 
 def check_calibration(

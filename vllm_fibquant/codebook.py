@@ -18,11 +18,9 @@ q from 0 to 127, so that a kernel negates a coordinate by XOR 0xFF.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
-import struct
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,13 +30,12 @@ import numpy as np
 import torch
 
 from vllm_fibquant.config import HEAD_DIMS, PRESETS, CodeSpec
+from vllm_fibquant.sealed import seal, unseal
 
 MAGIC = b"FIBQBOOK"
 FORMAT_VERSION = 1
 SHIPPED_DIR = Path(__file__).parent / "codebooks"
 
-_PREFIX = struct.Struct("<8sII")
-_DIGEST_BYTES = 32
 _DTYPES: dict[str, np.dtype[Any]] = {"int8": np.dtype("i1"), "float16": np.dtype("<f2")}
 
 
@@ -104,10 +101,8 @@ def make_codebook(
     }
     if spec.storage == "int8":
         header["scale"] = scale
-    encoded = json.dumps(header, sort_keys=True).encode()
-    content = _PREFIX.pack(MAGIC, FORMAT_VERSION, len(encoded)) + encoded
-    content += np.ascontiguousarray(table, _DTYPES[spec.storage]).tobytes()
-    content += hashlib.sha256(content).digest()
+    data = np.ascontiguousarray(table, _DTYPES[spec.storage]).tobytes()
+    content = seal(MAGIC, FORMAT_VERSION, header, data)
     return parse_codebook(content, "make_codebook"), content
 
 
@@ -125,25 +120,16 @@ def parse_codebook(content: bytes, name: str) -> Codebook:
     def refuse(what: str, advice: str = "delete the file and build it again") -> ValueError:
         return ValueError(f"load_codebook: {name} {what}; {advice}")
 
-    if len(content) < _PREFIX.size + _DIGEST_BYTES:
-        raise refuse(f"must be at least {_PREFIX.size + _DIGEST_BYTES} bytes, got {len(content)}")
-    magic, version, header_bytes = _PREFIX.unpack_from(content)
-    if magic != MAGIC:
-        raise refuse(f"must begin with {MAGIC!r}, got {magic!r}", "this is no codebook file")
-    if version != FORMAT_VERSION:
-        raise refuse(
-            f"must have format version {FORMAT_VERSION}, got {version}",
-            "build it again with this version of vllm-fibquant",
-        )
-    body, stored = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
-    digest = hashlib.sha256(body).digest()
-    if digest != stored:
-        raise refuse(f"must have SHA-256 {stored.hex()}, got {digest.hex()}: it is damaged")
-    # From here on a refusal means a faulty writer, not damage: the digest holds.
-    if _PREFIX.size + header_bytes > len(body):
-        raise refuse(f"must hold a header of {header_bytes} bytes, got {len(body)} bytes in all")
+    sealed = unseal(
+        content,
+        MAGIC,
+        FORMAT_VERSION,
+        refuse,
+        other_file="this is no codebook file",
+        other_version=("build it again with this version of vllm-fibquant",),
+    )
     try:
-        header = json.loads(body[_PREFIX.size : _PREFIX.size + header_bytes])
+        header = json.loads(sealed.header)
         spec = CodeSpec(
             subvec_dim=header["subvec_dim"],
             num_codewords=header["num_codewords"],
@@ -158,7 +144,7 @@ def parse_codebook(content: bytes, name: str) -> Codebook:
         raise refuse(f"must have a valid header, got {type(error).__name__}: {error}") from error
 
     dtype = _DTYPES[spec.storage]
-    raw = body[_PREFIX.size + header_bytes :]
+    raw = sealed.data
     expected = spec.num_rows * spec.subvec_dim * dtype.itemsize
     if len(raw) != expected:
         raise refuse(f"must hold a table of {expected} bytes, got {len(raw)}")
@@ -177,7 +163,7 @@ def parse_codebook(content: bytes, name: str) -> Codebook:
         scale=scale,
         rows=torch.from_numpy(rows),
         provenance=provenance,
-        digest=digest.hex(),
+        digest=sealed.digest,
     )
 
 
