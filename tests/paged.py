@@ -14,6 +14,7 @@ from vllm_fibquant.codec import KVCodec
 from vllm_fibquant.key_map import KeyMap
 
 POISON = 0xFF  # as a norm: NaN
+MAX_TIES = 0.02
 
 
 @dataclass
@@ -108,3 +109,15 @@ def make_paged(
         torch.tensor(seq_lens, dtype=torch.int32), block_table, key[new], value[new],
         key_map,
     )  # fmt: skip
+
+
+def check_records(codec, got, expected) -> None:
+    """Equal but for ties of the two nearest codewords, which are counted and capped."""
+    different = (got != expected).any(-1)
+    assert float(different.float().mean()) <= MAX_TIES
+    for a, b in zip(
+        codec.decode_records_rotated(got[different]),
+        codec.decode_records_rotated(expected[different]),
+        strict=True,
+    ):
+        assert ((a.norm(dim=-1) / b.norm(dim=-1)) - 1).abs().le(1e-2).all()

@@ -11,14 +11,13 @@ import pytest
 import torch
 
 from tests import emulated as emu
-from tests.paged import make_paged
+from tests.paged import MAX_TIES, check_records, make_paged
 from vllm_fibquant import gpu, native_cuda, ops, reference
 from vllm_fibquant.codec import KVCodec
 from vllm_fibquant.config import PRESETS
 
 PRESET_NAMES = [name for name in PRESETS if name != "fibquant"]
 OTHER_PAIR = {"key": {"subvec_dim": 8, "num_codewords": 256, "storage": "int8"}}
-MAX_TIES = 0.02
 
 
 @pytest.fixture(scope="module")
@@ -250,18 +249,6 @@ def encode_both(library, codec, key, value, slots):
     inside = torch.where(slots < 64, slots, -1)
     assert int(counters[0]) == reference.encode_kv(key, value, expected, inside, codec)
     return got.cpu(), expected, counters.tolist()
-
-
-def check_records(codec, got, expected) -> None:
-    """Equal but for ties of the two nearest codewords, which are counted and capped."""
-    different = (got != expected).any(-1)
-    assert float(different.float().mean()) <= MAX_TIES
-    for a, b in zip(
-        codec.decode_records_rotated(got[different]),
-        codec.decode_records_rotated(expected[different]),
-        strict=True,
-    ):
-        assert ((a.norm(dim=-1) / b.norm(dim=-1)) - 1).abs().le(1e-2).all()
 
 
 @pytest.mark.parametrize(

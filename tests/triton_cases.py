@@ -10,7 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.paged import make_paged
+from tests.paged import check_records, make_paged
 from vllm_fibquant import gpu, ops, reference
 from vllm_fibquant.codec import KVCodec
 from vllm_fibquant.config import PRESETS
@@ -18,7 +18,6 @@ from vllm_fibquant.kernels import attention, encode
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PRESET_NAMES = [name for name in PRESETS if name != "fibquant"]
-MAX_TIES = 0.02
 
 
 def codec_of(name: str, head_dim: int) -> KVCodec:
@@ -237,18 +236,6 @@ def encode_both(codec, key, value, slots):
     count = reference.encode_kv(key, value, expected, inside, codec)
     assert int(counters[0]) == count
     return got.cpu(), expected, counters.tolist()
-
-
-def check_records(codec, got, expected) -> None:
-    """Equal but for ties of the two nearest codewords, which are counted and capped."""
-    different = (got != expected).any(-1)
-    assert float(different.float().mean()) <= MAX_TIES
-    for a, b in zip(
-        codec.decode_records_rotated(got[different]),
-        codec.decode_records_rotated(expected[different]),
-        strict=True,
-    ):
-        assert ((a.norm(dim=-1) / b.norm(dim=-1)) - 1).abs().le(1e-2).all()
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 128])

@@ -139,20 +139,22 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
         context = common.seq_lens - (ends - starts)
         if bool((context >= self._num_plain).all()):
             return None
-        position = torch.arange(common.num_actual_tokens, dtype=starts.dtype)
-        position += (context - starts).repeat_interleave(ends - starts)
-        tokens = (position < self._num_plain).nonzero().squeeze(-1)
+        tokens = (_positions(common) < self._num_plain).nonzero().squeeze(-1)
         return tokens, common.slot_mapping[tokens]
 
     def _num_gone(self, common: CommonAttentionMetadata) -> torch.Tensor | None:
         if self.retain is None or common.max_seq_len <= self.retain.total:
             return None
-        ends = common.query_start_loc[1:]
-        row = torch.arange(common.num_actual_tokens, dtype=ends.dtype, device=ends.device)
-        req = torch.searchsorted(ends, row, right=True).clamp_max(len(ends) - 1)
-        # From a token's row to its position it is as far as from its request's end to its length.
-        num_seen = row + 1 + (common.seq_lens - ends)[req]
-        return (num_seen - self.retain.total).clamp_min(0).long()
+        return (_positions(common) + 1 - self.retain.total).clamp_min(0).long()
+
+
+def _positions(common: CommonAttentionMetadata) -> torch.Tensor:
+    """Where in its request each new token stands: [num_actual_tokens]."""
+    ends = common.query_start_loc[1:]
+    row = torch.arange(common.num_actual_tokens, dtype=ends.dtype, device=ends.device)
+    req = torch.searchsorted(ends, row, right=True).clamp_max(len(ends) - 1)
+    # From a token's row to its position it is as far as from its request's end to its length.
+    return row + (common.seq_lens - ends)[req]
 
 
 def _holds_first_layer(layer_names: list[str], vllm_config: VllmConfig) -> bool:
