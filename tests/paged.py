@@ -32,6 +32,7 @@ class Paged:
     block_table: torch.Tensor
     new_key: torch.Tensor
     new_value: torch.Tensor
+    positions: torch.Tensor
     key_map: KeyMap | None = None
 
     def attend(self, **options: Any) -> torch.Tensor:
@@ -92,14 +93,15 @@ def make_paged(
         slots.append(blocks * block_size + positions % block_size)
     num_tokens = sum(seq_lens)
     key, value = random(num_tokens, num_kv_heads), random(num_tokens, num_kv_heads)
+    positions = torch.cat([torch.arange(n) for n in seq_lens])
     if key_map is not None:
-        key = (key + key_map.mean).to(dtype)
+        key = (key + key_map.mean_at(positions, torch.float32)).to(dtype)
     shape = (num_blocks, num_kv_heads, block_size, codec.layout.record_bytes)
     cache = torch.full(shape, POISON, dtype=torch.uint8)
     slot_mapping = torch.cat(slots)
-    ops.encode_kv(key, value, cache, slot_mapping, codec, key_map)
+    ops.encode_kv(key, value, cache, slot_mapping, codec, key_map, positions)
     if key_map is not None:
-        plain = torch.cat([torch.arange(n) for n in seq_lens]) < key_map.num_plain
+        plain = positions < key_map.num_plain
         ops.encode_kv(key[plain], value[plain], cache, slot_mapping[plain], codec)
     ends = torch.tensor(seq_lens).cumsum(0).tolist()
     new = torch.cat([torch.arange(e - q, e) for e, q in zip(ends, query_lens, strict=True)])
@@ -107,7 +109,7 @@ def make_paged(
         codec, cache, random(sum(query_lens), num_kv_heads * group_size), key, value, slot_mapping,
         torch.tensor([0, *query_lens]).cumsum(0).to(torch.int32),
         torch.tensor(seq_lens, dtype=torch.int32), block_table, key[new], value[new],
-        key_map,
+        positions, key_map,
     )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import hashlib
 import pytest
 import torch
 
+from tests.test_key_map import make_turns
 from vllm_fibquant.calibration import (
     KeyStatistics,
     StatisticsCollector,
@@ -16,8 +17,10 @@ from vllm_fibquant.calibration import (
     pack_calibration,
     parse_calibration,
 )
+from vllm_fibquant.key_map import Turns
 
 HEADS, DIM = 2, 16
+NAMES = ("key_mean", "turning_mean", "key_covariance", "query_moment")
 
 
 def tokens(count: int = 300, num_q_heads: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
@@ -28,11 +31,12 @@ def tokens(count: int = 300, num_q_heads: int = 6) -> tuple[torch.Tensor, torch.
     return query, key
 
 
-def measured() -> KeyStatistics:
-    query, key = tokens()
-    collector = StatisticsCollector(HEADS, DIM)
+def measured(turns: Turns | None = None, key: torch.Tensor | None = None) -> KeyStatistics:
+    query, given = tokens()
+    key = given if key is None else key
+    collector = StatisticsCollector(HEADS, DIM, turns)
     for begin, end in ((0, 100), (100, 101), (101, 300)):
-        collector.add(query[begin:end], key[begin:end])
+        collector.add(query[begin:end], key[begin:end], torch.arange(begin, end))
     assert collector.num_tokens == 300
     return collector.result()
 
@@ -54,6 +58,34 @@ def test_statistics_are_those_of_all_tokens() -> None:
         assert torch.allclose(found.query_moment[head].double(), moment, rtol=1e-5, atol=1e-5)
 
 
+def test_a_mean_that_turns_is_found_and_taken_out() -> None:
+    """Of 12 coordinates that turn half are kept; what is left has the covariance of the noise."""
+    turns = make_turns(DIM)
+    generator = torch.Generator().manual_seed(5)
+    noise = torch.randn(300, HEADS, DIM, generator=generator)
+    c = torch.zeros(HEADS, DIM)
+    c[:, :6] = torch.tensor([9.0, -7, 5, 6, -8, 4])
+    constant = torch.linspace(-1, 1, DIM)
+    key = noise + constant + turns.turn(c, torch.arange(300))
+    found = measured(turns, key)
+    assert (found.turning_mean - c).abs().max() < 0.3
+    assert not found.turning_mean[:, 6:].any()
+    assert (found.key_mean - constant).abs().max() < 0.3
+    for head in range(HEADS):
+        left = key - turns.turn(found.turning_mean, torch.arange(300))
+        covariance = torch.cov(left[:, head].T.double(), correction=0)
+        assert torch.allclose(found.key_covariance[head].double(), covariance, atol=1e-4)
+        assert torch.allclose(found.key_mean, left.mean(0), atol=1e-4)
+    layers = {"layer.0": found}
+    calibration = parse_calibration(pack_calibration("abc", 300, 4, layers), "file")
+    key_map = calibration.key_map("layer.0", 0, HEADS, 0, turns=turns)
+    positions = torch.arange(300)
+    expected = found.key_mean + turns.turn(found.turning_mean, positions)
+    assert torch.allclose(key_map.mean_at(positions, torch.float32), expected, atol=1e-5)
+    with pytest.raises(ValueError, match="layer layer.0 must have a rotary embedding"):
+        calibration.key_map("layer.0", 0, HEADS, 0)
+
+
 @pytest.mark.parametrize("replicas", [1, 2])
 def test_heads_of_several_ranks_are_joined(replicas: int) -> None:
     query, key = tokens(num_q_heads=4)
@@ -62,19 +94,20 @@ def test_heads_of_several_ranks_are_joined(replicas: int) -> None:
         per_rank = 2 // replicas
         collector = StatisticsCollector(1, DIM)
         head = rank // replicas
-        collector.add(query[:, rank * per_rank : (rank + 1) * per_rank], key[:, head : head + 1])
+        mine = query[:, rank * per_rank : (rank + 1) * per_rank]
+        collector.add(mine, key[:, head : head + 1], torch.arange(300))
         parts.append(collector.result())
     whole = StatisticsCollector(HEADS, DIM)
-    whole.add(query, key)
+    whole.add(query, key, torch.arange(300))
     joined, expected = join_heads(parts, replicas), whole.result()
-    for name in ("key_mean", "key_covariance", "query_moment"):
+    for name in NAMES:
         assert torch.allclose(getattr(joined, name), getattr(expected, name), rtol=1e-5), name
 
 
 def test_a_file_is_read_as_it_was_written() -> None:
     calibration, statistics = parse_calibration(content(), "file"), measured()
     assert (calibration.model, calibration.num_tokens, calibration.num_first) == ("abc", 300, 4)
-    for name in ("key_mean", "key_covariance", "query_moment"):
+    for name in NAMES:
         read = getattr(calibration.layers["layer.0"], name)
         assert torch.equal(read, getattr(statistics, name)), name
     second = calibration.key_map("layer.0", 1, 2, num_plain=3)
@@ -97,7 +130,7 @@ def with_digest(body: bytes) -> bytes:
     [
         (lambda c: c[:20], "must be at least 48 bytes, got 20"),
         (lambda c: b"GGUF" + c[4:], "this is no calibration file"),
-        (lambda c: c[:8] + b"\x09" + c[9:], "must have format version 1, got 9"),
+        (lambda c: c[:8] + b"\x09" + c[9:], "must have format version 2, got 9"),
         (lambda c: c[:-90] + b"\x00" + c[-89:], "it is damaged"),
         (lambda c: c[:-40] + c[-32:], "it is damaged"),
         (lambda c: with_digest(c[:-36]), "bytes of statistics"),

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
+from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.platforms import current_platform
@@ -188,7 +189,7 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
         self.key_map: KeyMap | None = None
         # What stands in for attention before there is a cache: calibrate.LayerCollector.
         self.without_cache: Callable[..., torch.Tensor] | None = None
-        if self.keep_first:
+        if self.keep_first or self.options.calibrate != "none":
             self._max_model_len = get_current_vllm_config().model_config.max_model_len
             rotary.watch(self)
 
@@ -213,13 +214,16 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
         if self._sinks_param is not None:
             self.sinks = self._sinks_param.detach().to(torch.float32).contiguous()
         if self.keep_first:
-            self._turn_back = rotary.turn_back_of(
-                self, self._max_model_len, self.head_size, act_dtype
-            )
+            try:
+                self._turn_back = rotary.turn_back_of(
+                    self, self._max_model_len, self.head_size, act_dtype
+                )
+            except ValueError as error:
+                raise ValueError(f"retain: {error}; or leave retain out") from error
 
     def do_kv_cache_update(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
@@ -228,7 +232,7 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
         """Encodes this step's keys and values into their slots.
 
         Args:
-            layer: unused.
+            layer: vLLM's, which knows its name.
             key: [num_tokens, num_kv_heads, head_dim], possibly padded behind slot_mapping's end.
             value: as key.
             kv_cache: uint8 [num_blocks, num_kv_heads, block_size, record_bytes]; empty while
@@ -246,10 +250,18 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
             slot_mapping[:num_tokens],
             self.codec,
             self.key_map,
+            self._positions(layer, num_tokens),
         )
         own_counters().encoded(began)
         if count:
             _non_finite.add(count)
+
+    def _positions(self, layer: Any, num_tokens: int) -> torch.Tensor | None:
+        """Where the step's tokens stand in their requests, if the map of keys asks for it."""
+        if self.key_map is None or self.key_map.turning is None:
+            return None
+        metadata: Any = get_forward_context().attn_metadata
+        return metadata[layer.layer_name].positions[:num_tokens]
 
     def forward(
         self,

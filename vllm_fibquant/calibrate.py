@@ -25,7 +25,7 @@ from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.tokenizers import cached_get_tokenizer
 
-from vllm_fibquant import ops
+from vllm_fibquant import ops, rotary
 from vllm_fibquant.calibration import (
     KeyStatistics,
     StatisticsCollector,
@@ -36,6 +36,7 @@ from vllm_fibquant.calibration import (
     parse_calibration,
 )
 from vllm_fibquant.codebook import write_atomically
+from vllm_fibquant.key_map import Turns
 from vllm_fibquant.options import DEFAULT_FIRST
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ logger = init_logger(f"vllm.{__name__}")
 TEXT = Path(__file__).parent / "data" / "calibration.txt"
 NUM_SEQUENCES = 8
 SEQUENCE_LEN = 1024
+HORIZON = 8192
+"""Positions over which a mean is judged to turn: what hardly turns in a text may in a long one."""
 BLOCK_SIZE = 16
 
 
@@ -82,6 +85,7 @@ def calibrate_layers(
     num_parts, part = group.world_size // replicas, group.rank_in_group // replicas
     shapes = [(n, (i.num_kv_heads * num_parts, i.head_size)) for n, i in layers.items()]
     check_calibration(calibration, str(path), fingerprint, shapes)
+    num_positions = vllm_config.model_config.max_model_len
     for name, impl in layers.items():
         begin = part * impl.num_kv_heads
         impl.key_map = calibration.key_map(
@@ -90,8 +94,18 @@ def calibrate_layers(
             begin + impl.num_kv_heads,
             options.first_tokens,
             impl.codec.layout.key_index_bytes if is_transformed else 0,
+            _turns(impl, num_positions, vllm_config.model_config.dtype),
         )
     logger.info("FibQuant keys are coded by calibration %s of %s", calibration.digest[:8], path)
+
+
+def _turns(impl: FibQuantImpl, num_positions: int, dtype: torch.dtype) -> Turns | None:
+    """How far the layer's rotary embedding turns keys, or None where that cannot be told."""
+    try:
+        return rotary.turns_of(impl, num_positions, impl.head_size, dtype)
+    except ValueError as error:
+        logger.info_once("FibQuant subtracts means that do not turn: %s", str(error))
+        return None
 
 
 def model_fingerprint(model: torch.nn.Module, model_config: ModelConfig) -> str:
@@ -138,11 +152,14 @@ def text_sequences(model_config: ModelConfig) -> list[list[int]]:
         ) from error
     first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     tokens = tokenizer.encode(TEXT.read_text(encoding="utf-8"), add_special_tokens=False)
-    # Not --max-model-len: another one must not give another calibration.
-    known = getattr(model_config.hf_text_config, "max_position_embeddings", SEQUENCE_LEN)
-    length = min(SEQUENCE_LEN, known) - len(first)
+    length = min(SEQUENCE_LEN, _known_positions(model_config)) - len(first)
     starts = range(0, min(len(tokens), NUM_SEQUENCES * length), length)
     return [first + tokens[start : start + length] for start in starts]
+
+
+def _known_positions(model_config: ModelConfig) -> int:
+    """Not --max-model-len: another one must not give another calibration."""
+    return getattr(model_config.hf_text_config, "max_position_embeddings", SEQUENCE_LEN)
 
 
 def _measure(
@@ -163,7 +180,7 @@ def _measure(
     group = get_tp_group()
     sequences = text_sequences(vllm_config.model_config)
     quiet = True if group.rank_in_group else None  # None: shown on a terminal
-    with _collecting(layers) as collectors, torch.inference_mode():
+    with _collecting(layers, vllm_config.model_config) as collectors, torch.inference_mode():
         for tokens in tqdm(sequences, desc="FibQuant calibration", unit="text", disable=quiet):
             positions = torch.arange(len(tokens))
             with set_forward_context(
@@ -181,9 +198,15 @@ def _measure(
 
 
 @contextmanager
-def _collecting(layers: dict[str, FibQuantImpl]) -> Iterator[dict[str, LayerCollector]]:
+def _collecting(
+    layers: dict[str, FibQuantImpl], model_config: ModelConfig
+) -> Iterator[dict[str, LayerCollector]]:
     """Within this context layers attend without a cache and collect statistics."""
-    collectors = {name: LayerCollector(impl) for name, impl in layers.items()}
+    num_positions = min(_known_positions(model_config), HORIZON)
+    collectors = {
+        name: LayerCollector(impl, _turns(impl, num_positions, model_config.dtype))
+        for name, impl in layers.items()
+    }
     for name, impl in layers.items():
         impl.without_cache = collectors[name]
     try:
@@ -196,9 +219,9 @@ def _collecting(layers: dict[str, FibQuantImpl]) -> Iterator[dict[str, LayerColl
 class LayerCollector:
     """Attention of one layer over one sequence as the model computed it; remembers what it saw."""
 
-    def __init__(self, impl: FibQuantImpl) -> None:
+    def __init__(self, impl: FibQuantImpl, turns: Turns | None) -> None:
         self._impl = impl
-        self.statistics = StatisticsCollector(impl.num_kv_heads, impl.head_size)
+        self.statistics = StatisticsCollector(impl.num_kv_heads, impl.head_size, turns)
         shape = (1, impl.num_kv_heads, BLOCK_SIZE, impl.codec.layout.record_bytes)
         self._no_cache = torch.zeros(shape, dtype=torch.uint8)
 
@@ -206,8 +229,9 @@ class LayerCollector:
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor
     ) -> torch.Tensor:
         """Attends query to key and value [num_tokens, heads, head_dim], causally, into output."""
-        self.statistics.add(query[DEFAULT_FIRST:], key[DEFAULT_FIRST:])
         num_tokens = len(query)
+        rest = slice(DEFAULT_FIRST, None)
+        self.statistics.add(query[rest], key[rest], torch.arange(num_tokens)[rest])
         ops.paged_attention(
             query,
             self._no_cache,

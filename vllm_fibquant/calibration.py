@@ -9,8 +9,8 @@ A file (`<name>.fqcal`) is, little-endian and without padding:
     12              4               header_bytes, uint32
     16              header_bytes    JSON object, UTF-8: model, num_tokens, num_first, layers, each
                                     with name, num_kv_heads and head_dim
-    ...             statistics      float32, layer after layer: key_mean, key_covariance,
-                                    query_moment
+    ...             statistics      float32, layer after layer: key_mean, turning_mean,
+                                    key_covariance, query_moment
     end - 32        32              SHA-256 of everything before it
 
 Statistics of all heads of a layer are in one file, however many processes serve them.
@@ -18,7 +18,9 @@ Statistics of all heads of a layer are in one file, however many processes serve
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +29,16 @@ import numpy as np
 import torch
 
 from vllm_fibquant.codebook import cache_dir
-from vllm_fibquant.key_map import KeyMap
+from vllm_fibquant.key_map import KeyMap, TurningMean, Turns
 from vllm_fibquant.key_transform import make_transform
 from vllm_fibquant.sealed import seal, unseal
 
 MAGIC = b"FIBQCALB"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+
+TURNING_SHARE = 0.5
+"""Share of the rotary embedding's pairs of coordinates whose mean turns. The other half's adds
+little: docs/calibration.md."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,14 +46,23 @@ class KeyStatistics:
     """What was measured of one layer, over all tokens but the first of each sequence.
 
     Attributes:
-        key_mean: float32 [num_kv_heads, head_dim], mean of keys after rotary embedding.
-        key_covariance: float32 [num_kv_heads, head_dim, head_dim].
+        key_mean: float32 [num_kv_heads, head_dim], mean of k - R_p c: of keys after rotary
+            embedding, without their turning part.
+        turning_mean: c, float32 [num_kv_heads, head_dim], mean of keys before rotary embedding in
+            the pairs of coordinates where it matters, 0 elsewhere.
+        key_covariance: float32 [num_kv_heads, head_dim, head_dim], of k - R_p c.
         query_moment: float32 as key_covariance, mean of q q^T over the queries that read the head.
     """
 
     key_mean: torch.Tensor
+    turning_mean: torch.Tensor
     key_covariance: torch.Tensor
     query_moment: torch.Tensor
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All of them, in the order of the file."""
+        return self.key_mean, self.turning_mean, self.key_covariance, self.query_moment
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -56,9 +71,7 @@ class KeyStatistics:
 
     def heads(self, begin: int, end: int) -> KeyStatistics:
         """The statistics of KV heads begin to end - 1."""
-        return KeyStatistics(
-            *(x[begin:end] for x in (self.key_mean, self.key_covariance, self.query_moment))
-        )
+        return KeyStatistics(*(x[begin:end] for x in self.tensors))
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,19 +93,42 @@ class Calibration:
     digest: str
 
     def key_map(
-        self, layer: str, begin: int, end: int, num_plain: int, index_bytes: int = 0
+        self,
+        layer: str,
+        begin: int,
+        end: int,
+        num_plain: int,
+        index_bytes: int = 0,
+        turns: Turns | None = None,
     ) -> KeyMap:
         """The map of the keys of KV heads begin to end - 1 of a layer.
 
         Args:
             num_plain: first tokens whose keys are encoded as they are.
             index_bytes: those of a key, to transform keys; 0 to subtract their mean alone.
+            turns: of the layer's rotary embedding; may be left out if `turning_mean` is 0.
+
+        Raises:
+            ValueError: turns are needed and left out.
         """
         part = self.layers[layer].heads(begin, end)
         transform = None
         if index_bytes:
             transform = make_transform(part.key_covariance, part.query_moment, index_bytes)
-        return KeyMap(part.key_mean.contiguous(), num_plain, transform)
+        turning = None
+        if part.turning_mean.any():
+            if turns is None:
+                raise ValueError(
+                    f"calibration: layer {layer} must have a rotary embedding whose turns are "
+                    "known, as it had when it was measured, got none; delete the file"
+                )
+            turning = TurningMean.strongest(part.turning_mean, turns, num_turning(turns))
+        return KeyMap(part.key_mean.contiguous(), num_plain, transform, turning)
+
+
+def num_turning(turns: Turns) -> int:
+    """In how many pairs of coordinates of each head the mean turns."""
+    return max(1, int(len(turns.pairs) * TURNING_SHARE))
 
 
 def pack_calibration(
@@ -109,9 +145,7 @@ def pack_calibration(
         ],
     }
     data = b"".join(
-        np.ascontiguousarray(x.numpy(), "<f4").tobytes()
-        for s in layers.values()
-        for x in (s.key_mean, s.key_covariance, s.query_moment)
+        np.ascontiguousarray(x.numpy(), "<f4").tobytes() for s in layers.values() for x in s.tensors
     )
     return seal(MAGIC, FORMAT_VERSION, header, data)
 
@@ -136,7 +170,7 @@ def parse_calibration(content: bytes, name: str) -> Calibration:
     try:
         header = json.loads(sealed.header)
         shapes = {s["name"]: (s["num_kv_heads"], s["head_dim"]) for s in header["layers"]}
-        sizes = [heads * dim * (1 + 2 * dim) for heads, dim in shapes.values()]
+        sizes = [heads * dim * (2 + 2 * dim) for heads, dim in shapes.values()]
         known = header["model"], header["num_tokens"], header["num_first"]
     except (ValueError, KeyError, TypeError) as error:
         raise refuse(f"must have a valid header, got {type(error).__name__}: {error}") from error
@@ -147,10 +181,10 @@ def parse_calibration(content: bytes, name: str) -> Calibration:
         raise refuse("must hold finite values, got others")
     layers = {}
     for (layer, (heads, dim)), part in zip(shapes.items(), floats.split(sizes), strict=True):
-        mean, covariance, moment = part.split([heads * dim] + 2 * [heads * dim * dim])
-        square = (heads, dim, dim)
+        shapes_of = 2 * [(heads, dim)] + 2 * [(heads, dim, dim)]
+        tensors = part.split([math.prod(shape) for shape in shapes_of])
         layers[layer] = KeyStatistics(
-            mean.view(heads, dim), covariance.view(square), moment.view(square)
+            *(x.view(shape) for x, shape in zip(tensors, shapes_of, strict=True))
         )
     return Calibration(*known, layers, sealed.digest)
 
@@ -188,7 +222,7 @@ def check_calibration(
 
 def default_path(model: str) -> Path:
     """Where the calibration of a model is, unless another path is given."""
-    return cache_dir().parent / "calibrations" / f"{model}.fqcal"
+    return cache_dir().parent / "calibrations" / f"{model}-{FORMAT_VERSION}.fqcal"
 
 
 class StatisticsCollector:
@@ -196,17 +230,30 @@ class StatisticsCollector:
 
     Args:
         num_kv_heads, head_dim: of the layer, in this process.
+        turns: of its rotary embedding; None to measure no turning mean.
     """
 
-    def __init__(self, num_kv_heads: int, head_dim: int) -> None:
+    def __init__(self, num_kv_heads: int, head_dim: int, turns: Turns | None = None) -> None:
         self.num_tokens = self._num_queries = 0
-        self._key_sum = torch.zeros(num_kv_heads, head_dim, dtype=torch.float64)
-        self._key_moment = torch.zeros(num_kv_heads, head_dim, head_dim, dtype=torch.float64)
-        self._query_moment = torch.zeros_like(self._key_moment)
+        self._turns = turns
+        zeros = functools.partial(torch.zeros, dtype=torch.float64)
+        self._key_sum = zeros(num_kv_heads, head_dim)
+        self._key_moment = zeros(num_kv_heads, head_dim, head_dim)
+        self._query_moment = zeros(num_kv_heads, head_dim, head_dim)
+        # What the turning part needs: R_p c is linear in the table's columns t_p, so sums of t_p,
+        # t_p t_p^T and k t_p^T are enough to take R_p c out of keys once c is known.
+        num_rows = 0 if turns is None else 2 * len(turns.pairs)
+        self._turn_sum, self._turn_moment = zeros(num_rows), zeros(num_rows, num_rows)
+        self._key_turn_moment = zeros(num_kv_heads, head_dim, num_rows)
 
-    def add(self, query: torch.Tensor, key: torch.Tensor) -> None:
-        """Adds tokens: query [num_tokens, num_q_heads, head_dim], key [num_tokens, num_kv_heads,
-        head_dim], both of any float dtype."""
+    def add(self, query: torch.Tensor, key: torch.Tensor, positions: torch.Tensor) -> None:
+        """Adds tokens.
+
+        Args:
+            query: [num_tokens, num_q_heads, head_dim] of any float dtype.
+            key: [num_tokens, num_kv_heads, head_dim] of any float dtype.
+            positions: int64 [num_tokens].
+        """
         num_kv_heads, head_dim = self._key_sum.shape
         keys = key.double().transpose(0, 1)
         queries = query.double().view(len(query), num_kv_heads, -1, head_dim).transpose(0, 1)
@@ -214,15 +261,57 @@ class StatisticsCollector:
         self.num_tokens += keys.shape[1]
         self._num_queries += queries.shape[1]
         self._key_sum += keys.sum(1)
-        self._key_moment += keys.transpose(1, 2) @ keys
-        self._query_moment += queries.transpose(1, 2) @ queries
+        self._key_moment += keys.mT @ keys
+        self._query_moment += queries.mT @ queries
+        if self._turns is not None:
+            turns = self._turns.length * self._turns.table(positions)  # [num_tokens, num_rows]
+            self._turn_sum += turns.sum(0)
+            self._turn_moment += turns.T @ turns
+            self._key_turn_moment += keys.mT @ turns
 
     def result(self) -> KeyStatistics:
         """The statistics of what was added, at least one token."""
         mean = self._key_sum / self.num_tokens
-        covariance = self._key_moment / self.num_tokens - mean[:, :, None] * mean[:, None, :]
-        moment = self._query_moment / self._num_queries
-        return KeyStatistics(mean.float(), covariance.float(), moment.float())
+        moment = self._key_moment / self.num_tokens
+        c = torch.zeros_like(mean)
+        if self._turns is not None:
+            c = self._turning_mean()
+            part = self._turning_part(c)  # [num_kv_heads, head_dim, num_rows]: R_p c = part t_p
+            cross = self._key_turn_moment / self.num_tokens @ part.mT
+            moment = (
+                moment - cross - cross.mT + part @ (self._turn_moment / self.num_tokens) @ part.mT
+            )
+            mean = mean - part @ (self._turn_sum / self.num_tokens)
+        covariance = moment - mean[:, :, None] * mean[:, None, :]
+        queries = self._query_moment / self._num_queries
+        return KeyStatistics(mean.float(), c.float(), covariance.float(), queries.float())
+
+    def _turning_mean(self) -> torch.Tensor:
+        """Mean of keys before rotary embedding, in the pairs that `TurningMean.strongest` picks."""
+        assert self._turns is not None
+        num_pairs = len(self._turns.pairs)
+        first, second = self._turns.pairs.long().unbind(-1)
+        j = torch.arange(num_pairs)
+        sums = self._key_turn_moment
+        # R_p^T k, pair by pair, over the square of what the embedding lengthens keys by.
+        length_sq = self._turn_moment.diagonal().view(2, num_pairs).sum(0)
+        c = torch.zeros_like(self._key_sum)
+        c[:, first] = (sums[:, first, j] + sums[:, second, num_pairs + j]) / length_sq
+        c[:, second] = (sums[:, second, j] - sums[:, first, num_pairs + j]) / length_sq
+        chosen = TurningMean.strongest(c.float(), self._turns, num_turning(self._turns))
+        kept = torch.zeros_like(c, dtype=torch.bool)
+        kept.scatter_(1, self._turns.pairs.long()[chosen.chosen.long()].flatten(1), True)
+        return c * kept
+
+    def _turning_part(self, c: torch.Tensor) -> torch.Tensor:
+        assert self._turns is not None
+        num_pairs = len(self._turns.pairs)
+        first, second = self._turns.pairs.long().unbind(-1)
+        j = torch.arange(num_pairs)
+        part = torch.zeros_like(self._key_turn_moment)
+        part[:, first, j], part[:, first, num_pairs + j] = c[:, first], -c[:, second]
+        part[:, second, j], part[:, second, num_pairs + j] = c[:, second], c[:, first]
+        return part
 
 
 def join_heads(parts: Sequence[KeyStatistics], replicas: int) -> KeyStatistics:
@@ -232,8 +321,10 @@ def join_heads(parts: Sequence[KeyStatistics], replicas: int) -> KeyStatistics:
     same head, and different queries of it.
     """
     groups = [parts[i : i + replicas] for i in range(0, len(parts), replicas)]
+    first = [group[0] for group in groups]
     return KeyStatistics(
-        torch.cat([group[0].key_mean for group in groups]),
-        torch.cat([group[0].key_covariance for group in groups]),
+        torch.cat([p.key_mean for p in first]),
+        torch.cat([p.turning_mean for p in first]),
+        torch.cat([p.key_covariance for p in first]),
         torch.cat([torch.stack([p.query_moment for p in g]).mean(0) for g in groups]),
     )

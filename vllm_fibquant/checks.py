@@ -23,6 +23,7 @@ def check_encode(
     slot_mapping: torch.Tensor,
     codec: KVCodec,
     key_map: KeyMap | None = None,
+    positions: torch.Tensor | None = None,
 ) -> None:
     """Checks the arguments of `ops.encode_kv`."""
     _check_cache("encode_kv", cache, codec)
@@ -40,6 +41,14 @@ def check_encode(
             f"got {slot_mapping.shape[0]}"
         )
     _check_key_map("encode_kv", key_map, cache, codec)
+    if key_map is not None and key_map.turning is not None:
+        if positions is None or positions.shape != slot_mapping.shape:
+            raise ValueError(
+                "encode_kv: positions must be given with key_map.turning, one for each of "
+                f"{slot_mapping.shape[0]} slots, got "
+                f"{None if positions is None else list(positions.shape)}"
+            )
+        _check_integers("encode_kv", "positions", positions, cache, torch.int64, 1)
 
 
 def check_attention(

@@ -6,6 +6,10 @@ code spends its bits on the direction of a vector, so what is common is subtract
 bits describe what tells keys apart. Scores lose nothing: <q, k> = <q, k - m> + <q, m>, and the last
 term is one number per query. What is left may also be transformed (`key_transform`).
 
+Most of what keys have in common is the same before the rotary embedding R, and turns with the
+position p: the mean is then m + R_p c. A score's last term becomes <q, m> + <q, R_p c>, which for
+every pair of coordinates that turn together is a multiple of cos(f p) plus one of sin(f p).
+
 A request's first tokens are not like its others (attention sinks): they are encoded as they are.
 
 Source: ours; for first tokens StreamingLLM (arXiv 2309.17453).
@@ -23,6 +27,87 @@ from vllm_fibquant.layout import NORM_BYTES
 
 
 @dataclass(frozen=True, eq=False)
+class Turns:
+    """How far a rotary embedding turns its pairs of coordinates: by position times frequency.
+
+    Attributes:
+        pairs: int32 [num_pairs, 2], the two coordinates of each pair.
+        frequency: float64 [num_pairs], radians per position.
+        length: what the embedding lengthens vectors by.
+        num_positions: positions below this one are asked for.
+    """
+
+    pairs: torch.Tensor
+    frequency: torch.Tensor
+    length: float
+    num_positions: int
+
+    def table(self, positions: torch.Tensor) -> torch.Tensor:
+        """Cosines and then sines of all pairs: float64 [..., 2 * num_pairs]."""
+        angle = positions.double().unsqueeze(-1) * self.frequency
+        return torch.cat((angle.cos(), angle.sin()), -1)
+
+    def turn(self, x: torch.Tensor, positions: torch.Tensor, back: bool = False) -> torch.Tensor:
+        """R_p x, or its transpose R_p^T x: 0 in coordinates that do not turn.
+
+        Args:
+            x: float [..., num_kv_heads, head_dim], in the order of `positions` or the same for all.
+            positions: int64 [...].
+            back: transpose, which turns back what was turned.
+        """
+        table = (self.length * self.table(positions)).to(x.dtype).unsqueeze(-2)
+        cos, sin = table.chunk(2, -1)
+        first, second = self.pairs.long().unbind(-1)
+        a, b = x[..., first], x[..., second]
+        if back:
+            sin = -sin
+        shape = torch.broadcast_shapes(x.shape[:-1], cos.shape[:-1])
+        turned = x.new_zeros(*shape, x.shape[-1])
+        turned[..., first] = a * cos - b * sin
+        turned[..., second] = b * cos + a * sin
+        return turned
+
+
+@dataclass(frozen=True, eq=False)
+class TurningMean:
+    """The part R_p c of a mean that turns with the position, in each head's strongest pairs.
+
+    Attributes:
+        turns: of the layer's rotary embedding.
+        chosen: int32 [num_kv_heads, num_chosen], pairs of `turns`.
+        mean: float32 [num_kv_heads, num_chosen, 2], c in the coordinates of those pairs.
+    """
+
+    turns: Turns
+    chosen: torch.Tensor
+    mean: torch.Tensor
+
+    @classmethod
+    def strongest(cls, c: torch.Tensor, turns: Turns, num_chosen: int) -> TurningMean:
+        """The `num_chosen` pairs of c, float32 [num_kv_heads, head_dim], of which a mean that does
+        not turn would miss most."""
+        pairs = c[:, turns.pairs.long()]  # [num_kv_heads, num_pairs, 2]
+        positions = torch.arange(turns.num_positions)
+        missed = sum(turns.table(positions).var(0, correction=0).float().chunk(2))
+        order = torch.argsort(pairs.square().sum(-1) * missed, descending=True, stable=True)
+        chosen = order[:, :num_chosen].sort(-1).values
+        mean = pairs.gather(1, chosen.unsqueeze(-1).expand(-1, -1, 2))
+        return cls(turns, chosen.to(torch.int32).contiguous(), mean.contiguous())
+
+    def at(self, positions: torch.Tensor, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
+        """R_p c: int64 [...] positions to dtype [..., num_kv_heads, head_dim]."""
+        c = torch.zeros(len(self.chosen), head_dim, dtype=dtype)
+        coordinates = self.turns.pairs.long()[self.chosen.long()].flatten(1)
+        c.scatter_(1, coordinates, self.mean.flatten(1).to(dtype))
+        return self.turns.turn(c, positions)
+
+    def first_heads(self, num_kv_heads: int) -> TurningMean:
+        """Of the first `num_kv_heads` heads."""
+        chosen, mean = (x[:num_kv_heads].contiguous() for x in (self.chosen, self.mean))
+        return TurningMean(self.turns, chosen, mean)
+
+
+@dataclass(frozen=True, eq=False)
 class KeyMap:
     """How one layer's keys are encoded: k - mean of its head, as it is or transformed.
 
@@ -30,6 +115,7 @@ class KeyMap:
         mean: float32 [num_kv_heads, head_dim], contiguous, finite.
         num_plain: first tokens of a request whose keys are encoded as they are, at least 0.
         transform: of k - mean, or None; its codes take the place of the codec's.
+        turning: what is added to `mean` at each position, or None.
 
     Raises:
         ValueError: another shape, dtype or value.
@@ -38,6 +124,7 @@ class KeyMap:
     mean: torch.Tensor
     num_plain: int
     transform: KeyTransform | None = None
+    turning: TurningMean | None = None
 
     def __post_init__(self) -> None:
         mean = self.mean
@@ -51,11 +138,30 @@ class KeyMap:
         if self.num_plain < 0:
             raise ValueError(f"KeyMap: num_plain must be at least 0, got {self.num_plain}")
 
+    def mean_at(self, positions: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        """The mean of keys at int64 [...] positions: dtype [..., num_kv_heads, head_dim].
+
+        Without a turning part it is one for all, [num_kv_heads, head_dim].
+        """
+        mean = self.mean.to(dtype)
+        if self.turning is None:
+            return mean
+        assert positions is not None
+        return mean + self.turning.at(positions, mean.shape[1], dtype)
+
     def encode_records(
-        self, key: torch.Tensor, value: torch.Tensor, codec: KVCodec
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        codec: KVCodec,
+        positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """As `KVCodec.encode_records`, for keys float32 [..., num_kv_heads, head_dim]."""
-        key = key - self.mean
+        """As `KVCodec.encode_records`, for keys float32 [..., num_kv_heads, head_dim].
+
+        Args:
+            positions: int64 [...], where the keys stand; needed with a turning mean.
+        """
+        key = key - self.mean_at(positions, key.dtype)
         records = codec.encode_records(key, value)
         if self.transform is not None:
             at = codec.layout
@@ -67,23 +173,32 @@ class KeyMap:
         return records
 
     def decode_keys(
-        self, records: torch.Tensor, codec: KVCodec, dtype: torch.dtype
+        self,
+        records: torch.Tensor,
+        codec: KVCodec,
+        dtype: torch.dtype,
+        positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Keys of records uint8 [..., num_kv_heads, record_bytes], in the model's basis.
+
+        Args:
+            positions: as in `encode_records`.
 
         Returns:
             dtype [..., num_kv_heads, head_dim].
         """
+        mean = self.mean_at(positions, dtype)
         if self.transform is None:
-            return codec.decode_records(records)[0].to(dtype) + self.mean.to(dtype)
+            return codec.decode_records(records)[0].to(dtype) + mean
         at = codec.layout
         index_end = at.key_index_offset + self.transform.index_bytes
         indices = records[..., at.key_index_offset : index_end]
         norms = records[..., at.key_norm_offset : at.key_norm_offset + NORM_BYTES].contiguous()
         norms = norms.view(torch.float16).squeeze(-1)
-        return self.transform.decode(indices, norms, dtype) + self.mean.to(dtype)
+        return self.transform.decode(indices, norms, dtype) + mean
 
     def first_heads(self, num_kv_heads: int) -> KeyMap:
         """The map of the first `num_kv_heads` heads."""
         transform = self.transform and self.transform.first_heads(num_kv_heads)
-        return KeyMap(self.mean[:num_kv_heads].contiguous(), self.num_plain, transform)
+        turning = self.turning and self.turning.first_heads(num_kv_heads)
+        return KeyMap(self.mean[:num_kv_heads].contiguous(), self.num_plain, transform, turning)

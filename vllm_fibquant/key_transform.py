@@ -9,9 +9,10 @@ coordinates in which both are simple, D^2 the variances along them:
 
 z is white, so a subvector of it has the law that our codebooks are made for, and an error of
 coordinate i costs D_i^2. D falls steeply. So subvectors are short, and their indices precise, where
-D is large: half of a key's index bytes are for subvectors of 2 coordinates, a quarter for 4, a
-quarter for 8, in the order of D; every index is one byte. At one bit that leaves half of the
-coordinates, those that matter least, without a code: they decode to the mean.
+D is large; every index is one byte. At 2 bits half of a key's bytes are for subvectors of 2
+coordinates, a quarter for 4, a quarter for 8, in the order of D; likewise at one bit, which leaves
+half of the coordinates, those that matter least, without a code: they decode to the mean. Above 2
+bits every coordinate is in a subvector of 2 or of 4.
 
 Within the coordinates of one subvector length a fixed rotation evens out what is left of D's fall.
 
@@ -46,25 +47,28 @@ _MULTIPLE = 16  # of num_coded, as kernels want it
 _MIN_NORMAL = torch.finfo(torch.float32).tiny
 
 
-def run_lengths(index_bytes: int) -> tuple[int, int, int]:
+def run_lengths(index_bytes: int, head_dim: int) -> tuple[int, int, int]:
     """How many subvectors of 2, 4 and 8 coordinates a key of this many index bytes has."""
-    short, long = index_bytes // 2, index_bytes // 4
-    return short, index_bytes - short - long, long
+    if 4 * index_bytes <= head_dim:
+        short, long = index_bytes // 2, index_bytes // 4
+        return short, index_bytes - short - long, long
+    # Every coordinate in a subvector of 2 or of 4, and every byte used but for an odd rest.
+    pairs = min(2 * index_bytes - head_dim // 2, head_dim // 2)
+    return pairs, (head_dim - 2 * pairs) // 4, 0
 
 
-def num_coordinates(index_bytes: int) -> int:
-    """Coordinates that are coded: about four for every index byte."""
-    lengths = run_lengths(index_bytes)
+def num_coordinates(lengths: tuple[int, int, int]) -> int:
+    """Coordinates that are coded."""
     return sum(n * spec.subvec_dim for n, spec in zip(lengths, RUN_CODES, strict=True))
 
 
 def transform_problem(key: CodeSpec, head_dim: int) -> str | None:
     """Why keys of this code cannot be transformed, or None."""
     index_bytes = key.index_bytes(head_dim)
-    if index_bytes < 4 or num_coordinates(index_bytes) > head_dim:
+    if index_bytes < 4 or 2 * index_bytes > head_dim:
         return (
-            f"keys must have at most 2 bits per coordinate to be transformed, got {key.rate:g}; "
-            'use "calibrate": "means", or a preset such as fibquant_2bit or fibquant_k2v3'
+            f"keys must have at most 4 bits per coordinate to be transformed, got {key.rate:g}; "
+            'use "calibrate": "means", or a preset such as fibquant_3bit or fibquant_k2v3'
         )
     return None
 
@@ -94,12 +98,12 @@ class KeyTransform:
     @property
     def lengths(self) -> tuple[int, int, int]:
         """Subvectors of each of `RUN_CODES`."""
-        return run_lengths(self.index_bytes)
+        return run_lengths(self.index_bytes, self.key_matrix.shape[2])
 
     @property
     def source_scale(self) -> float:
         """The length that codebooks expect of the coded coordinates of a unit vector."""
-        return math.sqrt(num_coordinates(self.index_bytes) / self.key_matrix.shape[2])
+        return math.sqrt(num_coordinates(self.lengths) / self.key_matrix.shape[2])
 
     @functools.cached_property
     def codebooks(self) -> tuple[Codebook, ...]:
@@ -182,8 +186,11 @@ def make_transform(
 
     rows_key, rows_query, rows_weight = [], [], []
     begin = 0
-    for spec, count in zip(RUN_CODES, run_lengths(index_bytes), strict=True):
+    lengths = run_lengths(index_bytes, key_covariance.shape[-1])
+    for spec, count in zip(RUN_CODES, lengths, strict=True):
         size = count * spec.subvec_dim
+        if size == 0:
+            continue
         run = slice(begin, begin + size)
         mix = _rotation(size)
         rows_key.append(mix @ key_matrix[:, run])

@@ -46,6 +46,8 @@ class FibQuantMetadata(AttentionMetadata):
         probe: what the fidelity monitor compares in this step, or None.
         plain: tokens whose keys are encoded without the layer's map, int64 [n], and their slots,
             int64 [n]; None if there are none.
+        positions: int64 [num_tokens], where new tokens stand in their requests; None if no map of
+            keys asks for it.
     """
 
     num_tokens: int
@@ -56,6 +58,7 @@ class FibQuantMetadata(AttentionMetadata):
     copies: StepCopies | None = None
     probe: Probe | None = None
     plain: tuple[torch.Tensor, torch.Tensor] | None = None
+    positions: torch.Tensor | None = None
 
 
 @dataclass
@@ -84,6 +87,7 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
         dtype = vllm_config.model_config.dtype
         self.retain: Retain | None = None
         self._num_plain = 0
+        self._needs_positions = False
         self._pool: CopyPool | None = None
         self._counts_steps = _holds_first_layer(layer_names, vllm_config)
         has_checked_map = False
@@ -95,6 +99,7 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
             options, self.retain = impl.options, impl.options.retain
             if impl.key_map is not None:
                 self._num_plain = impl.key_map.num_plain
+                self._needs_positions |= impl.key_map.turning is not None
             if impl.num_copy_rows and self._pool is None:
                 self._pool = CopyPool(
                     impl.num_copy_rows,
@@ -132,6 +137,7 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
             copies=_plan_copies(self._pool, common) if self._pool else None,
             probe=self._monitor.plan(*_as_numpy(common)) if self._monitor else None,
             plain=self._plain(common) if self._num_plain else None,
+            positions=_positions(common).long() if self._needs_positions else None,
         )
 
     def _plain(self, common: CommonAttentionMetadata) -> tuple[torch.Tensor, torch.Tensor] | None:

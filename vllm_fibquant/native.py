@@ -31,7 +31,7 @@ from vllm_fibquant.abi import DTYPES, Pages, load_library, pages_of
 from vllm_fibquant.codebook import Codebook
 from vllm_fibquant.codec import KVCodec
 from vllm_fibquant.config import GAIN_NUMBERS, CodeSpec
-from vllm_fibquant.key_map import KeyMap
+from vllm_fibquant.key_map import KeyMap, Turns
 from vllm_fibquant.list_search import CodewordLists
 from vllm_fibquant.reference import TokenCopies
 
@@ -39,6 +39,7 @@ LIBRARY_PATH = Path(__file__).parent / "lib" / "libfibquant_cpu.so"
 MAX_HEAD_DIM = 512
 HEAD_DIM_MULTIPLE = 16
 _ALIGNMENT = 64
+_FINE_POSITIONS, _COARSE_STEP = 32, 16  # params.h
 
 
 class _Code(Structure):
@@ -70,6 +71,9 @@ class _KeyMap(Structure):
         ("num_coded", c_int32),
         ("num_subvecs", c_int32 * 3),
         ("codes", _Code * 3),
+        *((name, c_void_p) for name in ("turn_pairs", "turn_mean", "turn_fine", "turn_coarse")),
+        ("num_positions", c_int64),
+        *((name, c_int32) for name in ("num_turning", "num_pairs")),
     ]
 
 
@@ -82,6 +86,7 @@ class _Encode(Structure):
         ("dtype", c_int32),
         ("num_threads", c_int32),
         ("key_map", POINTER(_KeyMap)),
+        ("positions", c_void_p),
     ]
 
 
@@ -241,8 +246,33 @@ def _key_map_pointer(key_map: KeyMap | None) -> Any:
             struct.source_scale, struct.num_coded = transform.source_scale, transform.num_coded
             struct.num_subvecs[:] = transform.lengths
             struct.codes[:] = [_code(b.spec, b, None, keep) for b in transform.codebooks]
+        if (turning := key_map.turning) is not None:
+            turns, chosen = turning.turns, turning.chosen
+            coordinates = turns.pairs[chosen.long()]  # [num_kv_heads, num_turning, 2]
+            rows = torch.cat((coordinates, chosen.unsqueeze(-1)), -1).contiguous()
+            tables = (rows, _aligned(turns.length * turning.mean), *_turn_tables(turns))
+            keep += tables
+            struct.turn_pairs, struct.turn_mean, struct.turn_fine, struct.turn_coarse = (
+                x.data_ptr() for x in tables
+            )
+            struct.num_positions, struct.num_pairs = turns.num_positions, len(turns.pairs)
+            struct.num_turning = chosen.shape[1]
         _key_maps[key_map] = (struct, keep)
     return pointer(_key_maps[key_map][0])
+
+
+_tables: weakref.WeakKeyDictionary[Turns, tuple[torch.Tensor, torch.Tensor]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def _turn_tables(turns: Turns) -> tuple[torch.Tensor, torch.Tensor]:
+    """The fine and the coarse table (params.h), made once for all layers that turn alike."""
+    if turns not in _tables:
+        fine = turns.table(torch.arange(_FINE_POSITIONS)).T
+        coarse = turns.table(torch.arange(0, turns.num_positions + 1, _COARSE_STEP))
+        _tables[turns] = _aligned(fine), _aligned(coarse)
+    return _tables[turns]
 
 
 def record_layout(codec: KVCodec) -> list[int]:
@@ -259,12 +289,15 @@ def encode_kv(
     slot_mapping: torch.Tensor,
     codec: KVCodec,
     key_map: KeyMap | None,
+    positions: torch.Tensor | None,
 ) -> int:
-    """See `ops.encode_kv`. Returns -1 when a slot lies outside the cache."""
+    """See `ops.encode_kv`. Returns -1 when a slot lies outside the cache, -2 when a position does
+    outside the map's table."""
     args = _Encode(
         key.data_ptr(), value.data_ptr(), slot_mapping.data_ptr(), slot_mapping.shape[0],
         key.stride(0), key.stride(1), value.stride(0), value.stride(1),
         DTYPES[key.dtype], torch.get_num_threads(), _key_map_pointer(key_map),
+        None if positions is None else positions.data_ptr(),
     )  # fmt: skip
     return library().fq_encode_kv(byref(codec_struct(codec)), byref(pages_of(cache)), byref(args))
 

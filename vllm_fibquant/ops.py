@@ -24,6 +24,7 @@ _ERRORS = {
     2: "query_start_loc and seq_lens must describe requests with at least as many tokens as "
     "new tokens",
     3: "seq_lens must not exceed what a row of block_table holds",
+    4: "seq_lens must not exceed the positions that key_map.turning knows",
 }
 
 
@@ -77,6 +78,7 @@ def encode_kv(
     slot_mapping: torch.Tensor,
     codec: KVCodec,
     key_map: KeyMap | None = None,
+    positions: torch.Tensor | None = None,
 ) -> int:
     """Encodes new keys and values and stores their records at the mapped slots.
 
@@ -88,12 +90,15 @@ def encode_kv(
         slot_mapping: int64 [num_slots], num_slots <= num_tokens; -1 skips a token.
         codec: the codec of this cache.
         key_map: how keys are encoded, None for as they are; on the CPU alone.
+        positions: int64 [num_slots], where tokens stand in their requests; needed with
+            key_map.turning, else unused.
 
     Returns:
         How many stored vectors held a NaN or infinity; they are stored as zero vectors.
 
     Raises:
-        ValueError: an argument's shape, dtype or layout, or a slot outside the cache.
+        ValueError: an argument's shape, dtype or layout, a slot outside the cache, or a position
+            outside key_map.turning's table.
 
     Cost: reads 2 * head_dim elements and writes record_bytes per token and KV head; the search
         takes num_rows * head_dim multiply-adds per vector.
@@ -101,11 +106,15 @@ def encode_kv(
     """
     if cache.device.type == "cuda" and not _forced_reference and key_map is None:
         return gpu.encode_kv(key, value, cache, slot_mapping, codec)
-    checks.check_encode(key, value, cache, slot_mapping, codec, key_map)
+    checks.check_encode(key, value, cache, slot_mapping, codec, key_map, positions)
     _check_cpu("encode_kv", cache, codec)
-    if _forced_reference:
-        return reference.encode_kv(key, value, cache, slot_mapping, codec, key_map)
-    nonfinite = native.encode_kv(key, value, cache, slot_mapping, codec, key_map)
+    kernel = reference.encode_kv if _forced_reference else native.encode_kv
+    nonfinite = kernel(key, value, cache, slot_mapping, codec, key_map, positions)
+    if nonfinite == -2 and positions is not None:
+        raise ValueError(
+            "encode_kv: positions must be from 0 to those of key_map.turning, got "
+            f"{int(positions.min())} to {int(positions.max())}"
+        )
     if nonfinite < 0:
         raise ValueError(
             f"encode_kv: slot_mapping must hold slots below {cache.shape[0] * cache.shape[2]} "

@@ -51,6 +51,7 @@ def encode_kv(
     slot_mapping: torch.Tensor,
     codec: KVCodec,
     key_map: KeyMap | None = None,
+    positions: torch.Tensor | None = None,
 ) -> int:
     """Encodes new keys and values and stores their records at the mapped slots.
 
@@ -61,6 +62,8 @@ def encode_kv(
         slot_mapping: int64 [num_slots], num_slots <= num_tokens; -1 skips a token.
         codec: the codec both vectors are encoded with.
         key_map: how keys are encoded; None for as they are.
+        positions: int64 [num_slots], where tokens stand in their requests; read with
+            key_map.turning alone.
 
     Returns:
         How many stored vectors held a NaN or infinity (they are stored as zero vectors).
@@ -75,7 +78,8 @@ def encode_kv(
     if key_map is None:
         records = codec.encode_records(new_key, new_value)
     else:
-        records = key_map.encode_records(new_key, new_value, codec)
+        stands = None if positions is None else positions[keep]
+        records = key_map.encode_records(new_key, new_value, codec, stands)
     cache[slots // block_size, :, slots % block_size] = records
     finite = torch.isfinite(torch.stack((new_key, new_value))).all(-1)
     return int((~finite).sum())
@@ -139,8 +143,10 @@ def paged_attention(
         records = cache[blocks, :, positions % block_size]  # [seq_len, num_kv_heads, record_bytes]
         keys, values = (x.to(compute_dtype) for x in codec.decode_records(records))
         if key_map is not None:
-            mapped = records[key_map.num_plain :]
-            keys[key_map.num_plain :] = key_map.decode_keys(mapped, codec, compute_dtype)
+            mapped = slice(key_map.num_plain, None)
+            keys[mapped] = key_map.decode_keys(
+                records[mapped], codec, compute_dtype, positions[mapped]
+            )
         if raw_key is not None and raw_value is not None:
             keys[seq_len - query_len :] = raw_key[begin:end].to(compute_dtype)
             values[seq_len - query_len :] = raw_value[begin:end].to(compute_dtype)

@@ -92,14 +92,16 @@ def run_self_check(
     cache, expected_cache = (torch.full(shape, 0xFF, dtype=torch.uint8) for _ in range(2))
     cache = cache.to(device)
 
+    positions = torch.cat([torch.arange(n) for n in _SEQ_LENS])
+
     def store(key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, key_map: KeyMap | None):
         on_device = key.to(device), value.to(device), cache, slots.to(device)
-        ops.encode_kv(*on_device, codec, key_map)
-        reference.encode_kv(key, value, expected_cache, slots, codec, key_map)
+        ops.encode_kv(*on_device, codec, key_map, positions)
+        reference.encode_kv(key, value, expected_cache, slots, codec, key_map, positions)
 
     store(key, value, slot_mapping, key_map)
     if key_map is not None:
-        plain = torch.cat([torch.arange(n) for n in _SEQ_LENS]) < key_map.num_plain
+        plain = positions < key_map.num_plain
         store(key[plain], value[plain], slot_mapping[plain], None)
     written = len(slot_mapping) * num_kv_heads
     mismatch = int((cache.cpu() != expected_cache).any(-1).sum()) / written

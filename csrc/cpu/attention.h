@@ -53,7 +53,8 @@ static void attend_split(Call& call, const RowBlock& b, int begin, int end, int 
   const int window = is_leading && call.args.keep_first > 0 ? 0 : call.args.window;
   const int oldest = is_leading ? 0 : (int)num_leading(call.args);
   const FqKeyMap* map = is_leading ? nullptr : call.args.key_map;
-  const float* bias = map ? s.bias : nullptr;
+  const bool turns = map && map->turn_fine;
+  const float *bias = map && !turns ? s.bias : nullptr, *biases = turns ? s.biases : nullptr;
   const int num_coded = map ? map->num_coded : 0;
   clear(state, rows, head_dim);
   for (int t0 = begin / tile * tile; t0 < end; t0 += tile) {
@@ -108,7 +109,9 @@ static void attend_split(Call& call, const RowBlock& b, int begin, int end, int 
     } else {
       call.key.dot(codec.key, key_fields, s.query, rows, head_dim, rounded, s.tile, s.scores);
     }
-    const Mask mask = {t0, count, first_position, call.group_size, window, oldest, hidden, bias};
+    if (turns) turning_tile(*map, b.kv_head, s.turning, s.bias, rows, t0, tile, s.turned, s.biases);
+    const Mask mask = {t0,     count,  first_position, call.group_size, window,
+                       oldest, hidden, bias,           biases};
     softmax_tile(s.scores, rows, tile, s.key_factor, s.value_factor, mask, call.args.soft_cap,
                  state, s.alpha);
     call.value.axpy(codec.value, value_fields, s.scores, s.alpha, rows, head_dim, count, s.tile,
@@ -154,7 +157,8 @@ static void run_job(Call& call, const RowBlock& b, const Job& job, const Scratch
     int end = (split + 1) * kSplit < b.end ? (split + 1) * kSplit : b.end;
     if (i < leading) begin = b.first_begin, end = b.first_end;
     if (i == job.split_begin || i == leading) {
-      load_queries(call, b, i < leading ? Queries::kFirst : Queries::kCodes, s.query, s.bias);
+      load_queries(call, b, i < leading ? Queries::kFirst : Queries::kCodes, s.query, s.bias,
+                   s.turning);
     }
     if (b.partial < 0) {
       attend_split(call, b, begin, end, first_position, s, s.split);
@@ -177,12 +181,14 @@ static void merge_partials(const Call& call, const RowBlock& b, const Scratch& s
   finish(call, b, s);
 }
 
-// Lengths that cannot be: more new tokens than tokens (2), or more than the block table holds (3).
+// Lengths that cannot be: more new tokens than tokens (2), more than the block table holds (3), or
+// than the map of keys knows positions (4).
 static int check_lengths(const Call& call) {
   const FqAttend& a = call.args;
   for (int req = 0; req < a.num_reqs; ++req) {
     if (a.query_start_loc[req + 1] < a.query_start_loc[req] || context_len(call, req) < 0) return 2;
     if (a.seq_lens[req] > a.stride_block_table * call.pages.block_size) return 3;
+    if (a.key_map && a.key_map->turn_fine && a.seq_lens[req] > a.key_map->num_positions) return 4;
   }
   return 0;
 }
@@ -292,13 +298,19 @@ static int paged_attention(const FqCodec& codec, const FqPages& pages, const FqA
 }
 
 // Encodes new tokens into their slots. Returns the number of vectors with a NaN or infinity, or -1
-// when a slot lies outside the cache (that token is not written).
+// when a slot lies outside the cache (that token is not written), or -2 when a position lies
+// outside the table of the map of keys (nothing is written).
 static int64_t encode_kv(const FqCodec& codec, const FqPages& pages, const FqEncode& args) {
   const int head_dim = codec.head_dim;
   const RecordLayout layout =
       record_layout(index_bytes(head_dim / codec.key.subvec_dim, codec.key.index_bits),
                     index_bytes(head_dim / codec.value.subvec_dim, codec.value.index_bits));
   const int64_t num_slots = pages.num_blocks * pages.block_size;
+  const bool turns = args.key_map && args.key_map->turn_fine;
+  for (int64_t token = 0; turns && token < args.num_tokens; ++token) {
+    const int64_t position = args.positions[token];
+    if (position < 0 || position >= args.key_map->num_positions) return -2;
+  }
   int64_t nonfinite = 0, outside = 0;
 #pragma omp parallel for schedule(static) num_threads(args.num_threads) collapse(2) \
     reduction(+ : nonfinite, outside) if (args.num_tokens * pages.num_kv_heads >= 8)
@@ -319,8 +331,10 @@ static int64_t encode_kv(const FqCodec& codec, const FqPages& pages, const FqEnc
       load_row(args.key, token * args.stride_key_token + head * args.stride_key_head, args.dtype,
                head_dim, x);
       uint8_t* key_field = record + layout.key_index_offset;
-      nonfinite += args.key_map ? !encode_mapped(codec, *args.key_map, head, x, key_field, norms)
-                                : !encode_vector(codec, codec.key, x, key_field, norms);
+      nonfinite += args.key_map
+                       ? !encode_mapped(codec, *args.key_map, head,
+                                        turns ? args.positions[token] : 0, x, key_field, norms)
+                       : !encode_vector(codec, codec.key, x, key_field, norms);
       load_row(args.value, token * args.stride_value_token + head * args.stride_value_head,
                args.dtype, head_dim, x);
       nonfinite +=

@@ -68,8 +68,8 @@ static void attend_dense(const Call& call, const RowBlock& b, const Dense& dense
     load_tile(dense.key, dense.stride_key_token, dense.stride_key_head);
     dot_tile(s.query_raw, rows, DenseTile{s.tile, head_dim}, head_dim, rounded, s.scores);
     const Mask mask = {
-        t0,     count, first_position, call.group_size, a.window, 0, table ? s.hidden : nullptr,
-        nullptr};
+        t0,      count,  first_position, call.group_size, a.window, 0, table ? s.hidden : nullptr,
+        nullptr, nullptr};
     softmax_tile(s.scores, rows, tile, s.key_factor, s.value_factor, mask, a.soft_cap, s.raw,
                  s.alpha);
     load_tile(dense.value, dense.stride_value_token, dense.stride_value_head);

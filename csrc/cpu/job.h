@@ -47,6 +47,7 @@ struct Call {
 // Scratch of one thread.
 struct Scratch {
   float *query, *query_raw, *tile, *scores, *key_factor, *value_factor, *hidden, *alpha, *bias;
+  float *turning, *turned, *biases;  // [rows, 2 num_turning] twice and [rows, kMaxTile]
   State split, total, raw;
 };
 
@@ -56,7 +57,7 @@ static inline Scratch make_scratch(int rows, int head_dim) {
   const int64_t block = padded((int64_t)rows * head_dim), tile = kMaxTile * (int64_t)head_dim;
   const int64_t state = padded(state_floats(rows, head_dim));
   const int64_t total =
-      2 * block + tile + rows * kMaxTile + 3 * kMaxTile + 2 * padded(rows) + 3 * state;
+      4 * block + tile + 2 * rows * kMaxTile + 3 * kMaxTile + 2 * padded(rows) + 3 * state;
   float* p = static_cast<float*>(thread_scratch((size_t)total * 4));
   Scratch s;
   s.query = p;
@@ -68,7 +69,10 @@ static inline Scratch make_scratch(int rows, int head_dim) {
   s.hidden = s.value_factor + kMaxTile;
   s.alpha = s.hidden + kMaxTile;
   s.bias = s.alpha + padded(rows);
-  p = s.bias + padded(rows);
+  s.turning = s.bias + padded(rows);
+  s.turned = s.turning + block;
+  s.biases = s.turned + block;
+  p = s.biases + rows * kMaxTile;
   s.split = state_at(p, rows, head_dim);
   s.total = state_at(p + state, rows, head_dim);
   s.raw = state_at(p + 2 * state, rows, head_dim);
@@ -94,9 +98,9 @@ static inline int64_t num_leading(const FqAttend& a) {
 
 // The queries of a row block, [rows, head_dim], rotated unless raw; for codes of transformed keys
 // [rows, num_coded], transformed. For codes of mapped keys also
-// bias[r], the part of row r's scores that all of them have in common.
+// bias[r], the part of row r's scores that all of them have in common, and turning_weights.
 static void load_queries(const Call& call, const RowBlock& b, Queries which, float* dst,
-                         float* bias = nullptr) {
+                         float* bias = nullptr, float* turning = nullptr) {
   const FqAttend& a = call.args;
   const bool first = which == Queries::kFirst;
   const FqKeyMap* map = which == Queries::kCodes ? a.key_map : nullptr;
@@ -110,6 +114,9 @@ static void load_queries(const Call& call, const RowBlock& b, Queries which, flo
     float* q = dst + (int64_t)r * (map && map->num_coded ? map->num_coded : head_dim);
     load_row(query, (token + r / group) * stride_token + head * stride_head, a.dtype, head_dim, q);
     if (map) bias[r] = a.scale * dot(q, map->mean + (int64_t)b.kv_head * head_dim, head_dim);
+    if (map && map->turn_fine) {
+      turning_weights(*map, b.kv_head, a.scale, q, turning + (int64_t)r * map->num_turning * 2);
+    }
     if (map && map->num_coded > 0) {
       alignas(64) float copy[kMaxHeadDim];
       memcpy(copy, q, (size_t)head_dim * 4);

@@ -13,6 +13,112 @@ static inline const float* matrix_of(const FqKeyMap& map, const float* matrices,
   return matrices + (int64_t)head * head_dim * map.num_coded;
 }
 
+constexpr int kFine = 32, kCoarse = 16;  // positions of turn_fine, steps of turn_coarse
+
+// Subtracts R_p c of one head from x.
+static inline void subtract_turning(const FqKeyMap& map, int head, int64_t position, float* x) {
+  const int32_t* pair = map.turn_pairs + (int64_t)head * map.num_turning * 3;
+  const float* c = map.turn_mean + (int64_t)head * map.num_turning * 2;
+  const float* fine = map.turn_fine + position % kCoarse;
+  const float* coarse = map.turn_coarse + position / kCoarse * 2 * map.num_pairs;
+  for (int j = 0; j < map.num_turning; ++j, pair += 3, c += 2) {
+    const float cos1 = coarse[pair[2]], sin1 = coarse[pair[2] + map.num_pairs];
+    const float cos2 = fine[pair[2] * kFine], sin2 = fine[(pair[2] + map.num_pairs) * kFine];
+    const float cosine = cos1 * cos2 - sin1 * sin2, sine = sin1 * cos2 + cos1 * sin2;
+    x[pair[0]] -= c[0] * cosine - c[1] * sine;
+    x[pair[1]] -= c[1] * cosine + c[0] * sine;
+  }
+}
+
+// What a query q [head_dim] makes of R_p c: num_turning factors of cosines, then those of sines.
+static inline void turning_weights(const FqKeyMap& map, int head, float scale, const float* q,
+                                   float* weights) {
+  const int n = map.num_turning;
+  const int32_t* pair = map.turn_pairs + (int64_t)head * n * 3;
+  const float* c = map.turn_mean + (int64_t)head * n * 2;
+  for (int j = 0; j < n; ++j, pair += 3, c += 2) {
+    const float a = q[pair[0]], b = q[pair[1]];
+    weights[j] = scale * (a * c[0] + b * c[1]);
+    weights[n + j] = scale * (b * c[0] - a * c[1]);
+  }
+}
+
+// The weights of `rows` queries for positions counted from `begin`, a multiple of kCoarse.
+static void turn_weights(const FqKeyMap& map, int head, int64_t begin, const float* weights,
+                         int rows, float* turned) {
+  const int n = map.num_turning;
+  const int32_t* pair = map.turn_pairs + (int64_t)head * n * 3;
+  const float* coarse = map.turn_coarse + begin / kCoarse * 2 * map.num_pairs;
+  float cosine[kMaxHeadDim / 2], sine[kMaxHeadDim / 2];
+  for (int j = 0; j < n; ++j) {
+    cosine[j] = coarse[pair[3 * j + 2]];
+    sine[j] = coarse[pair[3 * j + 2] + map.num_pairs];
+  }
+  for (int r = 0; r < rows; ++r, weights += 2 * n, turned += 2 * n) {
+    for (int j = 0; j < n; ++j) {
+      turned[j] = weights[j] * cosine[j] + weights[n + j] * sine[j];
+      turned[n + j] = weights[n + j] * cosine[j] - weights[j] * sine[j];
+    }
+  }
+}
+
+// out[r][i] = bias[r] + the score of R_i c, for the first `tile` positions i.
+template <int kRows, int kVectors>
+static inline void turning_block(const FqKeyMap& map, const int32_t* pair, const float* weights,
+                                 const float* bias, int tile, float* out) {
+  const int n = map.num_turning;
+  for (int i = 0; i < tile; i += kVectors * kLanes) {
+    vf acc[kRows][kVectors];
+    for (int r = 0; r < kRows; ++r) {
+      for (int v = 0; v < kVectors; ++v) acc[r][v] = splat(bias[r]);
+    }
+    for (int j = 0; j < n; ++j) {
+      const float* cosine = map.turn_fine + (int64_t)pair[3 * j + 2] * kFine + i;
+      const float* sine = cosine + (int64_t)map.num_pairs * kFine;
+      for (int r = 0; r < kRows; ++r) {
+        const vf a = splat(weights[r * 2 * n + j]), b = splat(weights[r * 2 * n + n + j]);
+        for (int v = 0; v < kVectors; ++v) {
+          acc[r][v] = madd(a, load(cosine + v * kLanes), acc[r][v]);
+          acc[r][v] = madd(b, load(sine + v * kLanes), acc[r][v]);
+        }
+      }
+    }
+    for (int r = 0; r < kRows; ++r) {
+      for (int v = 0; v < kVectors; ++v) store(out + r * kMaxTile + i + v * kLanes, acc[r][v]);
+    }
+  }
+}
+
+template <int kVectors>
+static void turning_rows(const FqKeyMap& map, const int32_t* pair, const float* weights,
+                         const float* bias, int rows, int tile, float* out) {
+  constexpr int kFew = kVectors > 2 ? 2 : kVectors;
+  int r = 0;
+  for (; r + 4 <= rows; r += 4) {
+    turning_block<4, kFew>(map, pair, weights + r * 2 * map.num_turning, bias + r, tile,
+                           out + r * kMaxTile);
+  }
+  weights += r * 2 * map.num_turning;
+  bias += r;
+  out += r * kMaxTile;
+  if (rows - r == 3) turning_block<3, kVectors>(map, pair, weights, bias, tile, out);
+  if (rows - r == 2) turning_block<2, kVectors>(map, pair, weights, bias, tile, out);
+  if (rows - r == 1) turning_block<1, kVectors>(map, pair, weights, bias, tile, out);
+}
+
+// What every score of a tile has beside the code's part: [rows, kMaxTile]. `turned` is scratch,
+// [rows, 2 num_turning].
+static void turning_tile(const FqKeyMap& map, int head, const float* weights, const float* bias,
+                         int rows, int64_t begin, int tile, float* turned, float* out) {
+  const int32_t* pair = map.turn_pairs + (int64_t)head * map.num_turning * 3;
+  turn_weights(map, head, begin, weights, rows, turned);
+  if (tile >= 4 * kLanes) {
+    turning_rows<4>(map, pair, turned, bias, rows, tile, out);
+  } else {
+    turning_rows<1>(map, pair, turned, bias, rows, tile, out);
+  }
+}
+
 // Codes one run of subvectors y; adds their weighted <y, v> and <v, v>. Returns their number of
 // coordinates.
 template <int kDim>
@@ -33,10 +139,11 @@ static inline int encode_run(const FqCode& code, int num_subvecs, const float* y
 
 // Encodes a key x [head_dim] (overwritten) of one head into a zeroed index field and a norm.
 // Returns false, storing the zero vector, when x holds a NaN or infinity.
-static inline bool encode_mapped(const FqCodec& codec, const FqKeyMap& map, int head, float* x,
-                                 uint8_t* field, uint16_t* norm) {
+static inline bool encode_mapped(const FqCodec& codec, const FqKeyMap& map, int head,
+                                 int64_t position, float* x, uint8_t* field, uint16_t* norm) {
   const int head_dim = codec.head_dim;
   subtract(x, map.mean + (int64_t)head * head_dim, head_dim);
+  if (map.turn_fine) subtract_turning(map, head, position, x);
   if (!map.num_coded) return encode_vector(codec, codec.key, x, field, norm);
   *norm = 0;
   const float largest = peak(x, head_dim);

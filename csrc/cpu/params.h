@@ -44,6 +44,10 @@ struct FqCodec {
 // What one layer's keys are coded as: a key k of KV head h as k - mean[h] or, with a transform, as
 // key_matrix[h] (k - mean[h]); but a request's first num_plain tokens as they are.
 //
+// With turn_fine, what is subtracted at position p is mean[h] + R_p c[h], R_p the rotary
+// embedding, c[h] given in num_turning pairs of coordinates.
+// R_p is R_q R_i for p = q + i: a table of 32 positions from 0 on, and one of every 16th position.
+//
 // A transformed key z has num_coded coordinates. They are coded run by run, subvectors of 2, of 4
 // and of 8 coordinates in turn; every index is one byte. The coordinates behind the last run are 0.
 struct FqKeyMap {
@@ -56,6 +60,14 @@ struct FqKeyMap {
   int32_t num_coded;            // a multiple of 16, at most head_dim
   int32_t num_subvecs[3];       // of 2, 4 and 8 coordinates
   FqCode codes[3];              // theirs: 256 rows each, searched exhaustively
+  // [num_kv_heads, num_turning, 3]: a pair's two coordinates, and its number among num_pairs.
+  const int32_t* turn_pairs;
+  const float* turn_mean;    // [num_kv_heads, num_turning, 2], c in these coordinates
+  const float* turn_fine;    // [2 num_pairs, 32], cosines and then sines, or null
+  const float* turn_coarse;  // [num_positions / 16 + 1, 2 num_pairs], likewise
+  int64_t num_positions;
+  int32_t num_turning;  // at most head_dim / 2
+  int32_t num_pairs;
 };
 
 struct FqEncode {
@@ -67,7 +79,8 @@ struct FqEncode {
   int64_t stride_value_token, stride_value_head;  // elements
   int32_t dtype;                                  // FqDtype
   int32_t num_threads;
-  const FqKeyMap* key_map;  // null = keys are coded as they are
+  const FqKeyMap* key_map;   // null = keys are coded as they are
+  const int64_t* positions;  // [num_tokens], read with key_map's turn_fine alone
 };
 
 struct FqAttend {

@@ -290,6 +290,7 @@ struct Mask {
   int oldest;           // positions below this are nobody's
   const float* hidden;  // [tile] of 0 or -inf, added to every row's scores; null = all 0
   const float* bias;    // [rows], added to every score of a row; null = all 0
+  const float* biases;  // [rows, kMaxTile], added to every score; null = all 0
 };
 
 // Turns scores [rows, tile] into weights exp(score - m) * value_factor and updates m and l.
@@ -311,6 +312,7 @@ static inline void softmax_tile(float* scores, int rows, int tile, const float* 
     for (int i = 0; i < tile; i += kLanes) {
       vf x = load(s + i) * load(key_factor + i);
       if (mask.bias) x = x + splat(mask.bias[r]);
+      if (mask.biases) x = x + load(mask.biases + r * kMaxTile + i);
       if (soft_cap > 0.0f) x = splat(soft_cap) * vtanh(x * splat(1.0f / soft_cap));
       if (!whole) {
         const vi token = lane + (mask.begin + i);

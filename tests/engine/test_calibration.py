@@ -12,6 +12,7 @@ import torch
 
 from vllm_fibquant import attention, calibrate
 from vllm_fibquant.calibration import KeyStatistics, pack_calibration, parse_calibration
+from vllm_fibquant.evaluation.simulate import rotary
 
 from .harness import engine, generate, in_batches, largest_difference, varied_prompts
 from .models import VOCAB_SIZE, make_model
@@ -39,12 +40,17 @@ def exaggerate(path: Path) -> None:
     """Gives every head a long mean, as real models have: whatever it is, answers are exact."""
     found = parse_calibration(path.read_bytes(), str(path))
     generator = torch.Generator().manual_seed(0)
+
+    def longer(mean: torch.Tensor) -> torch.Tensor:
+        return mean + torch.randn(mean.shape, generator=generator) * (mean != 0)
+
     layers = {
         name: KeyStatistics(
-            s.key_mean + torch.randn(s.shape, generator=generator), s.key_covariance, s.query_moment
+            longer(s.key_mean), longer(s.turning_mean), s.key_covariance, s.query_moment
         )
         for name, s in found.layers.items()
     }
+    assert all(s.turning_mean.any() for s in layers.values())
     path.write_bytes(pack_calibration(found.model, found.num_tokens, found.num_first, layers))
 
 
@@ -65,10 +71,17 @@ def test_what_is_measured_is_what_the_model_computes(model_folder, tmp_path, sha
             cache = DynamicCache()
             model(torch.tensor([tokens]), past_key_values=cache)
             for number, layer in enumerate(cache.layers):
-                keys.setdefault(number, []).append(layer.keys[0, :, 4:])
+                keys.setdefault(number, []).append(layer.keys[0])
+    base = model.config.rope_parameters["rope_theta"]
     assert len(found.layers) == len(keys)
     for number, statistics in enumerate(found.layers.values()):
-        expected = torch.cat(keys[number], 1)  # [num_kv_heads, num_tokens, head_dim]
+        # Before the rotary embedding, in the pairs of coordinates that were chosen.
+        unturned = torch.cat([rotary(x, base, inverse=True)[:, 4:] for x in keys[number]], 1)
+        c, chosen = statistics.turning_mean, statistics.turning_mean != 0
+        assert chosen.float().mean() == 0.5
+        assert torch.allclose(c, unturned.mean(1) * chosen, atol=1e-4)
+        left = [(x - rotary(c[:, None].expand_as(x), base))[:, 4:] for x in keys[number]]
+        expected = torch.cat(left, 1)  # [num_kv_heads, num_tokens, head_dim]
         assert found.num_tokens == expected.shape[1]
         assert torch.allclose(statistics.key_mean, expected.mean(1), atol=1e-4)
         centred = (expected - expected.mean(1, keepdim=True)).double()
@@ -98,7 +111,7 @@ def test_kept_in_the_cache_when_no_path_is_given(model_folder, tmp_path, monkeyp
     with engine(model, "fibquant_2bit", fibquant={"calibrate": "means"}):
         pass
     (path,) = tmp_path.glob("calibrations/*.fqcal")
-    assert parse_calibration(path.read_bytes(), "file").model == path.stem
+    assert path.stem == parse_calibration(path.read_bytes(), "file").model + "-2"
 
 
 def test_another_models_file_is_refused(model_folder, tmp_path):
@@ -150,7 +163,7 @@ def test_a_window_over_everything_is_stock_attention(model_folder, tmp_path, mon
         ({"kv_cache_dtype_skip_layers": ["0"]}, "skip-layers must be empty"),
         ({"kv_offloading_size": 1.0}, "calibration must be an existing file"),
         ({"kv_offloading_size": 1.0, "calibrate": "transform"}, 'it must be "means" with KV'),
-        ({"kv_cache_dtype": "fibquant_3bit", "calibrate": "transform"}, "at most 2 bits per"),
+        ({"kv_cache_dtype": "fibquant_k5v3", "calibrate": "transform"}, "at most 4 bits per"),
     ],
     ids=str,
 )

@@ -86,9 +86,32 @@ def test_turned_is_rotated_less(parameters, is_neox_style, dtype):
     assert wrong.error(2048) > 0.5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("is_neox_style", [True, False])
+@pytest.mark.parametrize(
+    "parameters", [PLAIN, LLAMA3, YARN, LINEAR, PARTIAL], ids=lambda p: f"{p['rope_type']}{len(p)}"
+)
+def test_turns_are_those_of_the_embedding(parameters, is_neox_style, dtype):
+    embedding = make_rotary(parameters, dtype, is_neox_style)
+    impl = Impl()
+    parent = make_parent(embedding, impl)
+    turns = rotary.turns_of(impl, 2000, HEAD_DIM, dtype)
+    assert rotary.turns_of(impl, 2000, HEAD_DIM, dtype) is turns
+    assert parent.attn.impl is impl
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 3, HEAD_DIM, generator=generator).to(dtype)
+    positions = torch.randint(0, 2000, (50,), generator=generator)
+    expected = embedding(positions, x.flatten(1).clone(), None)[0].view(x.shape).float()
+    turned = turns.turn(x.float(), positions)
+    turning = slice(None, embedding.rotary_dim)
+    error = (turned - expected)[..., turning].abs().max()
+    assert error < (1e-5 if dtype == torch.float32 else 0.05)
+    assert not turned[..., embedding.rotary_dim :].any()
+
+
 def test_models_without_one_embedding_beside_each_layer_are_refused():
     impl = Impl()
-    with pytest.raises(ValueError, match="got 0 of them; leave retain out"):
+    with pytest.raises(ValueError, match="got 0 of them"):
         rotary.turn_back_of(impl, 100, HEAD_DIM, torch.float32)
     parent = make_parent(None, impl)
     with pytest.raises(ValueError, match="got 0 of them"):
@@ -122,5 +145,7 @@ def test_an_embedding_that_is_no_rotation_is_refused():
         impl = Impl()
         parent = make_parent(embedding, impl)
         assert parent is not None
+        with pytest.raises(ValueError, match=got):
+            rotary.turns_of(impl, 100, HEAD_DIM, torch.float32)
         with pytest.raises(ValueError, match=got):
             rotary.turn_back_of(impl, 200, HEAD_DIM, torch.float32)

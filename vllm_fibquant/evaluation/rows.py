@@ -84,10 +84,10 @@ def all_rows(step: int) -> list[Row]:
     for bits in ("4bit", "3bit", "2bit", "1bit"):
         rows.append(
             engine_row(f"{bits} as published", "published", f"fibquant_{bits}", PUBLISHED, step,
-                       main=True, quick=bits == "2bit")
+                       main=bits != "1bit", quick=bits == "2bit")
         )  # fmt: skip
     for preset, main in {
-        "k5v3": True, "4bit": True, "k4v3": False, "k4v2": True, "3bit": True, "k3v2": False,
+        "k5v3": True, "4bit": True, "k4v3": False, "k4v2": False, "3bit": True, "k3v2": False,
         "2bit": True, "k3v1": False, "1bit": False,
     }.items():  # fmt: skip
         rows.append(
@@ -96,7 +96,7 @@ def all_rows(step: int) -> list[Row]:
         )  # fmt: skip
     for preset, main in {
         "k5v3": True, "k4v2": False, "3bit": True, "k3v2": False, "2bit": True, "k3v1": False,
-        "1bit": True,
+        "1bit": False,
     }.items():  # fmt: skip
         rows.append(
             engine_row(f"{preset}, quality", "quality", f"fibquant_{preset}", quality, step,
@@ -120,12 +120,14 @@ def all_rows(step: int) -> list[Row]:
 def _calibrated(step: int) -> list[Row]:
     """Ours with the model's keys measured first, on another text (docs/calibration.md)."""
     uses: dict[Group, dict[str, Any]] = {"exact": {}, "quality": {"mode": "quality"}}
-    kinds = {"k5v3": ["means"], "3bit": ["means"], "2bit": ["means", "transform"],
+    kinds = {"k5v3": ["means"], "4bit": ["means", "transform"], "3bit": ["means", "transform"],
+             "k2v3": ["transform"], "2bit": ["means", "transform"],
              "1bit": ["means", "transform"]}  # fmt: skip
+    headline = {("3bit", "transform"), ("2bit", "transform"), ("1bit", "transform")}
     return [
         engine_row(f"{preset}, {mode}, {kind}", mode, f"fibquant_{preset}",
                    {**options, "calibrate": kind}, step, fidelity=False,
-                   main=preset in ("3bit", "2bit"))
+                   main=(preset, kind) in headline)
         for preset, of_preset in kinds.items()
         for kind in of_preset
         for mode, options in uses.items()
@@ -153,12 +155,14 @@ def _ablation(step: int) -> list[Row]:
 
 def _rivals() -> list[Row]:
     rows = [
-        Row("int4 per token", "rival", Int4PerToken(), main=True),
+        Row("int4 per token", "rival", Int4PerToken()),
         Row("q4_0", "rival", GgmlQ4(), main=True, quick=True),
     ]
     for bits in (4, 3, 2):
         rows += [
-            Row(f"TurboQuant {bits} bits", "rival", TurboQuant(bits), main=True, quick=bits != 3),
+            Row(
+                f"TurboQuant {bits} bits", "rival", TurboQuant(bits), main=bits < 4, quick=bits != 3
+            ),
             Row(f"TurboQuant {bits} bits, norm-corrected", "rival", TurboQuant(bits, True)),
         ]
     for bits in (4, 2):
@@ -168,7 +172,7 @@ def _rivals() -> list[Row]:
             for r in (0, 32, 128)
         ]  # fmt: skip
     return rows + [
-        Row(f"KVQuant {bits} bits, 1 % outliers", "rival", KVQuant(bits), main=True)
+        Row(f"KVQuant {bits} bits, 1 % outliers", "rival", KVQuant(bits), main=bits == 3)
         for bits in (4, 3)
     ]
 

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -40,7 +41,8 @@ PACKAGE = Path(__file__).parent.parent
 # What the numbers follow from. Kernels and adapters are not here: tests and the self-check at
 # start hold them to the oracle.
 _DECIDING = ("config", "codebook", "codec", "list_search", "rotation", "layout", "options",
-             "reference", "evaluation/formats", "evaluation/rivals", "evaluation/simulate",
+             "key_map", "key_transform", "calibration", "calibrate", "reference",
+             "evaluation/formats", "evaluation/rivals", "evaluation/simulate",
              "evaluation/engine", "evaluation/measure")  # fmt: skip
 
 NUM_STAGES = 4
@@ -110,6 +112,8 @@ class Suite:
             for unit in self._for(row, units)
         ]
         self._truths: dict[str, torch.Tensor] = {}
+        self._folder = tempfile.TemporaryDirectory()
+        self._calibration_path = str(Path(self._folder.name) / "model.fqcal")
         wanted = {(job.row.name, job.unit.name): job.what for job in self.jobs}
         self.results: dict[tuple[str, str], dict[str, Any]] = {}
         for line in path.read_text().splitlines() if path.exists() else ():
@@ -187,7 +191,10 @@ class Suite:
                     metrics = measure_fidelity(self.simulator, job.unit, row.cache_format)
                 else:
                     if row.engine and engine is None:
-                        engine = Engine(self.model, *row.engine, row.step, self.sizes.longest)
+                        preset, options = row.engine
+                        if "calibrate" in options:  # measured by the first such row of this run
+                            options = {**options, "calibration": self._calibration_path}
+                        engine = Engine(self.model, preset, options, row.step, self.sizes.longest)
                     tokens = list(job.unit.tokens)
                     states = (
                         engine.hidden(tokens)

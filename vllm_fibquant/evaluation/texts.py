@@ -74,7 +74,7 @@ class Sizes:
     calibration: int = 2048
     step: int = 16
     far: int = 1024
-    passkeys: tuple[tuple[int, int], ...] = ((1, 4), (2, 2), (4, 2), (8, 2))
+    passkeys: tuple[tuple[int, int], ...] = ((1, 4), (2, 2), (4, 1), (8, 1))
     passkey_length: int = 448
     greedy: int = 8
     prompt_length: int = 128
