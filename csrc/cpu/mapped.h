@@ -72,15 +72,14 @@ static inline void turning_block(const FqKeyMap& map, const int32_t* pair, const
     for (int r = 0; r < kRows; ++r) {
       for (int v = 0; v < kVectors; ++v) acc[r][v] = splat(bias[r]);
     }
-    for (int j = 0; j < n; ++j) {
-      const float* cosine = map.turn_fine + (int64_t)pair[3 * j + 2] * kFine + i;
-      const float* sine = cosine + (int64_t)map.num_pairs * kFine;
-      for (int r = 0; r < kRows; ++r) {
-        const vf a = splat(weights[r * 2 * n + j]), b = splat(weights[r * 2 * n + n + j]);
-        for (int v = 0; v < kVectors; ++v) {
-          acc[r][v] = madd(a, load(cosine + v * kLanes), acc[r][v]);
-          acc[r][v] = madd(b, load(sine + v * kLanes), acc[r][v]);
-        }
+    for (int j = 0; j < 2 * n; ++j) {
+      const int row = j < n ? pair[3 * j + 2] : pair[3 * (j - n) + 2] + map.num_pairs;
+      const float* fine = map.turn_fine + row * kFine + i;
+      vf w[kRows];
+      for (int r = 0; r < kRows; ++r) w[r] = splat(weights[r * 2 * n + j]);
+      for (int v = 0; v < kVectors; ++v) {
+        const vf f = load(fine + v * kLanes);
+        for (int r = 0; r < kRows; ++r) acc[r][v] = madd(w[r], f, acc[r][v]);
       }
     }
     for (int r = 0; r < kRows; ++r) {
