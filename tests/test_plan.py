@@ -204,6 +204,25 @@ def test_contexts():
             plan.parse_tokens(text)
 
 
+def test_copies_are_taken_from_pages_and_counted_in_the_rate():
+    exact, quality = (
+        by_name(plan.plan_capacities(make_shape(), GIB, 4096, num_copies=n, max_num_seqs=8))
+        for n in (0, 68)
+    )
+    assert quality["bf16"] == exact["bf16"]
+    small, large = quality["fibquant_2bit"], exact["fibquant_2bit"]
+    assert small.copy_bytes == 8 * 68 * 30 * 3 * 2 * 64 * 2
+    block_bytes = 128 * 30 * 3 * 36
+    assert small.num_blocks == (GIB - small.copy_bytes) // block_bytes < large.num_blocks
+    assert small.effective_rate == pytest.approx(2.25 + 16 * 68 / 4096)
+    # However many requests, copies take at most a tenth.
+    crowd = plan.plan_capacities(make_shape(), GIB, 4096, num_copies=68, max_num_seqs=10**6)
+    assert 0.099 * GIB < by_name(crowd)["fibquant_2bit"].copy_bytes <= 0.1 * GIB
+    skipped = tuple(map(str, range(30)))
+    dense = plan.plan_capacities(make_shape(), GIB, 4096, num_copies=68, skip_layers=skipped)
+    assert by_name(dense)["fibquant_2bit"].copy_bytes == 0
+
+
 def test_command(tmp_path, capsys):
     pytest.importorskip("transformers", reason="reads the model's configuration")
     config = {**LLAMA, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
@@ -215,6 +234,8 @@ def test_command(tmp_path, capsys):
     assert cli.main([*arguments, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert {c["kv_cache_dtype"] for c in report["capacities"]} == {"bf16", "fp8", *PRESETS}
+    assert cli.main([*arguments, "--mode", "quality", "--max-num-seqs", "4"]) == 0
+    assert "MiB of it are for copies in 16 bits" in capsys.readouterr().out
 
 
 def test_command_refuses_what_is_no_model(tmp_path, capsys):

@@ -36,6 +36,7 @@ from vllm_fibquant import gpu, ops, rotary
 from vllm_fibquant.checks import DTYPES
 from vllm_fibquant.codec import KVCodec
 from vllm_fibquant.config import PRESETS
+from vllm_fibquant.copies import num_copy_rows
 from vllm_fibquant.counters import own_counters
 from vllm_fibquant.key_map import KeyMap
 from vllm_fibquant.layout import preset_layout
@@ -47,8 +48,6 @@ from vllm_fibquant.support import BACKEND_NAME, head_dim_problem, refusal, run_o
 logger = init_logger(f"vllm.{__name__}")
 
 WARN_EVERY_S = 60.0
-MAX_COPY_SHARE = 0.1
-"""Most of the memory for pages that copies of tokens may take."""
 
 
 class FibQuantBackend(AttentionBackend):
@@ -368,7 +367,7 @@ def allocate_copies(vllm_config: VllmConfig, available_bytes: int) -> int:
     if row_bytes == 0:
         return 0
     wanted = vllm_config.scheduler_config.max_num_seqs * layers[0].options.num_copies
-    num_rows = max(1, min(wanted, int(available_bytes * MAX_COPY_SHARE) // row_bytes))
+    num_rows = num_copy_rows(wanted, row_bytes, available_bytes)
     for layer in layers:
         layer.allocate_copies(num_rows, dtype)
     logger.info(

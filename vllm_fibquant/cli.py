@@ -90,6 +90,19 @@ def make_parser(with_codebook: bool = True) -> argparse.ArgumentParser:
         default=2048,
         help="bounds what sliding-window layers hold; default: 2048, as in vLLM's server on CPUs",
     )
+    plan.add_argument(
+        "--mode",
+        choices=("exact", "quality"),
+        default="exact",
+        help="as in the fibquant options: quality counts what its copies in 16 bits take; "
+        "default: exact",
+    )
+    plan.add_argument(
+        "--max-num-seqs",
+        type=int,
+        default=128,
+        help="requests of a step, which have copies; default: 128, as in vLLM's server on CPUs",
+    )
     plan.add_argument("--json", action="store_true", help="print JSON")
     plan.set_defaults(run=run_plan)
 
@@ -146,7 +159,9 @@ def run_info(options: argparse.Namespace) -> int:
 
 def run_plan(options: argparse.Namespace) -> int:
     from vllm_fibquant import plan
+    from vllm_fibquant.options import parse_options
 
+    mode = {"fibquant": {"mode": options.mode}}
     memory = plan.parse_size(options.memory)
     shape = plan.load_shape(options.model)
     context = plan.parse_tokens(options.context) if options.context else shape.max_context
@@ -158,6 +173,8 @@ def run_plan(options: argparse.Namespace) -> int:
         tensor_parallel_size=options.tensor_parallel_size,
         skip_layers=tuple(options.kv_cache_dtype_skip_layers),
         batched_tokens=options.max_num_batched_tokens,
+        num_copies=parse_options("fibquant", mode).num_copies,
+        max_num_seqs=options.max_num_seqs,
     )
     if options.json:
         print(json.dumps(plan.as_json(shape, memory, context, capacities), indent=2))

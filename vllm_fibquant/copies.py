@@ -20,6 +20,21 @@ import numpy.typing as npt
 _NEVER = -1
 
 
+MAX_COPY_SHARE = 0.1
+"""Most of the memory for pages that copies of tokens may take."""
+
+
+def num_copy_rows(wanted: int, row_bytes: int, available_bytes: int) -> int:
+    """How many tokens are copied at most.
+
+    Args:
+        wanted: as many as full batches have.
+        row_bytes: of one token's copy in all layers.
+        available_bytes: what copies and pages may take together.
+    """
+    return max(1, min(wanted, int(available_bytes * MAX_COPY_SHARE) // row_bytes))
+
+
 @dataclass(frozen=True)
 class CopyPlan:
     """What one step reads from copies and what it copies.

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from vllm_fibquant.config import PRESETS
+from vllm_fibquant.copies import num_copy_rows
 from vllm_fibquant.layout import preset_layout
 
 DENSE_BYTES = {"bf16": 2, "fp8": 1}
@@ -23,6 +24,9 @@ DENSE_BYTES = {"bf16": 2, "fp8": 1}
 DEFAULT_BLOCK_SIZE = 128
 DEFAULT_BATCHED_TOKENS = 2048
 """What vLLM's server takes on CPUs when nothing is given."""
+
+DEFAULT_NUM_SEQS = 128
+"""Requests of a step that vLLM's server takes on CPUs when nothing is given."""
 
 BLOCK_MULTIPLE = 32
 """What vLLM's CPU attention demands of a block."""
@@ -58,7 +62,13 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class Capacity:
-    """What fits with one cache dtype."""
+    """What fits with one cache dtype.
+
+    Attributes:
+        bytes_per_token: of the pages.
+        effective_rate: stored bits per coordinate of a request, copies in 16 bits included.
+        copy_bytes: memory that copies take from the pages, of a worker.
+    """
 
     kv_cache_dtype: str
     bytes_per_token: int
@@ -66,6 +76,7 @@ class Capacity:
     num_blocks: int
     num_tokens: int
     max_concurrency: float
+    copy_bytes: int = 0
 
     @property
     def num_users(self) -> int:
@@ -172,6 +183,8 @@ def plan_capacities(
     tensor_parallel_size: int = 1,
     skip_layers: tuple[str, ...] = (),
     batched_tokens: int = DEFAULT_BATCHED_TOKENS,
+    num_copies: int = 0,
+    max_num_seqs: int = DEFAULT_NUM_SEQS,
 ) -> list[Capacity]:
     """What fits into `memory_bytes` of every worker's cache, for bf16, fp8 and every preset.
 
@@ -185,6 +198,8 @@ def plan_capacities(
             these stay in 16 bits.
         batched_tokens: vLLM's --max-num-batched-tokens, which bounds what a sliding-window
             layer holds of one request.
+        num_copies: tokens of a request that our layers also keep in 16 bits (mode quality).
+        max_num_seqs: vLLM's --max-num-seqs: requests that have copies.
 
     Returns:
         One entry for every cache dtype that the head_dim allows.
@@ -204,6 +219,8 @@ def plan_capacities(
         raise ValueError(
             f"plan: --tensor-parallel-size must be at least 1, got {tensor_parallel_size}"
         )
+    if max_num_seqs < 1:
+        raise ValueError(f"plan: --max-num-seqs must be at least 1, got {max_num_seqs}")
     num_kv_heads = max(1, shape.num_kv_heads // tensor_parallel_size)
 
     capacities = []
@@ -211,17 +228,26 @@ def plan_capacities(
         layers = layer_specs(shape, head_bytes, num_kv_heads, block_size, skip_layers)
         groups = group_layers(layers)
         bytes_per_block = max(sum(layer.page_bytes for layer in group) for group in groups)
-        num_blocks = memory_bytes // bytes_per_block
+        # Only layers that store codes have copies, of keys and values in 16 bits.
+        coded = [layer for layer in layers if layer.token_bytes == num_kv_heads * head_bytes]
+        row_bytes = len(coded) * num_kv_heads * 2 * shape.head_dim * DENSE_BYTES["bf16"]
+        copied = num_copies if name in PRESETS and coded else 0
+        copy_bytes = 0
+        if copied:
+            copy_bytes = row_bytes * num_copy_rows(max_num_seqs * copied, row_bytes, memory_bytes)
+        num_blocks = (memory_bytes - copy_bytes) // bytes_per_block
         blocks_per_user = sum(request_blocks(group, context, batched_tokens) for group in groups)
         max_concurrency = num_blocks / blocks_per_user
         capacities.append(
             Capacity(
                 kv_cache_dtype=name,
                 bytes_per_token=sum(layer.token_bytes for layer in layers),
-                effective_rate=8 * head_bytes / (2 * shape.head_dim),
+                effective_rate=8 * head_bytes / (2 * shape.head_dim)
+                + 8 * DENSE_BYTES["bf16"] * min(copied, context) / context,
                 num_blocks=num_blocks,
                 num_tokens=int(max_concurrency * context),
                 max_concurrency=max_concurrency,
+                copy_bytes=copy_bytes,
             )
         )
     return capacities
@@ -320,6 +346,8 @@ def render(shape: ModelShape, memory_bytes: int, context: int, capacities: list[
             f"{name:<18}{c.effective_rate:>10.2f}{c.bytes_per_token:>13,}{c.num_tokens:>14,}"
             f"{users:>9}{ratio:>8.2f}x"
         )
+    if copy_bytes := max(c.copy_bytes for c in capacities):
+        lines += ["", f"Up to {copy_bytes / 2**20:.0f} MiB of it are for copies in 16 bits."]
     if context > shape.max_context:
         lines += ["", f"The model's own maximum context is {shape.max_context:,} tokens."]
     if not all(c.num_users for c in capacities):
