@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Requests per second of the server when memory for the cache is short, by format.
 
-Documents of 2,000 to 6,000 tokens are asked about again and again, a new question each time: what
+Documents of 1,000 to 3,000 tokens are asked about again and again, a new question each time: what
 assistants over a set of documents, and chats of many turns, do. All formats get the same memory,
 which holds all documents only when they are compressed. Where a document is still cached a request
 computes its question alone, elsewhere the whole document.
@@ -31,8 +31,8 @@ from typing import Any
 from benchmarks.common import add_out, append, model_or_demo
 from benchmarks.served import NAME, Served, serving
 
-DOCUMENT_TOKENS = (2048, 2560, 3072, 3584, 4096, 6144)
-OUTPUT_TOKENS = 16
+DOCUMENT_TOKENS = (1024, 1280, 1536, 1792, 2048, 3072)
+OUTPUT_TOKENS = 32
 FORMATS = {
     "auto": (),
     "fibquant": (),
@@ -68,7 +68,7 @@ def documents_of(model: str, sizes: list[int]) -> list[str]:
     return documents
 
 
-def requests_of(documents: list[str], per_document: int, seed: int) -> list[dict[str, Any]]:
+def requests_of(documents: list[str], per_document: int, seed: int) -> list[dict[str, str]]:
     """Each document with `per_document` new questions, in random order."""
     draw = random.Random(seed)
     requests = []
@@ -76,13 +76,13 @@ def requests_of(documents: list[str], per_document: int, seed: int) -> list[dict
         for _ in range(per_document):
             words = " ".join(draw.choice(document.split()) for _ in range(24))
             question = f"\n\nQuestion {draw.randrange(10**6)}: what is said about {words}?"
-            requests.append({"prompt": document + question, "output_tokens": OUTPUT_TOKENS})
+            requests.append({"prompt": document + question})
     draw.shuffle(requests)
     return requests
 
 
 def run_client(
-    server: Served, model: str, requests: list[dict[str, Any]], concurrency: int
+    server: Served, model: str, requests: list[dict[str, str]], concurrency: int
 ) -> dict[str, Any]:
     """What vLLM's client reports, and what the server's counters went up by."""
     with tempfile.TemporaryDirectory() as folder:
@@ -93,6 +93,7 @@ def run_client(
             sys.executable, "-c", CLIENT, "--backend", "openai", "--base-url", server.url,
             "--model", NAME, "--tokenizer", model, "--dataset-name", "custom",
             "--dataset-path", str(dataset), "--num-prompts", str(len(requests)),
+            "--custom-output-len", str(OUTPUT_TOKENS),
             "--skip-chat-template", "--disable-shuffle", "--ignore-eos", "--temperature", "0",
             "--max-concurrency", str(concurrency), "--percentile-metrics", "ttft,tpot,e2el",
             "--metric-percentiles", "50,95", "--save-result", "--result-dir", folder,
@@ -103,6 +104,10 @@ def run_client(
         if not result.exists():
             sys.exit(f"bench_load: the client failed:\n{run.stdout[-2000:]}\n{run.stderr[-3000:]}")
         report = json.loads(result.read_text())
+        tokens = report["total_output_tokens"]
+        if report["completed"] != len(requests) or tokens != len(requests) * OUTPUT_TOKENS:
+            sys.exit(f"bench_load: must get {len(requests)} answers of {OUTPUT_TOKENS} tokens, "
+                     f"got {report['completed']} of {tokens} in all")  # fmt: skip
         after, busy = server.metrics(), server.cpu_seconds() - busy
     counted = {name: after[f"vllm:{name}"] - before[f"vllm:{name}"] for name in COUNTERS}
     names = [f"{p}_{m}_ms" for m in ("ttft", "tpot") for p in ("p50", "p95")]
@@ -121,12 +126,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", help="folder of a model; the demo model when left out")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--cache-mib", type=int, default=212,
+    parser.add_argument("--cache-mib", type=int, default=106,
                         help="memory of the cache, for 16 bits per value")  # fmt: skip
     parser.add_argument("--documents", type=int, nargs="+", default=list(DOCUMENT_TOKENS),
                         help="tokens of each document")  # fmt: skip
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=list(FORMATS))
-    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 8])
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 8, 16])
     parser.add_argument("--per-document", type=int, default=3)
     parser.add_argument("--first-port", type=int, default=18210)
     add_out(parser)

@@ -145,6 +145,7 @@ def load(rows: list[dict[str, Any]]):
                 (r["concurrency"], r[column] * unit) for r in rows if r["format"] == name
             )
             axis.plot(*zip(*points, strict=True), "o-", color=COLOURS[name], label=name)
+        axis.set_xticks(sorted({row["concurrency"] for row in rows}))
         axis.set_xlabel("requests at once")
         axis.set_ylabel(label)
         axis.set_ylim(bottom=0)

