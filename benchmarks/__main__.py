@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`make bench`: kernels and engine beside vLLM's own attention, quality, tables and plots.
+"""`make bench`: kernels and engine beside vLLM's own attention, tables and plots.
 
-    python -m benchmarks                      attention, encode, list search, engine: 30 minutes
-    python -m benchmarks --with-quality       perplexity of every preset as well, 15 minutes more
-    python -m benchmarks --plot-only          tables and plots again from the results there are
+    python -m benchmarks                attention, its options, encode, lists, engine: 35 minutes
+    python -m benchmarks --plot-only    tables and plots again from the results there are
 
 Results are appended to docs/results/*.jsonl, which the plots in docs/images are drawn from.
 """
@@ -21,12 +20,9 @@ IMAGES = Path("docs/images")
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
-    parser.add_argument("--with-quality", action="store_true")
     parser.add_argument("--plot-only", action="store_true")
     args = parser.parse_args()
-    names = [] if args.plot_only else ["attention", "encode", "list", "engine"]
-    if args.with_quality:
-        names.append("quality")
+    names = [] if args.plot_only else ["attention", "repairs", "encode", "list", "engine"]
     RESULTS.mkdir(parents=True, exist_ok=True)
     for name in names:
         out = RESULTS / f"{name}.jsonl"

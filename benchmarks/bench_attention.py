@@ -15,6 +15,7 @@ import argparse
 import platform
 import statistics
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -81,7 +82,8 @@ class Case:
         name = "vllm_" + str(dtype).removeprefix("torch.")
         self.formats[name] = (caches[0].nbytes, run)
 
-    def add_preset(self, name: str) -> None:
+    def add_preset(self, name: str, label: str | None = None, **options: Any) -> None:
+        """Codes of a preset, attended with `options` of `ops.paged_attention`."""
         codec = KVCodec.from_preset(PRESETS[name], self.head_dim)
         layout = codec.layout
         shape = (self.num_blocks, self.num_kv_heads, BLOCK_SIZE, layout.record_bytes)
@@ -94,10 +96,10 @@ class Case:
         def run(layer: int) -> None:
             ops.paged_attention(
                 self.query, caches[layer], codec, self.query_start_loc, self.seq_lens,
-                self.block_table, self.out, scale=self.scale,
+                self.block_table, self.out, scale=self.scale, **options,
             )  # fmt: skip
 
-        self.formats[name] = (caches[0].nbytes, run)
+        self.formats[label or name] = (caches[0].nbytes, run)
 
     def measure(self, repetitions: int, clock: Callable[[], float]) -> dict[str, list[float]]:
         """Seconds per layer of every repetition, by format."""

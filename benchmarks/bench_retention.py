@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Perplexity along a text many times longer than what a request may keep, and its blocks.
 
-The text is that of bench_quality. Beside our cache with a bound: without one, the newest tokens
-alone (no first ones), and two truths of vLLM's own cache: the whole text, and, for every 64 tokens
-of it, a fresh prompt of the first tokens and the newest alone, at positions of their own, as
-StreamingLLM's own comparison with recomputation does. Only tokens that all of them score are
-counted: those beyond what is kept.
+The text is the reference documentation that ships with Python. Beside our cache with a bound:
+without one, the newest tokens alone (no first ones), and two truths of vLLM's own cache: the whole
+text, and, for every 64 tokens of it, a fresh prompt of the first tokens and the newest alone, at
+positions of their own, as StreamingLLM's own comparison with recomputation does. Only tokens that
+all of them score are counted: those beyond what is kept.
 
     python -m benchmarks.bench_retention --out retention.jsonl
 """

@@ -29,7 +29,7 @@ def draw_all(results: Path, images: Path) -> Iterator[Path]:
 
     matplotlib.use("Agg")
     images.mkdir(parents=True, exist_ok=True)
-    for draw in (attention, engine, quality, search_lists, load, soak):
+    for draw in (attention, engine, search_lists, load, soak):
         name = {"search_lists": "list"}.get(draw.__name__, draw.__name__)
         rows = rows_of(results / f"{name}.jsonl")
         if rows:
@@ -80,31 +80,6 @@ def engine(rows: list[dict[str, Any]]):
         axis.set_ylim(bottom=0)
     axes[0][0].set_ylabel("ms per decode step")
     axes[0][0].legend(fontsize=8)
-    return figure
-
-
-def quality(rows: list[dict[str, Any]]):
-    """Perplexity relative to the uncompressed cache against bits per value."""
-    import matplotlib.pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(6, 4))
-    for row in rows:
-        if row["format"] == "auto" or "," in row["format"]:
-            continue
-        uniform = row["format"].endswith("bit")
-        axis.errorbar(
-            row["effective_rate"], row["relative"], yerr=row["relative_error"],
-            fmt="s" if uniform else "o", color="#1f77b4" if uniform else "#d62728",
-        )  # fmt: skip
-        axis.annotate(
-            row["format"].removeprefix("fibquant_"), (row["effective_rate"], row["relative"]),
-            xytext=(5, 4), textcoords="offset points", fontsize=8,
-        )  # fmt: skip
-    axis.set_yscale("log")
-    axis.set_xlabel("bits per value, norms included")
-    axis.set_ylabel("perplexity relative to auto")
-    axis.set_title("squares: one rate for keys and values; circles: mixed")
-    axis.grid(alpha=0.3, which="both")
     return figure
 
 
