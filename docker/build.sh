@@ -4,8 +4,9 @@
 #   build.sh SOURCE OUT    SOURCE: the source tree, writable; OUT: where the wheel goes
 #
 # Runs as root on Debian or Ubuntu. What is there already (python3 with pip, a C++ compiler)
-# is used; Debian's own packages are installed only where something is missing. The CUDA library is
-# not built: images serve GPUs with the Triton kernels.
+# is used; Debian's own packages are installed only where something is missing. Where nvcc is there
+# (CUDACXX, on the PATH, or in /usr/local/cuda), the wheel also gets the CUDA library, for
+# FIBQUANT_CUDA_ARCHS; without it a GPU is served with the Triton kernels.
 set -eu
 
 if [ $# -ne 2 ] || [ ! -f "$1/setup.py" ]; then
@@ -23,6 +24,16 @@ if [ -n "$packages" ]; then
     # shellcheck disable=SC2086  # a list of names
     DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends $packages
     rm -rf /var/lib/apt/lists/*
+fi
+
+PATH=$PATH:/usr/local/cuda/bin
+if command -v "${CUDACXX:-nvcc}" >/dev/null; then
+    tools=$(mktemp -d)
+    python3 -m pip install --quiet --no-cache-dir --target "$tools" 'setuptools>=77'
+    (cd "$source" && PYTHONPATH=$tools python3 setup.py --quiet build_cuda)
+    rm -rf "$tools"
+else
+    echo "build.sh: no nvcc, so the wheel has no CUDA library" >&2
 fi
 
 # An isolated build: pip fetches the setuptools that pyproject.toml asks for, and nothing else.
