@@ -275,8 +275,10 @@ class StatisticsCollector:
         moment = self._key_moment / self.num_tokens
         c = torch.zeros_like(mean)
         if self._turns is not None:
-            c = self._turning_mean()
-            part = self._turning_part(c)  # [num_kv_heads, head_dim, num_rows]: R_p c = part t_p
+            c = self._turning_mean(self._turns)
+            part = self._turning_part(
+                self._turns, c
+            )  # [num_kv_heads, head_dim, num_rows]: R_p c = part t_p
             cross = self._key_turn_moment / self.num_tokens @ part.mT
             moment = (
                 moment - cross - cross.mT + part @ (self._turn_moment / self.num_tokens) @ part.mT
@@ -286,11 +288,10 @@ class StatisticsCollector:
         queries = self._query_moment / self._num_queries
         return KeyStatistics(mean.float(), c.float(), covariance.float(), queries.float())
 
-    def _turning_mean(self) -> torch.Tensor:
+    def _turning_mean(self, turns: Turns) -> torch.Tensor:
         """Mean of keys before rotary embedding, in the pairs that `TurningMean.strongest` picks."""
-        assert self._turns is not None
-        num_pairs = len(self._turns.pairs)
-        first, second = self._turns.pairs.long().unbind(-1)
+        num_pairs = len(turns.pairs)
+        first, second = turns.pairs.long().unbind(-1)
         j = torch.arange(num_pairs)
         sums = self._key_turn_moment
         # R_p^T k, pair by pair, over the square of what the embedding lengthens keys by.
@@ -298,15 +299,14 @@ class StatisticsCollector:
         c = torch.zeros_like(self._key_sum)
         c[:, first] = (sums[:, first, j] + sums[:, second, num_pairs + j]) / length_sq
         c[:, second] = (sums[:, second, j] - sums[:, first, num_pairs + j]) / length_sq
-        chosen = TurningMean.strongest(c.float(), self._turns, num_turning(self._turns))
+        chosen = TurningMean.strongest(c.float(), turns, num_turning(turns))
         kept = torch.zeros_like(c, dtype=torch.bool)
-        kept.scatter_(1, self._turns.pairs.long()[chosen.chosen.long()].flatten(1), True)
+        kept.scatter_(1, turns.pairs.long()[chosen.chosen.long()].flatten(1), True)
         return c * kept
 
-    def _turning_part(self, c: torch.Tensor) -> torch.Tensor:
-        assert self._turns is not None
-        num_pairs = len(self._turns.pairs)
-        first, second = self._turns.pairs.long().unbind(-1)
+    def _turning_part(self, turns: Turns, c: torch.Tensor) -> torch.Tensor:
+        num_pairs = len(turns.pairs)
+        first, second = turns.pairs.long().unbind(-1)
         j = torch.arange(num_pairs)
         part = torch.zeros_like(self._key_turn_moment)
         part[:, first, j], part[:, first, num_pairs + j] = c[:, first], -c[:, second]

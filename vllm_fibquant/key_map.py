@@ -146,7 +146,8 @@ class KeyMap:
         mean = self.mean.to(dtype)
         if self.turning is None:
             return mean
-        assert positions is not None
+        if positions is None:
+            raise ValueError("mean_at: positions must be given with a turning mean, got None")
         return mean + self.turning.at(positions, mean.shape[1], dtype)
 
     def encode_records(

@@ -142,8 +142,6 @@ def _ablation(step: int) -> list[Row]:
         preset = f"fibquant_{bits}"
         codes = parse_options(preset).preset
         repairs: dict[str, dict[str, Any]] = {
-            "key gain alone": {"value": {"gain": "norm"}},
-            "value gain alone": {"key": {"gain": "norm"}},
             "gains, window 64": {"mode": "quality", "first_tokens": 0},
             "published gains, window 64, first 4": {"mode": "quality", **PUBLISHED},
         }
