@@ -105,7 +105,7 @@ def test_turns_are_those_of_the_embedding(parameters, is_neox_style, dtype):
     turned = turns.turn(x.float(), positions)
     turning = slice(None, embedding.rotary_dim)
     error = (turned - expected)[..., turning].abs().max()
-    assert error < (1e-5 if dtype == torch.float32 else 0.05)
+    assert error < (1e-3 if dtype == torch.float32 else 0.05)  # float32 angles up to 2000
     assert not turned[..., embedding.rotary_dim :].any()
 
 
