@@ -100,11 +100,15 @@ def test_everything_preempts(server, prompts):
     """Eight requests of up to 164 tokens in a cache for 512."""
     alone = [ask(server, prompt, 64) for prompt in prompts]
     before = server.metrics()["vllm:num_preemptions"]
-    together = ask_together(server, prompts, 64)
-    count = server.metrics()["vllm:num_preemptions"] - before
+    # A busy machine may let requests arrive too far apart to meet in the cache.
+    for _ in range(6):
+        together = ask_together(server, prompts, 64)
+        assert [a.bits for a in together] == [a.bits for a in alone]
+        count = server.metrics()["vllm:num_preemptions"] - before
+        if count > 0:
+            break
     print(f"\n{count:.0f} preemptions of {len(prompts)} requests")
-    assert count > 0  # how many depends on when a busy machine lets the requests arrive
-    assert [a.bits for a in together] == [a.bits for a in alone]
+    assert count > 0
 
 
 def test_clients_that_hang_up(server, prompts):
