@@ -55,12 +55,11 @@ def mapped(
     preset: str = "fibquant_2bit",
     transform: bool = False,
     turning: bool = False,
-    length: float = 3.0,
     **settings,
 ) -> Paged:
     codec = codec_of(preset, head_dim)
     index_bytes = transform * codec.layout.key_index_bytes
-    key_map = make_map(head_dim, length=length, index_bytes=index_bytes, turning=turning)
+    key_map = make_map(head_dim, index_bytes=index_bytes, turning=turning)
     return make_paged(codec, seq_lens, query_lens, key_map=key_map, **settings)
 
 

@@ -22,6 +22,16 @@ LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 PARTIAL = {**PLAIN, "partial_rotary_factor": 0.25}
 
 
+def every_embedding(test):
+    """Runs a test with every kind of embedding there is a product of, in both styles and dtypes."""
+    kinds = [PLAIN, LLAMA3, YARN, LINEAR, PARTIAL]
+    test = pytest.mark.parametrize("parameters", kinds, ids=lambda p: f"{p['rope_type']}{len(p)}")(
+        test
+    )
+    test = pytest.mark.parametrize("is_neox_style", [True, False])(test)
+    return pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)(test)
+
+
 class Impl:
     """Stands for a layer's implementation."""
 
@@ -52,11 +62,7 @@ def make_rotary(parameters, dtype=torch.float32, is_neox_style=True, max_positio
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("is_neox_style", [True, False])
-@pytest.mark.parametrize(
-    "parameters", [PLAIN, LLAMA3, YARN, LINEAR, PARTIAL], ids=lambda p: f"{p['rope_type']}{len(p)}"
-)
+@every_embedding
 def test_turned_is_rotated_less(parameters, is_neox_style, dtype):
     """R_p q turned back by g is R_(p-g) q, for every kind of embedding there is a product of."""
     embedding = make_rotary(parameters, dtype, is_neox_style)
@@ -86,11 +92,7 @@ def test_turned_is_rotated_less(parameters, is_neox_style, dtype):
     assert wrong.error(2048) > 0.5
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("is_neox_style", [True, False])
-@pytest.mark.parametrize(
-    "parameters", [PLAIN, LLAMA3, YARN, LINEAR, PARTIAL], ids=lambda p: f"{p['rope_type']}{len(p)}"
-)
+@every_embedding
 def test_turns_are_those_of_the_embedding(parameters, is_neox_style, dtype):
     embedding = make_rotary(parameters, dtype, is_neox_style)
     impl = Impl()
