@@ -72,15 +72,18 @@ static inline void turning_block(const FqKeyMap& map, const int32_t* pair, const
     for (int r = 0; r < kRows; ++r) {
       for (int v = 0; v < kVectors; ++v) acc[r][v] = splat(bias[r]);
     }
-    for (int k = 0; k < 2 * n; ++k) {
-      const int j = k / 2, is_sine = k % 2;
-      const int row = pair[3 * j + 2] + is_sine * map.num_pairs;
-      const float* fine = map.turn_fine + row * kFine + i;
-      vf w[kRows];
-      for (int r = 0; r < kRows; ++r) w[r] = splat(weights[r * 2 * n + is_sine * n + j]);
-      for (int v = 0; v < kVectors; ++v) {
-        const vf f = load(fine + v * kLanes);
-        for (int r = 0; r < kRows; ++r) acc[r][v] = madd(w[r], f, acc[r][v]);
+    const float* row = weights;
+    for (int j = 0; j < n; ++j, ++row) {
+      const float* cosine = map.turn_fine + pair[3 * j + 2] * kFine + i;
+      const float* sine = cosine + map.num_pairs * kFine;
+      for (int r = 0; r < kRows; ++r) {
+        const vf w = splat(row[r * 2 * n]);
+        for (int v = 0; v < kVectors; ++v)
+          acc[r][v] = madd(w, load(cosine + v * kLanes), acc[r][v]);
+      }
+      for (int r = 0; r < kRows; ++r) {
+        const vf w = splat(row[r * 2 * n + n]);
+        for (int v = 0; v < kVectors; ++v) acc[r][v] = madd(w, load(sine + v * kLanes), acc[r][v]);
       }
     }
     for (int r = 0; r < kRows; ++r) {
