@@ -20,7 +20,7 @@ from benchmarks.common import add_one_thread, add_out, append, clock_of
 from vllm_fibquant import ops
 from vllm_fibquant.calibration import num_turning
 from vllm_fibquant.config import PRESETS
-from vllm_fibquant.key_map import KeyMap, TurningMean, Turns
+from vllm_fibquant.key_map import FirstMeans, KeyMap, TurningMean, Turns
 from vllm_fibquant.key_transform import make_transform, transform_problem
 from vllm_fibquant.layout import preset_layout
 from vllm_fibquant.options import parse_options
@@ -43,16 +43,17 @@ def options_of(case: Case, preset: str) -> dict[str, dict[str, Any]]:
     turns = Turns(pairs, frequency, 1.0, case.context)
     mean = torch.randn(heads, dim)
     turning = TurningMean.strongest(torch.randn(heads, dim), turns, num_turning(turns))
+    first = FirstMeans(*torch.randn(2, heads, quality.first_tokens, dim))
     found: dict[str, dict[str, Any]] = {
         PLAIN: {},
         "copies": {"copies": copies, **new},
-        "means": {"key_map": KeyMap(mean, quality.first_tokens, None, turning)},
+        "means": {"key_map": KeyMap(mean, first.num_first, None, turning, first)},
     }
     if transform_problem(PRESETS[preset].key, dim) is None:
         basis = torch.randn(heads, dim, dim)
         index_bytes = preset_layout(PRESETS[preset], dim).key_index_bytes
         transform = make_transform(basis @ basis.mT, basis.mT @ basis, index_bytes)
-        both = KeyMap(mean, quality.first_tokens, transform, turning)
+        both = KeyMap(mean, first.num_first, transform, turning, first)
         found["means and transform"] = {"key_map": both}
     return found
 

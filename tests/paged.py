@@ -102,7 +102,8 @@ def make_paged(
     ops.encode_kv(key, value, cache, slot_mapping, codec, key_map, positions)
     if key_map is not None:
         plain = positions < key_map.num_plain
-        ops.encode_kv(key[plain], value[plain], cache, slot_mapping[plain], codec)
+        first = key_map.without_first(key[plain], value[plain], positions[plain])
+        ops.encode_kv(*first, cache, slot_mapping[plain], codec)
     ends = torch.tensor(seq_lens).cumsum(0).tolist()
     new = torch.cat([torch.arange(e - q, e) for e, q in zip(ends, query_lens, strict=True)])
     return Paged(

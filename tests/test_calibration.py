@@ -20,7 +20,8 @@ from vllm_fibquant.calibration import (
 from vllm_fibquant.key_map import Turns
 
 HEADS, DIM = 2, 16
-NAMES = ("key_mean", "turning_mean", "key_covariance", "query_moment")
+NAMES = ("key_mean", "turning_mean", "key_covariance", "query_moment", "first_key", "first_value")
+NUM_FIRST = 4
 
 
 def tokens(count: int = 300, num_q_heads: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
@@ -34,7 +35,9 @@ def tokens(count: int = 300, num_q_heads: int = 6) -> tuple[torch.Tensor, torch.
 def measured(turns: Turns | None = None, key: torch.Tensor | None = None) -> KeyStatistics:
     query, given = tokens()
     key = given if key is None else key
-    collector = StatisticsCollector(HEADS, DIM, turns)
+    collector = StatisticsCollector(HEADS, DIM, turns, NUM_FIRST)
+    for i in (100, 200):
+        collector.add_start(key[i : i + NUM_FIRST], -key[i : i + NUM_FIRST])
     for begin, end in ((0, 100), (100, 101), (101, 300)):
         collector.add(query[begin:end], key[begin:end], torch.arange(begin, end))
     assert collector.num_tokens == 300
@@ -42,7 +45,7 @@ def measured(turns: Turns | None = None, key: torch.Tensor | None = None) -> Key
 
 
 def content(**changes) -> bytes:
-    given = {"model": "abc", "num_tokens": 300, "num_first": 4, "layers": {"layer.0": measured()}}
+    given = {"model": "abc", "num_tokens": 300, "layers": {"layer.0": measured()}}
     return pack_calibration(**{**given, **changes})
 
 
@@ -54,6 +57,9 @@ def test_statistics_are_those_of_all_tokens() -> None:
         assert torch.allclose(found.key_mean[head].double(), k.mean(0), rtol=1e-5)
         covariance = torch.cov(k.T, correction=0)
         assert torch.allclose(found.key_covariance[head].double(), covariance, rtol=1e-4, atol=1e-4)
+        first = (k[100 : 100 + NUM_FIRST] + k[200 : 200 + NUM_FIRST]) / 2
+        assert torch.allclose(found.first_key[head].double(), first, rtol=1e-5, atol=1e-5)
+        assert torch.equal(found.first_value, -found.first_key)
         moment = q.T @ q / len(q)
         assert torch.allclose(found.query_moment[head].double(), moment, rtol=1e-5, atol=1e-5)
 
@@ -77,7 +83,7 @@ def test_a_mean_that_turns_is_found_and_taken_out() -> None:
         assert torch.allclose(found.key_covariance[head].double(), covariance, atol=1e-4)
         assert torch.allclose(found.key_mean, left.mean(0), atol=1e-4)
     layers = {"layer.0": found}
-    calibration = parse_calibration(pack_calibration("abc", 300, 4, layers), "file")
+    calibration = parse_calibration(pack_calibration("abc", 300, layers), "file")
     key_map = calibration.key_map("layer.0", 0, HEADS, 0, turns=turns)
     positions = torch.arange(300)
     expected = found.key_mean + turns.turn(found.turning_mean, positions)
@@ -92,13 +98,15 @@ def test_heads_of_several_ranks_are_joined(replicas: int) -> None:
     parts = []
     for rank in range(2 * replicas):
         per_rank = 2 // replicas
-        collector = StatisticsCollector(1, DIM)
+        collector = StatisticsCollector(1, DIM, num_first=NUM_FIRST)
         head = rank // replicas
         mine = query[:, rank * per_rank : (rank + 1) * per_rank]
         collector.add(mine, key[:, head : head + 1], torch.arange(300))
+        collector.add_start(key[:NUM_FIRST, head : head + 1], key[4:8, head : head + 1])
         parts.append(collector.result())
-    whole = StatisticsCollector(HEADS, DIM)
+    whole = StatisticsCollector(HEADS, DIM, num_first=NUM_FIRST)
     whole.add(query, key, torch.arange(300))
+    whole.add_start(key[:NUM_FIRST], key[4:8])
     joined, expected = join_heads(parts, replicas), whole.result()
     for name in NAMES:
         assert torch.allclose(getattr(joined, name), getattr(expected, name), rtol=1e-5), name
@@ -112,11 +120,13 @@ def test_a_file_is_read_as_it_was_written() -> None:
         assert torch.equal(read, getattr(statistics, name)), name
     second = calibration.key_map("layer.0", 1, 2, num_plain=3)
     assert torch.equal(second.mean, statistics.key_mean[1:])
-    assert second.num_plain == 3
+    assert second.num_plain == second.first.num_first == 3
+    assert torch.equal(second.first.value, statistics.first_value[1:, :3])
+    assert calibration.key_map("layer.0", 0, 2, num_plain=0).first is None
 
 
 def test_the_digest_tells_files_apart() -> None:
-    first, second = content(), content(num_first=5)
+    first, second = content(), content(num_tokens=301)
     assert parse_calibration(first, "a").digest == parse_calibration(first, "b").digest
     assert parse_calibration(first, "a").digest != parse_calibration(second, "a").digest
 
@@ -130,7 +140,7 @@ def with_digest(body: bytes) -> bytes:
     [
         (lambda c: c[:20], "must be at least 48 bytes, got 20"),
         (lambda c: b"GGUF" + c[4:], "this is no calibration file"),
-        (lambda c: c[:8] + b"\x09" + c[9:], "must have format version 2, got 9"),
+        (lambda c: c[:8] + b"\x09" + c[9:], "must have format version 3, got 9"),
         (lambda c: c[:-90] + b"\x00" + c[-89:], "it is damaged"),
         (lambda c: c[:-40] + c[-32:], "it is damaged"),
         (lambda c: with_digest(c[:-36]), "bytes of statistics"),

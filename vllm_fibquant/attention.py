@@ -297,8 +297,9 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
             ops.reserve(query, raw=self.attends_raw)
             return output.zero_()
         if self.key_map is not None and attn_metadata.plain is not None:
-            tokens, slots = attn_metadata.plain
-            ops.encode_kv(key[tokens], value[tokens], kv_cache, slots, self.codec)
+            tokens, slots, positions = attn_metadata.plain
+            first = self.key_map.without_first(key[tokens], value[tokens], positions)
+            ops.encode_kv(*first, kv_cache, slots, self.codec)
         num_tokens = attn_metadata.num_tokens
         if num_tokens < output.shape[0]:
             output[num_tokens:].zero_()

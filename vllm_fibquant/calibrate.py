@@ -47,6 +47,8 @@ logger = init_logger(f"vllm.{__name__}")
 TEXT = Path(__file__).parent / "data" / "calibration.txt"
 NUM_SEQUENCES = 8
 SEQUENCE_LEN = 1024
+NUM_STARTS = 64
+"""Places of the text that a request could begin at: what first tokens have in common."""
 HORIZON = 8192
 """Positions over which a mean is judged to turn: what hardly turns in a text may in a long one."""
 BLOCK_SIZE = 16
@@ -132,8 +134,9 @@ def model_fingerprint(model: torch.nn.Module, model_config: ModelConfig) -> str:
     return digest.hexdigest()[:16]
 
 
-def text_sequences(model_config: ModelConfig) -> list[list[int]]:
-    """What the model reads: token ids of each sequence, beginning as its tokenizer begins a text.
+def text_sequences(model_config: ModelConfig) -> tuple[list[list[int]], list[list[int]]]:
+    """What the model reads: token ids of sequences, beginning as its tokenizer begins a text, and
+    of NUM_STARTS that end after their first tokens.
 
     Raises:
         ValueError: the tokenizer cannot be loaded.
@@ -154,7 +157,10 @@ def text_sequences(model_config: ModelConfig) -> list[list[int]]:
     tokens = tokenizer.encode(TEXT.read_text(encoding="utf-8"), add_special_tokens=False)
     length = min(SEQUENCE_LEN, _known_positions(model_config)) - len(first)
     starts = range(0, min(len(tokens), NUM_SEQUENCES * length), length)
-    return [first + tokens[start : start + length] for start in starts]
+    sequences = [first + tokens[start : start + length] for start in starts]
+    begins = range(0, len(tokens) - DEFAULT_FIRST, max(1, len(tokens) // NUM_STARTS))
+    rest = DEFAULT_FIRST - len(first)
+    return sequences, [first + tokens[i : i + rest] for i in begins[:NUM_STARTS]]
 
 
 def _known_positions(model_config: ModelConfig) -> int:
@@ -178,15 +184,19 @@ def _measure(
     from tqdm import tqdm
 
     group = get_tp_group()
-    sequences = text_sequences(vllm_config.model_config)
+    sequences, starts = text_sequences(vllm_config.model_config)
     quiet = True if group.rank_in_group else None  # None: shown on a terminal
     with _collecting(layers, vllm_config.model_config) as collectors, torch.inference_mode():
-        for tokens in tqdm(sequences, desc="FibQuant calibration", unit="text", disable=quiet):
-            positions = torch.arange(len(tokens))
+        passes = [starts, *([tokens] for tokens in sequences)]
+        for batch in tqdm(passes, desc="FibQuant calibration", unit="text", disable=quiet):
+            tokens = torch.tensor(batch)  # [num_seqs, length]
+            positions = torch.arange(tokens.shape[1]).repeat(len(tokens))
+            for collector in collectors.values():
+                collector.num_seqs = len(tokens)
             with set_forward_context(
-                None, vllm_config, num_tokens=len(tokens), slot_mapping={}, skip_compiled=True
+                None, vllm_config, num_tokens=tokens.numel(), slot_mapping={}, skip_compiled=True
             ):
-                model(input_ids=torch.tensor(tokens), positions=positions)
+                model(input_ids=tokens.flatten(), positions=positions)
     parts = {name: collector.statistics.result() for name, collector in collectors.items()}
     every: list[dict[str, KeyStatistics]] = [parts]
     if group.world_size > 1:
@@ -194,7 +204,7 @@ def _measure(
         torch.distributed.all_gather_object(every, parts, group=group.cpu_group)
     joined = {name: join_heads([rank[name] for rank in every], replicas) for name in parts}
     num_tokens = next(iter(collectors.values())).statistics.num_tokens
-    return pack_calibration(fingerprint, num_tokens, DEFAULT_FIRST, joined)
+    return pack_calibration(fingerprint, num_tokens, joined)
 
 
 @contextmanager
@@ -217,11 +227,16 @@ def _collecting(
 
 
 class LayerCollector:
-    """Attention of one layer over one sequence as the model computed it; remembers what it saw."""
+    """Attention of one layer over `num_seqs` sequences of one length, whose tokens follow each
+    other, as the model computed it; remembers what it saw."""
+
+    num_seqs = 1
 
     def __init__(self, impl: FibQuantImpl, turns: Turns | None) -> None:
         self._impl = impl
-        self.statistics = StatisticsCollector(impl.num_kv_heads, impl.head_size, turns)
+        self.statistics = StatisticsCollector(
+            impl.num_kv_heads, impl.head_size, turns, DEFAULT_FIRST
+        )
         shape = (1, impl.num_kv_heads, BLOCK_SIZE, impl.codec.layout.record_bytes)
         self._no_cache = torch.zeros(shape, dtype=torch.uint8)
 
@@ -229,16 +244,21 @@ class LayerCollector:
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor
     ) -> torch.Tensor:
         """Attends query to key and value [num_tokens, heads, head_dim], causally, into output."""
-        num_tokens = len(query)
+        length = len(query) // self.num_seqs
+        lens = torch.full((self.num_seqs,), length, dtype=torch.int32)
+        bounds = torch.arange(self.num_seqs + 1, dtype=torch.int32) * length
         rest = slice(DEFAULT_FIRST, None)
-        self.statistics.add(query[rest], key[rest], torch.arange(num_tokens)[rest])
+        for q, k, v in zip(*(x.split(length) for x in (query, key, value)), strict=True):
+            self.statistics.add_start(k[:DEFAULT_FIRST], v[:DEFAULT_FIRST])
+            if length > DEFAULT_FIRST:
+                self.statistics.add(q[rest], k[rest], torch.arange(length)[rest])
         ops.paged_attention(
             query,
             self._no_cache,
             self._impl.codec,
-            torch.tensor([0, num_tokens], dtype=torch.int32),
-            torch.tensor([num_tokens], dtype=torch.int32),
-            torch.zeros(1, num_tokens // BLOCK_SIZE + 1, dtype=torch.int32),
+            bounds,
+            lens,
+            torch.zeros(self.num_seqs, length // BLOCK_SIZE + 1, dtype=torch.int32),
             output,
             scale=self._impl.scale,
             window=self._impl.window,

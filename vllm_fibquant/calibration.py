@@ -9,8 +9,7 @@ A file (`<name>.fqcal`) is, little-endian and without padding:
     12              4               header_bytes, uint32
     16              header_bytes    JSON object, UTF-8: model, num_tokens, num_first, layers, each
                                     with name, num_kv_heads and head_dim
-    ...             statistics      float32, layer after layer: key_mean, turning_mean,
-                                    key_covariance, query_moment
+    ...             statistics      float32, layer after layer: the tensors of KeyStatistics
     end - 32        32              SHA-256 of everything before it
 
 Statistics of all heads of a layer are in one file, however many processes serve them.
@@ -29,12 +28,12 @@ import numpy as np
 import torch
 
 from vllm_fibquant.codebook import cache_dir
-from vllm_fibquant.key_map import KeyMap, TurningMean, Turns
+from vllm_fibquant.key_map import FirstMeans, KeyMap, TurningMean, Turns
 from vllm_fibquant.key_transform import make_transform
 from vllm_fibquant.sealed import seal, unseal
 
 MAGIC = b"FIBQCALB"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 TURNING_SHARE = 0.5
 """Share of the rotary embedding's pairs of coordinates whose mean turns. The other half's adds
@@ -43,7 +42,8 @@ little: docs/calibration.md."""
 
 @dataclass(frozen=True, eq=False)
 class KeyStatistics:
-    """What was measured of one layer, over all tokens but the first of each sequence.
+    """What was measured of one layer, apart from the first means over all tokens but the first of
+    each sequence.
 
     Attributes:
         key_mean: float32 [num_kv_heads, head_dim], mean of k - R_p c: of keys after rotary
@@ -52,17 +52,22 @@ class KeyStatistics:
             the pairs of coordinates where it matters, 0 elsewhere.
         key_covariance: float32 [num_kv_heads, head_dim, head_dim], of k - R_p c.
         query_moment: float32 as key_covariance, mean of q q^T over the queries that read the head.
+        first_key, first_value: float32 [num_kv_heads, num_first, head_dim], means of keys and
+            values at the first positions of a sequence.
     """
 
     key_mean: torch.Tensor
     turning_mean: torch.Tensor
     key_covariance: torch.Tensor
     query_moment: torch.Tensor
+    first_key: torch.Tensor
+    first_value: torch.Tensor
 
     @property
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """All of them, in the order of the file."""
-        return self.key_mean, self.turning_mean, self.key_covariance, self.query_moment
+        return (self.key_mean, self.turning_mean, self.key_covariance, self.query_moment,
+                self.first_key, self.first_value)  # fmt: skip
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -81,7 +86,7 @@ class Calibration:
     Attributes:
         model: fingerprint of the model it was measured on.
         num_tokens: tokens that were measured.
-        num_first: first tokens of each sequence that were left out.
+        num_first: first tokens of each sequence, which have means of their own.
         layers: statistics by the name of the layer.
         digest: SHA-256 of the file, hexadecimal.
     """
@@ -104,7 +109,7 @@ class Calibration:
         """The map of the keys of KV heads begin to end - 1 of a layer.
 
         Args:
-            num_plain: first tokens whose keys are encoded as they are.
+            num_plain: first tokens that are encoded by the preset's own codes.
             index_bytes: those of a key, to transform keys; 0 to subtract their mean alone.
             turns: of the layer's rotary embedding; may be left out if `turning_mean` is 0.
 
@@ -123,7 +128,13 @@ class Calibration:
                     "known, as it had when it was measured, got none; delete the file"
                 )
             turning = TurningMean.strongest(part.turning_mean, turns, num_turning(turns))
-        return KeyMap(part.key_mean.contiguous(), num_plain, transform, turning)
+        first = FirstMeans(
+            *(x[:, :num_plain].contiguous() for x in (part.first_key, part.first_value))
+        )
+        return KeyMap(
+            part.key_mean.contiguous(), num_plain, transform, turning,
+            first if first.num_first else None,
+        )  # fmt: skip
 
 
 def num_turning(turns: Turns) -> int:
@@ -131,10 +142,9 @@ def num_turning(turns: Turns) -> int:
     return max(1, int(len(turns.pairs) * TURNING_SHARE))
 
 
-def pack_calibration(
-    model: str, num_tokens: int, num_first: int, layers: Mapping[str, KeyStatistics]
-) -> bytes:
+def pack_calibration(model: str, num_tokens: int, layers: Mapping[str, KeyStatistics]) -> bytes:
     """The content of the file of these statistics."""
+    num_first = next(iter(layers.values())).first_key.shape[1]
     header = {
         "model": model,
         "num_tokens": num_tokens,
@@ -170,8 +180,9 @@ def parse_calibration(content: bytes, name: str) -> Calibration:
     try:
         header = json.loads(sealed.header)
         shapes = {s["name"]: (s["num_kv_heads"], s["head_dim"]) for s in header["layers"]}
-        sizes = [heads * dim * (2 + 2 * dim) for heads, dim in shapes.values()]
         known = header["model"], header["num_tokens"], header["num_first"]
+        num_first = header["num_first"]
+        sizes = [heads * dim * (2 + 2 * dim + 2 * num_first) for heads, dim in shapes.values()]
     except (ValueError, KeyError, TypeError) as error:
         raise refuse(f"must have a valid header, got {type(error).__name__}: {error}") from error
     if len(sealed.data) != 4 * sum(sizes):
@@ -181,7 +192,7 @@ def parse_calibration(content: bytes, name: str) -> Calibration:
         raise refuse("must hold finite values, got others")
     layers = {}
     for (layer, (heads, dim)), part in zip(shapes.items(), floats.split(sizes), strict=True):
-        shapes_of = 2 * [(heads, dim)] + 2 * [(heads, dim, dim)]
+        shapes_of = 2 * [(heads, dim)] + 2 * [(heads, dim, dim)] + 2 * [(heads, num_first, dim)]
         tensors = part.split([math.prod(shape) for shape in shapes_of])
         layers[layer] = KeyStatistics(
             *(x.view(shape) for x, shape in zip(tensors, shapes_of, strict=True))
@@ -231,10 +242,14 @@ class StatisticsCollector:
     Args:
         num_kv_heads, head_dim: of the layer, in this process.
         turns: of its rotary embedding; None to measure no turning mean.
+        num_first: first tokens of a sequence whose means are measured, position by position.
     """
 
-    def __init__(self, num_kv_heads: int, head_dim: int, turns: Turns | None = None) -> None:
-        self.num_tokens = self._num_queries = 0
+    def __init__(
+        self, num_kv_heads: int, head_dim: int, turns: Turns | None = None, num_first: int = 0
+    ) -> None:
+        self.num_tokens = self._num_queries = self._num_starts = 0
+        self._start_sums = torch.zeros(2, num_kv_heads, num_first, head_dim, dtype=torch.float64)
         self._turns = turns
         zeros = functools.partial(torch.zeros, dtype=torch.float64)
         self._key_sum = zeros(num_kv_heads, head_dim)
@@ -269,6 +284,11 @@ class StatisticsCollector:
             self._turn_moment += turns.T @ turns
             self._key_turn_moment += keys.mT @ turns
 
+    def add_start(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Adds a sequence's first tokens: [num_first, num_kv_heads, head_dim], any float dtype."""
+        self._num_starts += 1
+        self._start_sums += torch.stack((key, value)).double().transpose(1, 2)
+
     def result(self) -> KeyStatistics:
         """The statistics of what was added, at least one token."""
         mean = self._key_sum / self.num_tokens
@@ -286,7 +306,10 @@ class StatisticsCollector:
             mean = mean - part @ (self._turn_sum / self.num_tokens)
         covariance = moment - mean[:, :, None] * mean[:, None, :]
         queries = self._query_moment / self._num_queries
-        return KeyStatistics(mean.float(), c.float(), covariance.float(), queries.float())
+        first = (self._start_sums / max(self._num_starts, 1)).float()
+        return KeyStatistics(
+            mean.float(), c.float(), covariance.float(), queries.float(), first[0], first[1]
+        )
 
     def _turning_mean(self, turns: Turns) -> torch.Tensor:
         """Mean of keys before rotary embedding, in the pairs that `TurningMean.strongest` picks."""
@@ -327,4 +350,6 @@ def join_heads(parts: Sequence[KeyStatistics], replicas: int) -> KeyStatistics:
         torch.cat([p.turning_mean for p in first]),
         torch.cat([p.key_covariance for p in first]),
         torch.cat([torch.stack([p.query_moment for p in g]).mean(0) for g in groups]),
+        torch.cat([p.first_key for p in first]),
+        torch.cat([p.first_value for p in first]),
     )

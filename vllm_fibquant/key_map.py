@@ -10,7 +10,9 @@ Most of what keys have in common is the same before the rotary embedding R, and 
 position p: the mean is then m + R_p c. A score's last term becomes <q, m> + <q, R_p c>, which for
 every pair of coordinates that turn together is a multiple of cos(f p) plus one of sin(f p).
 
-A request's first tokens are not like its others (attention sinks): they are encoded as they are.
+A request's first tokens are not like its others (attention sinks), but much like other requests'
+first tokens: they are encoded as they are or, where it is known, without what keys and values at
+their position have in common. A weighted sum of values gets back its weights' share of that.
 
 Source: ours; for first tokens StreamingLLM (arXiv 2309.17453).
 """
@@ -108,14 +110,36 @@ class TurningMean:
 
 
 @dataclass(frozen=True, eq=False)
+class FirstMeans:
+    """Means of keys and values at a request's first positions.
+
+    Attributes:
+        key, value: float32 [num_kv_heads, num_first, head_dim], contiguous, num_first at most
+            MAX_FIRST_MEANS.
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor
+
+    @property
+    def num_first(self) -> int:
+        return self.key.shape[1]
+
+
+MAX_FIRST_MEANS = 16  # one tile of the kernels holds them
+
+
+@dataclass(frozen=True, eq=False)
 class KeyMap:
     """How one layer's keys are encoded: k - mean of its head, as it is or transformed.
 
     Attributes:
         mean: float32 [num_kv_heads, head_dim], contiguous, finite.
-        num_plain: first tokens of a request whose keys are encoded as they are, at least 0.
+        num_plain: first tokens of a request whose keys are encoded as they are or without `first`,
+            at least 0.
         transform: of k - mean, or None; its codes take the place of the codec's.
         turning: what is added to `mean` at each position, or None.
+        first: means of tokens at the first positions, of num_plain at most, or None.
 
     Raises:
         ValueError: another shape, dtype or value.
@@ -125,6 +149,7 @@ class KeyMap:
     num_plain: int
     transform: KeyTransform | None = None
     turning: TurningMean | None = None
+    first: FirstMeans | None = None
 
     def __post_init__(self) -> None:
         mean = self.mean
@@ -137,6 +162,15 @@ class KeyMap:
             raise ValueError("KeyMap: mean must be finite, got NaN or infinity; calibrate again")
         if self.num_plain < 0:
             raise ValueError(f"KeyMap: num_plain must be at least 0, got {self.num_plain}")
+        if self.first is not None:
+            most = min(self.num_plain, MAX_FIRST_MEANS)
+            shape = (len(mean), min(self.first.num_first, most), mean.shape[1])
+            for x in (self.first.key, self.first.value):
+                if x.shape != shape or x.dtype != torch.float32 or not torch.isfinite(x).all():
+                    raise ValueError(
+                        f"KeyMap: first must hold finite float32 [{len(mean)}, at most {most}, "
+                        f"{mean.shape[1]}], got {x.dtype} {list(x.shape)}"
+                    )
 
     def mean_at(self, positions: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         """The mean of keys at int64 [...] positions: dtype [..., num_kv_heads, head_dim].
@@ -149,6 +183,24 @@ class KeyMap:
         if positions is None:
             raise ValueError("mean_at: positions must be given with a turning mean, got None")
         return mean + self.turning.at(positions, mean.shape[1], dtype)
+
+    def without_first(
+        self, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of first tokens as they are to be encoded, by the preset's own codes.
+
+        Args:
+            key, value: float [num_tokens, num_kv_heads, head_dim].
+            positions: int64 [num_tokens], each below `num_plain`.
+        """
+        if self.first is None:
+            return key, value
+        known = (positions < self.first.num_first).view(-1, 1, 1)
+        at = positions.clamp(max=self.first.num_first - 1)
+        key_mean, value_mean = (
+            x[:, at].transpose(0, 1) for x in (self.first.key, self.first.value)
+        )
+        return key - known * key_mean, value - known * value_mean
 
     def encode_records(
         self,
@@ -202,4 +254,8 @@ class KeyMap:
         """The map of the first `num_kv_heads` heads."""
         transform = self.transform and self.transform.first_heads(num_kv_heads)
         turning = self.turning and self.turning.first_heads(num_kv_heads)
-        return KeyMap(self.mean[:num_kv_heads].contiguous(), self.num_plain, transform, turning)
+        first = self.first and FirstMeans(
+            *(x[:num_kv_heads].contiguous() for x in (self.first.key, self.first.value))
+        )
+        mean = self.mean[:num_kv_heads].contiguous()
+        return KeyMap(mean, self.num_plain, transform, turning, first)

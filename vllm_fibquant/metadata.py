@@ -57,7 +57,7 @@ class FibQuantMetadata(AttentionMetadata):
     num_gone: torch.Tensor | None = None
     copies: StepCopies | None = None
     probe: Probe | None = None
-    plain: tuple[torch.Tensor, torch.Tensor] | None = None
+    plain: tuple[torch.Tensor, ...] | None = None
     positions: torch.Tensor | None = None
 
 
@@ -128,6 +128,9 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
             )
         if self._counts_steps:
             own_counters().stepped(common.num_actual_tokens)
+        positions = None
+        if self._num_plain or self._needs_positions:
+            positions = _positions(common).long()
         return FibQuantMetadata(
             num_tokens=common.num_actual_tokens,
             query_start_loc=common.query_start_loc,
@@ -136,17 +139,17 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
             num_gone=self._num_gone(common),
             copies=_plan_copies(self._pool, common) if self._pool else None,
             probe=self._monitor.plan(*_as_numpy(common)) if self._monitor else None,
-            plain=self._plain(common) if self._num_plain else None,
-            positions=_positions(common).long() if self._needs_positions else None,
+            plain=None if positions is None else self._plain(common, positions),
+            positions=positions,
         )
 
-    def _plain(self, common: CommonAttentionMetadata) -> tuple[torch.Tensor, torch.Tensor] | None:
-        starts, ends = common.query_start_loc[:-1], common.query_start_loc[1:]
-        context = common.seq_lens - (ends - starts)
-        if bool((context >= self._num_plain).all()):
+    def _plain(
+        self, common: CommonAttentionMetadata, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, ...] | None:
+        tokens = (positions < self._num_plain).nonzero().squeeze(-1)
+        if len(tokens) == 0:
             return None
-        tokens = (_positions(common) < self._num_plain).nonzero().squeeze(-1)
-        return tokens, common.slot_mapping[tokens]
+        return tokens, common.slot_mapping[tokens], positions[tokens]
 
     def _num_gone(self, common: CommonAttentionMetadata) -> torch.Tensor | None:
         if self.retain is None or common.max_seq_len <= self.retain.total:

@@ -74,6 +74,8 @@ class _KeyMap(Structure):
         *((name, c_void_p) for name in ("turn_pairs", "turn_mean", "turn_fine", "turn_coarse")),
         ("num_positions", c_int64),
         *((name, c_int32) for name in ("num_turning", "num_pairs")),
+        *((name, c_void_p) for name in ("first_key", "first_value")),
+        ("num_first_means", c_int64),
     ]
 
 
@@ -257,6 +259,10 @@ def _key_map_pointer(key_map: KeyMap | None) -> Any:
             )
             struct.num_positions, struct.num_pairs = turns.num_positions, len(turns.pairs)
             struct.num_turning = chosen.shape[1]
+        if (first := key_map.first) is not None:
+            keep += [_aligned(first.key), _aligned(first.value)]
+            struct.first_key, struct.first_value = (x.data_ptr() for x in keep[-2:])
+            struct.num_first_means = first.num_first
         _key_maps[key_map] = (struct, keep)
     return pointer(_key_maps[key_map][0])
 

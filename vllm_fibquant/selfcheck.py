@@ -102,7 +102,8 @@ def run_self_check(
     store(key, value, slot_mapping, key_map)
     if key_map is not None:
         plain = positions < key_map.num_plain
-        store(key[plain], value[plain], slot_mapping[plain], None)
+        first = key_map.without_first(key[plain], value[plain], positions[plain])
+        store(*first, slot_mapping[plain], None)
     written = len(slot_mapping) * num_kv_heads
     mismatch = int((cache.cpu() != expected_cache).any(-1).sum()) / written
 

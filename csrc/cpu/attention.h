@@ -56,6 +56,8 @@ static void attend_split(Call& call, const RowBlock& b, int begin, int end, int 
   const bool turns = map && map->turn_fine;
   const float *bias = map && !turns ? s.bias : nullptr, *biases = turns ? s.biases : nullptr;
   const int num_coded = map ? map->num_coded : 0;
+  const int num_means =
+      is_leading && call.args.key_map ? (int)call.args.key_map->num_first_means : 0;
   clear(state, rows, head_dim);
   for (int t0 = begin / tile * tile; t0 < end; t0 += tile) {
     const int t1 = t0 + tile < end ? t0 + tile : end;
@@ -110,10 +112,26 @@ static void attend_split(Call& call, const RowBlock& b, int begin, int end, int 
       call.key.dot(codec.key, key_fields, s.query, rows, head_dim, rounded, s.tile, s.scores);
     }
     if (turns) turning_tile(*map, b.kv_head, s.turning, s.bias, rows, t0, tile, s.turned, s.biases);
-    const Mask mask = {t0,     count,  first_position, call.group_size, window,
-                       oldest, hidden, bias,           biases};
-    softmax_tile(s.scores, rows, tile, s.key_factor, s.value_factor, mask, call.args.soft_cap,
-                 state, s.alpha);
+    const bool has_means = num_means > 0 && t0 == 0;
+    const Mask mask = {t0,
+                       count,
+                       first_position,
+                       call.group_size,
+                       window,
+                       oldest,
+                       hidden,
+                       bias,
+                       has_means ? s.biases : biases};
+    softmax_tile(s.scores, rows, tile, s.key_factor, has_means ? s.ones : s.value_factor, mask,
+                 call.args.soft_cap, state, s.alpha);
+    if (has_means) {
+      axpy_tile(s.scores, s.alpha, rows, DenseTile{s.first_value, head_dim}, head_dim,
+                num_means < count ? num_means : count, state.o);
+      for (int r = 0; r < rows; ++r) {
+        s.alpha[r] = 1.0f;
+        for (int i = 0; i < tile; ++i) s.scores[r * kMaxTile + i] *= s.value_factor[i];
+      }
+    }
     call.value.axpy(codec.value, value_fields, s.scores, s.alpha, rows, head_dim, count, s.tile,
                     state.o);
   }
@@ -125,7 +143,7 @@ static void finish(const Call& call, const RowBlock& b, const Scratch& s) {
   const int head_dim = call.codec.head_dim, rows = rows_of(call, b), group = call.group_size;
   for (int r = 0; r < rows; ++r) rotate(call.codec, s.total.o + (int64_t)r * head_dim, true);
   if (a.raw_key) {
-    load_queries(call, b, Queries::kRaw, s.query_raw);
+    load_queries(call, b, Queries::kRaw, s, s.query_raw);
     attend_raw(call, b, s);
     merge(s.total, s.raw, rows, head_dim);
   }
@@ -157,8 +175,7 @@ static void run_job(Call& call, const RowBlock& b, const Job& job, const Scratch
     int end = (split + 1) * kSplit < b.end ? (split + 1) * kSplit : b.end;
     if (i < leading) begin = b.first_begin, end = b.first_end;
     if (i == job.split_begin || i == leading) {
-      load_queries(call, b, i < leading ? Queries::kFirst : Queries::kCodes, s.query, s.bias,
-                   s.turning);
+      load_queries(call, b, i < leading ? Queries::kFirst : Queries::kCodes, s, s.query);
     }
     if (b.partial < 0) {
       attend_split(call, b, begin, end, first_position, s, s.split);

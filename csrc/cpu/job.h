@@ -12,6 +12,7 @@
 namespace fq::FQ_ISA {
 
 constexpr int kSplit = 512;
+constexpr int kMaxFirstMeans = 16;
 constexpr int64_t kMinParallelWork = 2048;  // rows times tokens, about 10 us: less is one thread's
 constexpr int kMaxRows = 48;  // rows that share a decoded tile; their queries and outputs fit L2
 
@@ -48,6 +49,7 @@ struct Call {
 struct Scratch {
   float *query, *query_raw, *tile, *scores, *key_factor, *value_factor, *hidden, *alpha, *bias;
   float *turning, *turned, *biases;  // [rows, 2 num_turning] twice and [rows, kMaxTile]
+  float *first_value, *ones;         // [kMaxFirstMeans, head_dim] and [kMaxTile]
   State split, total, raw;
 };
 
@@ -56,8 +58,8 @@ static inline int64_t padded(int64_t floats) { return (floats + 15) & ~int64_t{1
 static inline Scratch make_scratch(int rows, int head_dim) {
   const int64_t block = padded((int64_t)rows * head_dim), tile = kMaxTile * (int64_t)head_dim;
   const int64_t state = padded(state_floats(rows, head_dim));
-  const int64_t total =
-      4 * block + tile + 2 * rows * kMaxTile + 3 * kMaxTile + 2 * padded(rows) + 3 * state;
+  const int64_t total = 4 * block + tile + 2 * rows * kMaxTile + 4 * kMaxTile + 2 * padded(rows) +
+                        3 * state + kMaxFirstMeans * (int64_t)head_dim;
   float* p = static_cast<float*>(thread_scratch((size_t)total * 4));
   Scratch s;
   s.query = p;
@@ -72,7 +74,10 @@ static inline Scratch make_scratch(int rows, int head_dim) {
   s.turning = s.bias + padded(rows);
   s.turned = s.turning + block;
   s.biases = s.turned + block;
-  p = s.biases + rows * kMaxTile;
+  s.ones = s.biases + rows * kMaxTile;
+  for (int i = 0; i < kMaxTile; ++i) s.ones[i] = 1.0f;
+  s.first_value = s.ones + kMaxTile;
+  p = s.first_value + kMaxFirstMeans * (int64_t)head_dim;
   s.split = state_at(p, rows, head_dim);
   s.total = state_at(p + state, rows, head_dim);
   s.raw = state_at(p + 2 * state, rows, head_dim);
@@ -97,10 +102,11 @@ static inline int64_t num_leading(const FqAttend& a) {
 }
 
 // The queries of a row block, [rows, head_dim], rotated unless raw; for codes of transformed keys
-// [rows, num_coded], transformed. For codes of mapped keys also
-// bias[r], the part of row r's scores that all of them have in common, and turning_weights.
-static void load_queries(const Call& call, const RowBlock& b, Queries which, float* dst,
-                         float* bias = nullptr, float* turning = nullptr) {
+// [rows, num_coded], transformed. For codes of mapped keys also s.bias[r], the part of row r's
+// scores that all of them have in common, and s.turning; for the leading split of such s.biases,
+// what the means of first keys add to their scores, and s.first_value, rotated.
+static void load_queries(const Call& call, const RowBlock& b, Queries which, const Scratch& s,
+                         float* dst) {
   const FqAttend& a = call.args;
   const bool first = which == Queries::kFirst;
   const FqKeyMap* map = which == Queries::kCodes ? a.key_map : nullptr;
@@ -109,13 +115,27 @@ static void load_queries(const Call& call, const RowBlock& b, Queries which, flo
   const int64_t stride_head = first ? a.stride_first_query_head : a.stride_query_head;
   const int head_dim = call.codec.head_dim, group = call.group_size;
   const int64_t token = a.query_start_loc[b.req] + b.token;
+  const int num_means = first && a.key_map ? (int)a.key_map->num_first_means : 0;
+  const int64_t means_at = (int64_t)b.kv_head * num_means * head_dim;
+  for (int p = 0; p < num_means; ++p) {
+    float* mean = s.first_value + p * head_dim;
+    memcpy(mean, a.key_map->first_value + means_at + p * head_dim, (size_t)head_dim * 4);
+    rotate(call.codec, mean, false);
+  }
   for (int r = 0; r < rows_of(call, b); ++r) {
     const int head = b.kv_head * group + r % group;
     float* q = dst + (int64_t)r * (map && map->num_coded ? map->num_coded : head_dim);
     load_row(query, (token + r / group) * stride_token + head * stride_head, a.dtype, head_dim, q);
-    if (map) bias[r] = a.scale * dot(q, map->mean + (int64_t)b.kv_head * head_dim, head_dim);
+    if (num_means > 0) {
+      float* biases = s.biases + r * kMaxTile;
+      memset(biases, 0, kMaxTile * 4);
+      for (int p = 0; p < num_means; ++p) {
+        biases[p] = a.scale * dot(q, a.key_map->first_key + means_at + p * head_dim, head_dim);
+      }
+    }
+    if (map) s.bias[r] = a.scale * dot(q, map->mean + (int64_t)b.kv_head * head_dim, head_dim);
     if (map && map->turn_fine) {
-      turning_weights(*map, b.kv_head, a.scale, q, turning + (int64_t)r * map->num_turning * 2);
+      turning_weights(*map, b.kv_head, a.scale, q, s.turning + (int64_t)r * map->num_turning * 2);
     }
     if (map && map->num_coded > 0) {
       alignas(64) float copy[kMaxHeadDim];

@@ -42,7 +42,8 @@ struct FqCodec {
 };
 
 // What one layer's keys are coded as: a key k of KV head h as k - mean[h] or, with a transform, as
-// key_matrix[h] (k - mean[h]); but a request's first num_plain tokens as they are.
+// key_matrix[h] (k - mean[h]); but a request's first num_plain tokens as they are, or without
+// first_key[h][p] and first_value[h][p] at positions p below num_first_means.
 //
 // With turn_fine, what is subtracted at position p is mean[h] + R_p c[h], R_p the rotary
 // embedding, c[h] given in num_turning pairs of coordinates.
@@ -68,6 +69,9 @@ struct FqKeyMap {
   int64_t num_positions;
   int32_t num_turning;  // at most head_dim / 2
   int32_t num_pairs;
+  const float* first_key;    // [num_kv_heads, num_first_means, head_dim] or null
+  const float* first_value;  // as first_key
+  int64_t num_first_means;   // at most 16 and num_plain
 };
 
 struct FqEncode {

@@ -24,7 +24,8 @@ from .test_refusals import refusal_of
 def short_text(monkeypatch):
     """A few random tokens: the models here know no words."""
     sequences = varied_prompts(3, VOCAB_SIZE, longest=150, shortest=100)
-    monkeypatch.setattr(calibrate, "text_sequences", lambda model_config: sequences)
+    starts = [tokens[:4] for tokens in varied_prompts(7, VOCAB_SIZE, longest=9, shortest=5)]
+    monkeypatch.setattr(calibrate, "text_sequences", lambda model_config: (sequences, starts))
 
 
 def measure(model: str, path: Path) -> None:
@@ -46,12 +47,17 @@ def exaggerate(path: Path) -> None:
 
     layers = {
         name: KeyStatistics(
-            longer(s.key_mean), longer(s.turning_mean), s.key_covariance, s.query_moment
-        )
+            longer(s.key_mean),
+            longer(s.turning_mean),
+            s.key_covariance,
+            s.query_moment,
+            longer(s.first_key),
+            longer(s.first_value),
+        )  # fmt: skip
         for name, s in found.layers.items()
     }
     assert all(s.turning_mean.any() for s in layers.values())
-    path.write_bytes(pack_calibration(found.model, found.num_tokens, found.num_first, layers))
+    path.write_bytes(pack_calibration(found.model, found.num_tokens, layers))
 
 
 @pytest.mark.parametrize("shape", ["llama", pytest.param("gemma2", marks=pytest.mark.slow)])
@@ -66,15 +72,23 @@ def test_what_is_measured_is_what_the_model_computes(model_folder, tmp_path, sha
         path, dtype=torch.float32, attn_implementation="eager"
     )
     keys: dict[int, list[torch.Tensor]] = {}
+    first: dict[int, list[torch.Tensor]] = {}
+    sequences, starts = calibrate.text_sequences(None)
     with torch.inference_mode():
-        for tokens in calibrate.text_sequences(None):
+        for tokens in sequences + starts:
             cache = DynamicCache()
             model(torch.tensor([tokens]), past_key_values=cache)
             for number, layer in enumerate(cache.layers):
-                keys.setdefault(number, []).append(layer.keys[0])
+                if len(tokens) > 4:
+                    keys.setdefault(number, []).append(layer.keys[0])
+                pair = torch.stack((layer.keys[0, :, :4], layer.values[0, :, :4]))
+                first.setdefault(number, []).append(pair)
     base = model.config.rope_parameters["rope_theta"]
     assert len(found.layers) == len(keys)
     for number, statistics in enumerate(found.layers.values()):
+        first_means = torch.stack(first[number]).mean(0)
+        assert torch.allclose(statistics.first_key, first_means[0], atol=1e-5)
+        assert torch.allclose(statistics.first_value, first_means[1], atol=1e-5)
         # Before the rotary embedding, in the pairs of coordinates that were chosen.
         unturned = torch.cat([rotary(x, base, inverse=True)[:, 4:] for x in keys[number]], 1)
         c, chosen = statistics.turning_mean, statistics.turning_mean != 0
@@ -111,7 +125,7 @@ def test_kept_in_the_cache_when_no_path_is_given(model_folder, tmp_path, monkeyp
     with engine(model, "fibquant_2bit", fibquant={"calibrate": "means"}):
         pass
     (path,) = tmp_path.glob("calibrations/*.fqcal")
-    assert path.stem == parse_calibration(path.read_bytes(), "file").model + "-2"
+    assert path.stem == parse_calibration(path.read_bytes(), "file").model + "-3"
 
 
 def test_another_models_file_is_refused(model_folder, tmp_path):

@@ -4,8 +4,13 @@
 from __future__ import annotations
 
 import argparse
+import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm_fibquant.evaluation.suite import Suite
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,7 +19,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("evaluation"), metavar="DIR",
                         help="results and tables; a stopped run goes on there")  # fmt: skip
     parser.add_argument("--images", type=Path, metavar="DIR", help="plots; default: as --out")
-    parser.add_argument("--threads", type=int, default=2, help="default: 2")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N",
+                        help="processes that rows are shared among; default: 2")  # fmt: skip
+    parser.add_argument("--threads", type=int, default=1, help="of each process; default: 1")
+    parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--report", action="store_true",
                         help="measure nothing: tables and plots of what is there")  # fmt: skip
     parser.add_argument("--any-code", action="store_true",
@@ -31,8 +39,10 @@ def run(options: argparse.Namespace) -> int:
     from vllm_fibquant.evaluation.suite import Suite
     from vllm_fibquant.evaluation.texts import QUICK, Sizes
 
-    if options.threads < 1:
-        raise ValueError(f"--threads must be at least 1, got {options.threads}; leave it out")
+    for name in ("threads", "jobs"):
+        if getattr(options, name) < 1:
+            given = getattr(options, name)
+            raise ValueError(f"--{name} must be at least 1, got {given}; leave it out")
     model = Path(options.model) if options.model else ensure_demo_model()
     if not (model / "config.json").is_file():
         raise ValueError(
@@ -48,8 +58,15 @@ def run(options: argparse.Namespace) -> int:
         quick=options.quick,
         any_code=options.any_code or options.report,
     )
+    if options.part is not None:
+        suite.run(options.part, options.jobs)
+        return 0
     if not options.report:
-        suite.run()
+        _run_parts(suite, options.jobs)
+        suite.read()
+        if suite.missing:
+            print(f"eval: {len(suite.missing)} results are missing, see above", file=sys.stderr)
+            return 1
         suite.prune()
     text = markdown(suite)
     (options.out / f"{name}.md").write_text(f"# Evaluation\n\n{text}")
@@ -57,3 +74,17 @@ def run(options: argparse.Namespace) -> int:
     for path in draw_all(summarise_all(suite), options.images or options.out, name):
         print(f"drew {path}", file=sys.stderr)
     return 0
+
+
+def _run_parts(suite: Suite, jobs: int) -> None:
+    """Measures in `jobs` processes; one that fails does not stop the others."""
+    if jobs == 1 or not suite.missing:
+        return suite.run()
+    command = [sys.executable, "-m", "vllm_fibquant", *sys.argv[1:], "--part"]
+    parts = [subprocess.Popen([*command, str(part)]) for part in range(jobs)]
+    try:
+        for process in parts:
+            process.wait()
+    finally:
+        for process in parts:
+            process.terminate()

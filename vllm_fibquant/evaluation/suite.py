@@ -114,12 +114,18 @@ class Suite:
         self._truths: dict[str, torch.Tensor] = {}
         self._folder = tempfile.TemporaryDirectory()
         self._calibration_path = str(Path(self._folder.name) / "model.fqcal")
-        wanted = {(job.row.name, job.unit.name): job.what for job in self.jobs}
+        self._any_code = any_code
         self.results: dict[tuple[str, str], dict[str, Any]] = {}
-        for line in path.read_text().splitlines() if path.exists() else ():
+        self.read()
+
+    def read(self) -> None:
+        """Takes from the file what belongs to this plan."""
+        wanted = {(job.row.name, job.unit.name): job.what for job in self.jobs}
+        for line in self.path.read_text().splitlines() if self.path.exists() else ():
             result = json.loads(line)
             key = result["row"], result["unit"]
-            if wanted.get(key) == result["what"] and (any_code or result["code"] == self.code):
+            is_current = self._any_code or result["code"] == self.code
+            if wanted.get(key) == result["what"] and is_current:
                 self.results[key] = result
 
     def _continue(self, prompts: list[list[int]], count: int) -> list[list[int]]:
@@ -149,22 +155,44 @@ class Suite:
     def missing(self) -> list[Job]:
         return [job for job in self.jobs if (job.row.name, job.unit.name) not in self.results]
 
-    def run(self) -> None:
-        """Measures what is missing, what matters most first, so that a stopped run is of use."""
+    def run(self, part: int = 0, parts: int = 1) -> None:
+        """Measures what is missing, what matters most first, so that a stopped run is of use.
+
+        Args:
+            part, parts: of all rows, divided into `parts` about equal shares, share `part` alone.
+        """
         from tqdm import tqdm
 
-        jobs = self.missing
+        jobs = self._share(self.missing, part, parts)
         total = sum(_weight(job) for job in jobs)
         print(f"eval: {len(self.jobs) - len(jobs)} of {len(self.jobs)} results are there; "
               f"{len(jobs)} to measure", file=sys.stderr, flush=True)  # fmt: skip
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with tqdm(total=total, unit="tok", unit_scale=True, mininterval=5, smoothing=0) as bar:
+        with tqdm(
+            total=total, unit="tok", unit_scale=True, mininterval=5, smoothing=0, position=part
+        ) as bar:
             for stage in range(NUM_STAGES):
                 for row in self.rows:
                     mine = [job for job in jobs if job.row is row and self._stage(job) == stage]
                     if mine:
                         bar.set_description(row.name[:28].ljust(28))
                         self._run_row(row, mine, bar)
+
+    def _share(self, jobs: list[Job], part: int, parts: int) -> list[Job]:
+        """Whole rows, each given to the share that has least of its row's earliest stage."""
+        totals = [[0] * NUM_STAGES for _ in range(parts)]
+        mine: list[Job] = []
+        for row in self.rows:
+            of_row = [job for job in jobs if job.row is row]
+            if not of_row:
+                continue
+            first = min(self._stage(job) for job in of_row)
+            share = min(range(parts), key=lambda i: totals[i][first])
+            for job in of_row:
+                totals[share][self._stage(job)] += _weight(job)
+            if share == part:
+                mine += of_row
+        return mine
 
     def _stage(self, job: Job) -> int:
         """Main rows on the texts that all rows are measured on, their tasks, other rows, the rest.
