@@ -229,8 +229,12 @@ def test_thread_order_and_warps_do_not_matter(library) -> None:
         emu.options(library, reversed_order=True)
         for wide, expected in before.items():
             assert torch.equal(emu.attend(library, paged, wide=wide), expected)
-        emu.options(library, shared=78 << 10)  # fewer warps
-        torch.testing.assert_close(emu.attend(library, paged), before[False], rtol=2e-3, atol=2e-3)
+        for sm, fill in ((79, (1, 4)), (87, (1, 6)), (164, (2, 5))):
+            shared = ((sm - 1) << 10, sm << 10)
+            emu.options(library, shared=shared)
+            assert library.occupancy(64, 68, False, *shared)[:2] == fill
+            got = emu.attend(library, paged)
+            torch.testing.assert_close(got, before[False], rtol=2e-3, atol=2e-3)
     finally:
         emu.options(library)
 
