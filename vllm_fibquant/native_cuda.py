@@ -169,7 +169,7 @@ class Library:
         """
         out = (c_int32 * 3)()
         self.lib.fq_cuda_occupancy(head_dim, record_bytes, int(wide), per_cta, per_sm, out)
-        return tuple(out)  # type: ignore[return-value]
+        return out[0], out[1], out[2]
 
     def _check(self, function: str, error: int) -> None:
         if error:
