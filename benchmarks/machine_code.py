@@ -96,7 +96,9 @@ def _report(part: str) -> Row:
 def compile_all(cases: list[tuple[int, str]]) -> list[Row]:
     """The rows of (head_dim, arch) cases, compiled two at a time."""
     with ThreadPoolExecutor(2) as pool:
-        return [row for rows in pool.map(lambda case: compile_kernels(*case), cases) for row in rows]
+        return [
+            row for rows in pool.map(lambda case: compile_kernels(*case), cases) for row in rows
+        ]
 
 
 def largest(rows: list[Row]) -> dict[tuple[str, int, str], int]:
@@ -123,7 +125,10 @@ def markdown(rows: list[Row]) -> str:
             lines.append(f"| {text} | {dim} | {cells} |")
     spilled = sum(row["spills"] + row["stack"] for row in rows)
     versions = ", ".join(sorted({row["nvcc"] for row in rows}))
-    lines += ["", f"Registers, by nvcc {versions}. Bytes spilled or on a stack, all kernels: {spilled}."]
+    lines += [
+        "",
+        f"Registers, by nvcc {versions}. Bytes spilled or on a stack, all kernels: {spilled}.",
+    ]
     return "\n".join(lines)
 
 
