@@ -2,10 +2,11 @@
 """What nvcc says of the CUDA kernels on every architecture: registers and spills. Needs no GPU.
 
     python -m benchmarks.machine_code            compiles all, 6 minutes on two cores
-    python -m benchmarks.machine_code --table    writes the tables of docs/gpu.md again
+    python -m benchmarks.machine_code --table    writes the tables again
 
-Results go to docs/results/machine_code.jsonl. Shared memory depends on preset and device: the
-second table asks the launcher, in the emulated library.
+The tables are those of docs/gpu.md ("Machine code") and the README's of what GPUs support. Results
+go to docs/results/machine_code.jsonl. Shared memory depends on preset and device: the second table
+of docs/gpu.md asks the launcher, in the emulated library.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results" / "machine_code.jsonl"
 DOCUMENT = ROOT / "docs" / "gpu.md"
-BEGIN, END = "<!-- machine code: begin -->\n", "<!-- machine code: end -->"
+README = ROOT / "README.md"
 
 ARCHS = ("80", "86", "89", "90a", "100a", "120")
 HEAD_DIMS = (64, 96, 128, 192, 256)
@@ -154,8 +155,47 @@ def shared_markdown(library: Any) -> str:
     return "\n".join(lines)
 
 
+def support_markdown(library: Any) -> str:
+    """What the GPU kernels support, for the README, from the library's dispatch table."""
+    from vllm_fibquant import gpu
+    from vllm_fibquant.config import PRESETS
+
+    support = library.support
+    served = [
+        name
+        for name, preset in PRESETS.items()
+        if all(
+            (code.subvec_dim, code.index_bits, code.folded) in support.codes
+            for code in (preset.key, preset.value)
+        )
+    ]
+    presets = "all" if len(served) == len(PRESETS) else ", ".join(f"`{name}`" for name in served)
+    built = ", ".join("sm_" + arch.rstrip("a") for arch in ARCHS)
+    rows = [
+        ("GPU kernels", "CUDA C++ (`make cuda`)", "Triton, for the rest"),
+        ("---", "---", "---"),
+        ("head dims", ", ".join(map(str, support.wide_columns)),
+         f"{gpu.MIN_HEAD_DIM} to {gpu.MAX_HEAD_DIM}"),
+        ("presets", presets, "all"),
+        ("codes", ", ".join(f"`{name}`" for name in support.codes.values()), "any"),
+        ("block sizes", "multiples of 16", "any"),
+        ("query heads per KV head", *[f"up to {gpu.MAX_GROUP_SIZE}"] * 2),
+        ("architectures", f"{built}, PTX of sm_80",
+         "what Triton compiles for"),
+    ]  # fmt: skip
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
 def section(rows: list[Row], library: Any) -> str:
     return f"{markdown(rows)}\n\n{shared_markdown(library)}\n"
+
+
+def between(text: str, name: str, new: str | None = None) -> str:
+    """What stands between the marks of a generated part; with `new`, the text that has that."""
+    begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
+    before, rest = text.split(begin)
+    old, after = rest.split(end)
+    return old if new is None else before + begin + new + end + after
 
 
 def main() -> None:
@@ -169,10 +209,10 @@ def main() -> None:
         rows = compile_all([(dim, arch) for dim in reversed(HEAD_DIMS) for arch in ARCHS])
         lines = [json.dumps({**row, "nvcc": version}) + "\n" for row in rows]
         RESULTS.write_text("".join(lines))
-    text = DOCUMENT.read_text()
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    DOCUMENT.write_text(before + BEGIN + section(read_rows(), emulated()) + END + after)
+    library = emulated()
+    generated = section(read_rows(), library)
+    DOCUMENT.write_text(between(DOCUMENT.read_text(), "machine code", generated))
+    README.write_text(between(README.read_text(), "gpu", support_markdown(library)))
 
 
 if __name__ == "__main__":

@@ -30,8 +30,16 @@
 namespace fq {
 
 constexpr int kTokens = 16, kStages = 3, kMaxWarps = 8;
-constexpr int kMaxCtas = 2, kCtaReserve = 1 << 10;  // shared memory CUDA takes for each CTA
-constexpr float kLeastNorm = 5.9604645e-8f;         // the least float16 above 0
+// CTAs of decode on a multiprocessor, for whose registers the compiler leaves room. Where there are
+// 100 KiB of shared memory one CTA fills it, and need not save registers.
+#if defined(__CUDA_ARCH__) && \
+    (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+constexpr int kMaxCtas = 1;
+#else
+constexpr int kMaxCtas = 2;
+#endif
+constexpr int kCtaReserve = 1 << 10;         // shared memory that CUDA takes for each CTA
+constexpr float kLeastNorm = 5.9604645e-8f;  // the least float16 above 0
 constexpr float kEmpty = -1e30f, kSlack = 6.0f, kLog2e = 1.4426950408889634f;
 
 struct AttendArgs {
