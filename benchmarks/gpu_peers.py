@@ -2,7 +2,7 @@
 """Decode attention of others, set up for one case of benchmarks/gpu_proof.py.
 
 Each function returns a call without arguments and the bytes of keys and values it reads. vLLM's
-kernels are optional: without vLLM they raise ImportError.
+kernels, FlashInfer, flash-attn and xformers are optional: without them ImportError is raised.
 """
 
 from __future__ import annotations
@@ -46,10 +46,27 @@ class Case:
         return table.view(self.batch, blocks).to(self.device)
 
 
+def make_cache(case: Case, codec) -> torch.Tensor:
+    """Our pages of a case: random codes, norms from 4 to 12."""
+    layout = codec.layout
+    cache = torch.randint(
+        0, 256,
+        (case.table().numel(), case.num_kv_heads, BLOCK_SIZE, layout.record_bytes),
+        dtype=torch.uint8, device=case.device,
+    )  # fmt: skip
+    norms = torch.rand(*cache.shape[:3], 2, device=case.device).half() * 8 + 4
+    cache[..., layout.key_norm_offset :] = norms.view(torch.uint8)
+    return cache
+
+
+def random(shape: tuple[int, ...], case: Case) -> torch.Tensor:
+    return torch.randn(shape, device=case.device, dtype=torch.bfloat16)
+
+
 def sdpa(case: Case) -> Prepared:
     """torch's SDPA on contiguous bfloat16: no pages, the easiest case."""
     shape = (case.batch, case.num_kv_heads, case.context, case.head_dim)
-    key, value = (torch.randn(shape, device=case.device, dtype=torch.bfloat16) for _ in range(2))
+    key, value = (random(shape, case) for _ in range(2))
     query, grouped = case.query().unsqueeze(2), case.group_size > 1
     attend = torch.nn.functional.scaled_dot_product_attention
     return lambda: attend(query, key, value, enable_gqa=grouped), 4 * key.numel()
@@ -60,7 +77,7 @@ def _paged(case: Case, dtype: torch.dtype) -> Prepared:
 
     table = case.table()
     shape = (table.numel(), BLOCK_SIZE, case.num_kv_heads, case.head_dim)
-    key, value = (torch.randn(shape, device=case.device).bfloat16().to(dtype) for _ in range(2))
+    key, value = (random(shape, case).to(dtype) for _ in range(2))
     query = case.query()
     out, lens = torch.empty_like(query), case.lens()
     rows = (case.batch, case.num_q_heads)
@@ -109,4 +126,57 @@ def turboquant(case: Case) -> Prepared:
     return run, cache.numel()
 
 
-PEERS = {"sdpa": sdpa, "bf16": paged_bf16, "fp8": paged_fp8, "turboquant": turboquant}
+def flashinfer(case: Case) -> Prepared:
+    """FlashInfer's decode attention over bfloat16 pages."""
+    from flashinfer import BatchDecodeWithPagedKVCacheWrapper
+
+    table = case.table()
+    blocks = table.shape[1]
+    cache = random((table.numel(), 2, BLOCK_SIZE, case.num_kv_heads, case.head_dim), case)
+    wrapper = BatchDecodeWithPagedKVCacheWrapper(
+        torch.empty(128 << 20, dtype=torch.uint8, device=case.device), "NHD"
+    )
+    starts = torch.arange(case.batch + 1, dtype=torch.int32, device=case.device) * blocks
+    last = (case.lens() - 1) % BLOCK_SIZE + 1
+    wrapper.plan(
+        starts, table.flatten(), last, case.num_q_heads, case.num_kv_heads, case.head_dim,
+        BLOCK_SIZE, q_data_type=torch.bfloat16, kv_data_type=torch.bfloat16,
+    )  # fmt: skip
+    query = case.query()
+    return lambda: wrapper.run(query, cache), 2 * cache.numel()
+
+
+def flash_attn(case: Case) -> Prepared:
+    """flash-attn's decode attention over a contiguous bfloat16 cache."""
+    from flash_attn import flash_attn_with_kvcache
+
+    shape = (case.batch, case.context, case.num_kv_heads, case.head_dim)
+    key, value = (random(shape, case) for _ in range(2))
+    query, lens = case.query().unsqueeze(1), case.lens()
+    return lambda: flash_attn_with_kvcache(query, key, value, cache_seqlens=lens), 4 * key.numel()
+
+
+def xformers(case: Case) -> Prepared:
+    """xformers' attention over contiguous bfloat16 keys and values, heads grouped."""
+    from xformers.ops import fmha
+
+    shape = (1, case.batch * case.context, case.num_kv_heads, 1, case.head_dim)
+    key, value = (random(shape, case) for _ in range(2))
+    group = (1, -1, case.num_kv_heads, case.group_size, case.head_dim)
+    query = case.query().view(group)
+    bias = fmha.attn_bias.BlockDiagonalCausalWithOffsetPaddedKeysMask.from_seqlens(
+        q_seqlen=[1] * case.batch, kv_padding=case.context, kv_seqlen=[case.context] * case.batch
+    )
+
+    def run() -> torch.Tensor:
+        return fmha.memory_efficient_attention_forward(
+            query, key.expand(group), value.expand(group), attn_bias=bias
+        )
+
+    return run, 4 * key.numel()
+
+
+PEERS = {
+    "sdpa": sdpa, "bf16": paged_bf16, "fp8": paged_fp8, "turboquant": turboquant,
+    "flashinfer": flashinfer, "flash_attn": flash_attn, "xformers": xformers,
+}  # fmt: skip

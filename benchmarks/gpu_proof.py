@@ -4,32 +4,43 @@
     python -m benchmarks.gpu_proof build                     nvcc, for this device alone
     python -m benchmarks.gpu_proof test                      CUDA and Triton against the oracle
     python -m benchmarks.gpu_proof sanitize                  compute-sanitizer on a subset of them
-    python -m benchmarks.gpu_proof rates --out gpu.jsonl     copy rate, and encode
+    python -m benchmarks.gpu_proof rates --out gpu.jsonl     micro-rates, copy rate, and encode
     python -m benchmarks.gpu_proof speed --out gpu.jsonl     decode attention beside others
-    python -m benchmarks.gpu_proof speed --dry-run           a tiny case on any machine, no figures
+    python -m benchmarks.gpu_report gpu.jsonl                tables and plot for the documents
 
-Each is made to fit in ten minutes; speed's --presets, --batches and --contexts choose parts. Every
-(preset, shape, batch, context) is a line of the output. "roofline" is the bytes read over the copy
-rate, measured in the same run, as a fraction of the time taken.
+Each fits in ten minutes: speed stops after --minutes, with exit status 3, and goes on where it
+stopped when it is called again with the same --out. Every (preset, shape, batch, context) is a line
+of the output. "roofline" is the bytes read over the copy rate, measured in the same run, as a
+fraction of the time taken. --dry-run, on any machine, runs tiny cases of speed and of encode in
+Triton's interpreter and in the emulator, without figures, and prints the commands of the others.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.metadata
+import itertools
 import json
 import os
+import shlex
 import shutil
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
+from benchmarks import gpu_rates
 from benchmarks.common import add_out, append
-from benchmarks.gpu_peers import BLOCK_SIZE, PEERS, Case
+from benchmarks.gpu_peers import PEERS, Case, make_cache
+from benchmarks.plot import rows_of
 
-SHAPES = ((64, 8, 1), (64, 8, 4), (128, 8, 1), (128, 8, 4), (128, 8, 8))  # d, kv heads, group
+# d, KV heads, group; the first is that of the targets.
+SHAPES = ((128, 8, 4), (128, 8, 8), (128, 8, 1), (64, 8, 4), (64, 8, 8), (64, 8, 1))
 MAX_BYTES = 24 << 30  # of bfloat16 keys and values: larger cases are left out
 SANITIZED = "k4v2 or bytes or window or padded or gain_rules"
 """Tests that compute-sanitizer runs: it slows kernels some hundredfold."""
@@ -56,18 +67,6 @@ def copy_rate(repetitions: int) -> float:
     x = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
     y = torch.empty_like(x)
     return 2 * x.numel() / milliseconds(lambda: y.copy_(x), repetitions)
-
-
-def make_cache(case: Case, codec) -> torch.Tensor:
-    layout = codec.layout
-    cache = torch.randint(
-        0, 256,
-        (case.table().numel(), case.num_kv_heads, BLOCK_SIZE, layout.record_bytes),
-        dtype=torch.uint8, device=case.device,
-    )  # fmt: skip
-    norms = torch.rand(*cache.shape[:3], 2, device=case.device).half() * 8 + 4
-    cache[..., layout.key_norm_offset :] = norms.view(torch.uint8)
-    return cache
 
 
 def our_kernels(case: Case, preset: str, dry_run: bool):
@@ -115,9 +114,12 @@ def bench_peers(args, case: Case) -> dict:
     """Times of the others, which do not depend on the preset."""
     row: dict = {}
     for name, prepare in PEERS.items():
+        run = None  # the last one's memory
         try:
             run, num_bytes = prepare(case)
-            if args.dry_run:
+            if args.dry_run:  # vLLM has no Triton without a GPU
+                if name == "sdpa":
+                    run()
                 continue
             row[f"ms_{name}"], row[f"bytes_{name}"] = milliseconds(run, args.repetitions), num_bytes
         except Exception as error:  # one peer that cannot run must not end the others
@@ -125,77 +127,111 @@ def bench_peers(args, case: Case) -> dict:
     return row
 
 
+def setting() -> dict:
+    """Hardware, versions and command, for every line."""
+    versions = {"torch": torch.__version__, "cuda": torch.version.cuda}
+    for name in ("triton", "vllm", "flashinfer-python", "flash-attn", "xformers"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    on_gpu = torch.cuda.is_available()
+    return {
+        "device": torch.cuda.get_device_name() if on_gpu else "none",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "command": " ".join(sys.argv[1:]),
+    }
+
+
 def part_build(args) -> int:
-    major, minor = torch.cuda.get_device_capability()
-    environment = dict(os.environ, FIBQUANT_CUDA_ARCHS=f"{major}{minor}")
-    return subprocess.run([sys.executable, "setup.py", "build_cuda"], env=environment).returncode
+    arch = "90" if args.dry_run else "{}{}".format(*torch.cuda.get_device_capability())
+    command = [sys.executable, "setup.py", "build_cuda"]
+    return execute(args, command, dict(os.environ, FIBQUANT_CUDA_ARCHS=arch))
 
 
 def part_test(args) -> int:
     files = ["tests/test_cuda_emulated.py", "tests/triton_cases.py"]
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", *files]
-    return subprocess.run(command).returncode
+    return execute(args, [sys.executable, "-m", "pytest", "-q", "-m", "not slow", *files])
 
 
 def part_sanitize(args) -> int:
     tool = shutil.which("compute-sanitizer")
-    if tool is None:
+    if tool is None and not args.dry_run:
         sys.exit("gpu_proof: compute-sanitizer must be on the PATH; it comes with the CUDA toolkit")
     tests = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "tests/test_cuda_emulated.py"]
     worst = 0
     for check in ("memcheck", "racecheck", "initcheck"):
-        command = [tool, "--tool", check, "--error-exitcode", "9", *tests, "-k", SANITIZED]
-        code = subprocess.run(command).returncode
-        print(json.dumps({"sanitizer": check, "exit": code}), flush=True)
-        append(args.out, sanitizer=check, exit=code)
+        command = [tool or "compute-sanitizer", "--tool", check, "--error-exitcode", "9"]
+        code = execute(args, [*command, *tests, "-k", SANITIZED])
+        if not args.dry_run:
+            report(args, {"sanitizer": check, "exit": code})
         worst = worst or code
     return worst
 
 
+def execute(args, command: list[str], environment: dict | None = None) -> int:
+    """Runs a command; a dry run prints it."""
+    if args.dry_run:
+        print(shlex.join(command))
+        return 0
+    return subprocess.run(command, env=environment).returncode
+
+
+def report(args, row: dict) -> None:
+    print(json.dumps(row), flush=True)
+    append(args.out, **row, **setting())
+
+
 def part_rates(args) -> int:
-    """Copy rate, and encoding of many tokens per preset."""
-    from vllm_fibquant import gpu
-    from vllm_fibquant.codec import KVCodec
-
-    device = torch.cuda.get_device_name()
-    append(args.out, rate="copy", gb_per_s=copy_rate(args.repetitions) / 1e6, device=device)
-    for preset in args.presets:
-        codec = KVCodec.from_preset(preset, 128)
-        case = Case(128, 8, 1, 1, 16384, "cuda")
-        cache = make_cache(case, codec)
-        key = torch.randn(16384, 8, 128, device="cuda").bfloat16()
-        for tokens in (1, 128, 16384):
-            slots = torch.arange(tokens, device="cuda")
-
-            def run(slots=slots, cache=cache, codec=codec, key=key) -> None:
-                gpu.encode_kv(key, key, cache, slots, codec)
-
-            row = {"rate": "encode", "preset": preset, "tokens": tokens, "device": device}
-            row["kernel"] = gpu.kernel_name(cache, codec)
-            row["us"] = milliseconds(run, args.repetitions) * 1000
-            print(json.dumps(row), flush=True)
-            append(args.out, **row)
+    """Micro-rates, copy rate, and encoding of 1 to 16,384 tokens beside the bfloat16 store."""
+    device = "cpu" if args.dry_run else "cuda"
+    if args.dry_run:  # the source compiles; what the GPU would answer is not known
+        print(shlex.join(gpu_rates.build_command("90", Path("build/libfibquant_gpu_rates.so"))))
+    else:
+        report(args, {"rate": "copy", "gb_per_s": copy_rate(args.repetitions) / 1e6})
+        for row in gpu_rates.micro_rates(milliseconds, args.repetitions):
+            report(args, row)
+    for row, run in gpu_rates.encodes(device, args.presets):
+        is_theirs = row["preset"] == gpu_rates.STORE  # vLLM has no Triton without a GPU
+        try:
+            if not args.dry_run:
+                row["us"] = milliseconds(run, args.repetitions) * 1000
+            elif not is_theirs:
+                run()
+        except Exception as error:
+            if not is_theirs:
+                raise
+            row["skipped_store"] = f"{type(error).__name__}: {error}"[:200]
+        report(args, row)
     return 0
 
 
+def done_cases(path: Path | None) -> set[tuple]:
+    """Cases of earlier `speed` commands with the same --out."""
+    rows = rows_of(path) if path else []
+    return {
+        (tuple(r["shape"]), r["batch"], r["context"], r["preset"]) for r in rows if "shape" in r
+    }
+
+
 def part_speed(args) -> int:
+    """Cases nobody has measured yet, until the minutes are over; exit status 3 if some are left."""
     shapes, batches, contexts = SHAPES, args.batches, args.contexts
     if args.dry_run:
         shapes, batches, contexts = ((64, 1, 2),), [2], [100]
+    end = time.monotonic() + 60 * args.minutes
     rate = 0.0 if args.dry_run else copy_rate(args.repetitions)
-    device = "cpu" if args.dry_run else "cuda"
-    named = {} if args.dry_run else {"device": torch.cuda.get_device_name()}
-    for shape in shapes:
-        for batch in batches:
-            for context in contexts:
-                case = Case(*shape, batch, context, device)
-                if 4 * shape[0] * shape[1] * batch * context > MAX_BYTES:
-                    continue
-                peers = bench_peers(args, case)
-                for preset in args.presets:
-                    row = {**bench_case(args, preset, case, rate), **peers, **named}
-                    print(json.dumps(row), flush=True)
-                    append(args.out, **row)
+    device, done = "cpu" if args.dry_run else "cuda", done_cases(args.out)
+    for shape, batch, context in itertools.product(shapes, batches, contexts):
+        case = Case(*shape, batch, context, device)
+        presets = [p for p in args.presets if (shape, batch, context, p) not in done]
+        if 4 * shape[0] * shape[1] * batch * context > MAX_BYTES or not presets:
+            continue
+        peers = None
+        for preset in presets:
+            if time.monotonic() > end:
+                print("gpu_proof: cases are left; the same command goes on with them")
+                return 3
+            peers = bench_peers(args, case) if peers is None else peers
+            report(args, {**bench_case(args, preset, case, rate), **peers})
     return 0
 
 
@@ -210,10 +246,11 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_proof")
     parser.add_argument("part", choices=PARTS)
-    parser.add_argument("--dry-run", action="store_true", help="speed alone: a tiny case, no GPU")
+    parser.add_argument("--dry-run", action="store_true", help="tiny cases, or the command; no GPU")
+    parser.add_argument("--minutes", type=float, default=9.0, help="of speed; default: 9")
     parser.add_argument("--presets", nargs="+", default=[p for p in PRESETS if p != "fibquant"])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32, 128])
-    parser.add_argument("--contexts", type=int, nargs="+", default=[4096, 32768, 131072])
+    parser.add_argument("--batches", type=int, nargs="+", default=[32, 1, 8, 128])
+    parser.add_argument("--contexts", type=int, nargs="+", default=[32768, 4096, 131072])
     parser.add_argument("--repetitions", type=int, default=20)
     add_out(parser)
     args = parser.parse_args()

@@ -16,8 +16,8 @@ from vllm_fibquant.native_cuda import Library, workspace_floats
 
 ROOT = Path(__file__).parent.parent
 PATH = ROOT / "build" / "libfibquant_cuda_emulated.so"
-SHARED_BYTES = 99 << 10
-"""Shared memory of the emulated device: what a CTA may have on sm_86, 89 and 120."""
+SHARED = (99 << 10, 100 << 10)
+"""Shared memory of a CTA and of a multiprocessor of the emulated device: those of sm_86."""
 
 
 @functools.cache
@@ -30,9 +30,11 @@ def emulated() -> Library:
     return library
 
 
-def options(library: Library, reversed_order: bool = False, shared: int = SHARED_BYTES) -> None:
+def options(
+    library: Library, reversed_order: bool = False, shared: tuple[int, int] = SHARED
+) -> None:
     """Order in which emulated threads run, and shared memory of the device."""
-    library.lib.fq_emulator_options(int(reversed_order), shared)
+    library.lib.fq_emulator_options(int(reversed_order), *shared)
 
 
 def aligned(x: torch.Tensor) -> torch.Tensor:

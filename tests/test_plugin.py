@@ -183,6 +183,8 @@ def test_a_gpu_is_refused_until_its_kernels_have_run_on_one():
 def test_what_gpu_kernels_cannot_do_is_refused_at_the_start():
     problems = support.config_problems(gpu_config(unproven_gpu=True, mode="quality"))
     assert len(problems) == 1 and problems[0].startswith("recent_window: must be left out on a GPU")
+    assert '"prefill": "raw", which GPUs have' in problems[0]
+    assert support.config_problems(gpu_config(unproven_gpu=True, prefill="raw")) == []
     problems = support.config_problems(gpu_config(unproven_gpu=True, retain={"recent": 64}))
     assert any(p.startswith("retain: must be left out on a GPU") for p in problems)
     problems = support.config_problems(

@@ -156,6 +156,21 @@ class Library:
         """Whether the current device can run the kernels."""
         return self.lib.fq_cuda_usable() == 0
 
+    def occupancy(
+        self, head_dim: int, record_bytes: int, wide: bool, per_cta: int, per_sm: int
+    ) -> tuple[int, int, int]:
+        """How decode attention (wide: of many rows) fills a multiprocessor.
+
+        Args:
+            per_cta, per_sm: bytes of shared memory that a CTA may have, and a multiprocessor has.
+
+        Returns:
+            CTAs side by side, warps of each, and bytes of shared memory of each.
+        """
+        out = (c_int32 * 3)()
+        self.lib.fq_cuda_occupancy(head_dim, record_bytes, int(wide), per_cta, per_sm, out)
+        return out[0], out[1], out[2]
+
     def _check(self, function: str, error: int) -> None:
         if error:
             message = self.lib.fq_cuda_error(error).decode()

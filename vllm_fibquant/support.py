@@ -146,7 +146,10 @@ def config_problems(vllm_config: VllmConfig) -> list[str]:
             ("monitor", options.monitor),
             ("calibrate", "" if options.calibrate == "none" else options.calibrate),
         ):
-            require(not asked, name, "left out on a GPU", asked, 'use "mode": "exact" without it')
+            hint = 'use "mode": "exact" without it'
+            if name == "recent_window":
+                hint = 'give "prefill": "raw", which GPUs have, in the place of "mode": "quality"'
+            require(not asked, name, "left out on a GPU", asked, hint)
 
     parallel = vllm_config.parallel_config
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):

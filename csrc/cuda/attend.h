@@ -30,6 +30,15 @@
 namespace fq {
 
 constexpr int kTokens = 16, kStages = 3, kMaxWarps = 8;
+// CTAs of decode on a multiprocessor, for whose registers the compiler leaves room. Where there are
+// 100 KiB of shared memory one CTA fills it, and need not save registers.
+#if defined(__CUDA_ARCH__) && \
+    (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+constexpr int kMaxCtas = 1;
+#else
+constexpr int kMaxCtas = 2;
+#endif
+constexpr int kCtaReserve = 1 << 10;         // shared memory that CUDA takes for each CTA
 constexpr float kLeastNorm = 5.9604645e-8f;  // the least float16 above 0
 constexpr float kEmpty = -1e30f, kSlack = 6.0f, kLog2e = 1.4426950408889634f;
 
@@ -77,6 +86,16 @@ struct RowBlock {
   }
 };
 
+// Bytes of shared memory that a CTA may ask for, and that a multiprocessor has.
+struct SharedLimits {
+  int per_cta, per_sm;
+};
+
+// How a launch fills a multiprocessor: CTAs side by side, warps and shared memory of each.
+struct Occupancy {
+  int ctas, warps, shared_bytes;
+};
+
 template <int kHeadDim, int kTiles>
 struct AttendShape {
   static constexpr int kColumns = 8 * kTiles;
@@ -84,8 +103,21 @@ struct AttendShape {
   static constexpr int kQueryBytes = kColumns * kHeadDim * 2;
   static constexpr int kRowBytes = kColumns * 8;  // factor and position of each row
   static constexpr int kFixedBytes = kTableBytes + kQueryBytes + kRowBytes;
-  static constexpr int shared_bytes(int record_bytes, int num_warps) {  // on the host
+  static constexpr int kCtas = kTiles == 1 && kHeadDim <= 128 ? kMaxCtas : 1;  // by registers
+  static constexpr int shared_bytes(int record_bytes, int num_warps) {
     return kFixedBytes + num_warps * kStages * kTokens * record_bytes;
+  }
+  // The most warps at once, in as few CTAs as have them: each CTA fills its own tables.
+  static Occupancy occupancy(int record_bytes, SharedLimits limits) {
+    Occupancy best = {1, 1, shared_bytes(record_bytes, 1)};
+    for (int ctas = 1; ctas <= kCtas; ++ctas) {
+      for (int warps = 1; warps <= kMaxWarps; ++warps) {
+        const int bytes = shared_bytes(record_bytes, warps);
+        if (bytes > limits.per_cta || ctas * (bytes + kCtaReserve) > limits.per_sm) break;
+        if (ctas * warps > best.ctas * best.warps) best = {ctas, warps, bytes};
+      }
+    }
+    return best;
   }
   static_assert(kMaxWarps * 8 * kHeadDim * 4 <= kTableBytes, "the merge fits in the tables");
 };
@@ -129,7 +161,7 @@ FQ_DEVICE void load_queries(const AttendArgs& args, const RowBlock& b, int group
       reinterpret_cast<uint16_t*>(to)[within % 4] = half;
     }
     if (lane_idx() == 0) {
-      factors[row] = peak * a.scale * args.codec.key.table_scale;
+      factors[row] = peak * a.scale * args.codec.key.table_scale * kLog2e;
       positions[row] = exists ? b.context + token : -1;
     }
   }

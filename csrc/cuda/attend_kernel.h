@@ -68,7 +68,7 @@ FQ_DEVICE void store_state(const FqCudaAttend& a, const RowBlock& b, int group, 
 
 // grid [row blocks, num_kv_heads, num_splits], a whole number of warps per CTA, at most kMaxWarps.
 template <int kHeadDim, int kKeyKind, int kValueKind, int kTiles>
-FQ_KERNEL(kMaxWarps* kWarp, (kTiles == 1 && kHeadDim <= 128 ? 2 : 1))
+FQ_KERNEL(kMaxWarps* kWarp, (AttendShape<kHeadDim, kTiles>::kCtas))
 attend(FQ_PARAM AttendArgs args) {
   using Shape = AttendShape<kHeadDim, kTiles>;
   constexpr int kSteps = Shape::kSteps;
@@ -79,11 +79,14 @@ attend(FQ_PARAM AttendArgs args) {
   if (b.num_rows <= 0) return;
 
   // Positions that some row sees, [begin, end); tiles of this split, [tile_begin, tile_end).
-  const int last_token = (b.first_row + b.num_rows - 1) / group;
   const int oldest = b.context + b.first_row / group;
+  const int newest = b.context + (b.first_row + b.num_rows - 1) / group;
   int begin = a.window > 0 ? oldest - a.window + 1 : 0;
   if (begin < 0) begin = 0;
-  const int end = a.raw_o ? b.context : b.context + last_token + 1;
+  const int end = a.raw_o ? b.context : newest + 1;
+  // Those that every row sees, [all_begin, all_end): their tiles need no mask.
+  const int all_begin = a.window > 0 ? newest - a.window + 1 : 0;
+  const int all_end = oldest < end ? oldest + 1 : end;
   const int first_tile = begin / kTokens;
   const int last_tile = end > begin ? (end + kTokens - 1) / kTokens : first_tile;
   const int per_split = (last_tile - first_tile + a.num_splits - 1) / a.num_splits;
@@ -184,39 +187,46 @@ attend(FQ_PARAM AttendArgs args) {
     float acc[kTiles][4] = {};
     with_kind<kKeyKind>(args.key_kind, ScoreTile<kHeadDim, kTiles>{tables, records, record_bytes,
                                                                    fragments, held, acc});
+    const int first = tile * kTokens;
+    const bool whole = exists && first >= all_begin && first + kTokens <= all_end;
     float key_norm[2], value_norm[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int token = tile * kTokens + g + 8 * r;
       const uint32_t norms =
           load_as<uint32_t>(records + (g + 8 * r) * record_bytes + args.layout.key_norm_offset);
+      key_norm[r] = from_half((uint16_t)norms);
+      value_norm[r] = from_half((uint16_t)(norms >> 16));
+      if (whole) continue;
+      const int token = first + g + 8 * r;
       const bool inside = token >= begin && token < end;
-      key_norm[r] = inside ? from_half((uint16_t)norms) : 0.0f;
-      value_norm[r] = inside ? from_half((uint16_t)(norms >> 16)) : 0.0f;
-      if (!exists) {
-        key_norm[r] = inside ? bits_to_float(0x7FC00000) : 0.0f;  // NaN
-        value_norm[r] = 0.0f;
-      }
+      if (!exists) key_norm[r] = bits_to_float(0x7FC00000);  // NaN
+      key_norm[r] = inside ? key_norm[r] : 0.0f;
+      value_norm[r] = inside && exists ? value_norm[r] : 0.0f;
     }
     float largest = maximum(value_norm[0], value_norm[1]);
     bool grows = largest > s.top;
 #pragma unroll
     for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        const int token = tile * kTokens + g + 8 * (c / 2), row = position[i][c % 2];
-        float score = acc[i][c] * (factor[i][c % 2] * key_norm[c / 2]);
-        if (a.soft_cap > 0.0f) {  // cap * tanh(score / cap), in base 2
-          const float grown = exp2_fast(score * args.cap_in);
-          score = args.cap_out * (1.0f - 2.0f * reciprocal_fast(1.0f + grown));
-        } else {
-          score *= kLog2e;
+      for (int c = 0; c < 4; ++c) acc[i][c] *= factor[i][c % 2] * key_norm[c / 2];
+      if (a.soft_cap > 0.0f) {  // cap * tanh(score / cap)
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          const float grown = exp2_fast(acc[i][c] * args.cap_in);
+          acc[i][c] = args.cap_out * (1.0f - 2.0f * reciprocal_fast(1.0f + grown));
         }
-        const bool hidden = token > row || token >= end || token < begin ||
-                            (a.window > 0 && token <= row - a.window);
-        acc[i][c] = hidden ? -bits_to_float(0x7F800000) : score;  // -infinity
-        grows |= acc[i][c] > s.m[i][c % 2] + kSlack;
       }
+      if (!whole) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          const int token = first + g + 8 * (c / 2), row = position[i][c % 2];
+          const bool hidden = token > row || token >= end || token < begin ||
+                              (a.window > 0 && token <= row - a.window);
+          if (hidden) acc[i][c] = -bits_to_float(0x7F800000);  // -infinity
+        }
+      }
+#pragma unroll
+      for (int c = 0; c < 4; ++c) grows |= acc[i][c] > s.m[i][c % 2] + kSlack;
     }
 
     // ---- rarely: new references for the weights and for the value norms

@@ -91,20 +91,19 @@ struct Lookup {
   // Four coordinates, 4 * quad to 4 * quad + 3 of the lane's, as float16 pairs (0 1) and (2 3).
   FQ_DEVICE Pair quad(const uint32_t (&words)[kWords], int quad) const {
     if constexpr (C::kDim == 2) {
-      const uint32_t low = index(words, 2 * quad), high = index(words, 2 * quad + 1);
-      return {load_as<uint32_t>(row(low)) ^ signs(low, 0),
-              load_as<uint32_t>(row(high)) ^ signs(high, 0)};
+      const int i = 2 * quad;
+      return {load_as<uint32_t>(row(words, i)) ^ signs(words, i, 0),
+              load_as<uint32_t>(row(words, i + 1)) ^ signs(words, i + 1, 0)};
     } else if constexpr (C::kDim == 4) {
-      const uint32_t i = index(words, quad);
-      const Pair c = load_pair(row(i));
-      return {c.x ^ signs(i, 0), c.y ^ signs(i, 2)};
+      const Pair c = load_pair(row(words, quad));
+      return {c.x ^ signs(words, quad, 0), c.y ^ signs(words, quad, 2)};
     } else if constexpr (!kSplit) {
-      return load_pair(row(index(words, quad / 2)) + quad % 2 * 8);
+      return load_pair(row(words, quad / 2) + quad % 2 * 8);
     } else {  // which codeword depends on the lane
       const uint32_t half = (uint32_t)quad + skip;
-      const uint32_t even = index(words, quad / 2);
-      const uint32_t odd = index(words, (quad + 1) / 2 < kSubvecs ? (quad + 1) / 2 : quad / 2);
-      return load_pair(row(skip ? odd : even) + half % 2 * 8);
+      const uint8_t* even = row(words, quad / 2);
+      const uint8_t* odd = row(words, (quad + 1) / 2 < kSubvecs ? (quad + 1) / 2 : quad / 2);
+      return load_pair((skip ? odd : even) + half % 2 * 8);
     }
   }
 
@@ -115,14 +114,19 @@ struct Lookup {
     if (offset + C::kBits <= 32) return words[word] >> offset;
     return shift_right(words[word], words[word + 1 < kWords ? word + 1 : word], offset);
   }
-  FQ_DEVICE const uint8_t* row(uint32_t index) const {
-    return side + permute_bytes(index, copy, 0x5504);
+  // The row of index number i; its low byte is the row's number.
+  FQ_DEVICE const uint8_t* row(const uint32_t (&words)[kWords], int i) const {
+    if (C::kBits == 8)  // no shift
+      return side + permute_bytes(words[i / 4], copy, 0x5504 | (uint32_t)(i % 4) << 4);
+    return side + permute_bytes(index(words, i), copy, 0x5504);
   }
-  // Sign bits of coordinates `first` and first + 1 where float16 pairs have theirs.
-  FQ_DEVICE static uint32_t signs(uint32_t index, int first) {
+  // Sign bits of coordinates `first` (0 or 2) and first + 1, which are bits 8 + first and 9 + first
+  // of the index, where float16 pairs have theirs. One product makes both shifts: its two terms
+  // have no bit in common.
+  FQ_DEVICE static uint32_t signs(const uint32_t (&words)[kWords], int i, int first) {
     if (!C::kFolded) return 0;
-    const uint32_t pattern = index >> (8 + first);
-    return (pattern & 1) << 15 | (pattern & 2) << 30;
+    const uint32_t pattern = index(words, i) & ((1u << C::kBits) - 256);
+    return pattern * (1u << (7 - first) | 1u << (22 - first)) & 0x80008000;
   }
 };
 

@@ -18,21 +18,19 @@ constexpr int wide_columns(int head_dim) {
 }
 
 template <int kKeyKind, int kValueKind, int kTiles>
-int launch_split(AttendArgs args, int max_shared_bytes, void* stream) {
+int launch_split(AttendArgs args, SharedLimits limits, void* stream) {
   using Shape = AttendShape<FQ_HEAD_DIM, kTiles>;
   const FqCudaAttend& a = args.call;
   const int group = a.num_q_heads / args.pages.num_kv_heads;
   const int row_blocks = (int)(a.num_tokens * group / Shape::kColumns) + a.num_reqs;
-  int warps = kMaxWarps;
-  while (warps > 1 && Shape::shared_bytes(args.codec.record_bytes, warps) > max_shared_bytes)
-    warps /= 2;
+  const Occupancy fill = Shape::occupancy(args.codec.record_bytes, limits);
   args.tiles_per_block = args.pages.block_size / kTokens;
-  args.step_blocks = warps / args.tiles_per_block;
-  args.step_tiles = warps % args.tiles_per_block;
-  args.cap_in = a.soft_cap > 0 ? 2 * kLog2e / a.soft_cap : 0;
+  args.step_blocks = fill.warps / args.tiles_per_block;
+  args.step_tiles = fill.warps % args.tiles_per_block;
+  args.cap_in = a.soft_cap > 0 ? 2 / a.soft_cap : 0;
   args.cap_out = a.soft_cap * kLog2e;
-  const Grid grid = {row_blocks, args.pages.num_kv_heads, a.num_splits, warps * kWarp,
-                     Shape::shared_bytes(args.codec.record_bytes, warps)};
+  const Grid grid = {row_blocks, args.pages.num_kv_heads, a.num_splits, fill.warps * kWarp,
+                     fill.shared_bytes};
   return launch(&attend<FQ_HEAD_DIM, kKeyKind, kValueKind, kTiles>, grid, stream, args);
 }
 
@@ -48,18 +46,17 @@ int Kernels<FQ_HEAD_DIM>::encode(const EncodeArgs& args, void* stream) {
 }
 
 template <>
-int Kernels<FQ_HEAD_DIM>::attend(const AttendArgs& args, int max_shared_bytes, void* stream) {
+int Kernels<FQ_HEAD_DIM>::attend(const AttendArgs& args, SharedLimits limits, void* stream) {
   int error = -1;
   if (args.call.wide) {
-    error = launch_split<kAnyKind, kAnyKind, wide_columns(FQ_HEAD_DIM) / 8>(args, max_shared_bytes,
-                                                                            stream);
+    error = launch_split<kAnyKind, kAnyKind, wide_columns(FQ_HEAD_DIM) / 8>(args, limits, stream);
   }
 #define FQ_LAUNCH(k, v)                                        \
   if (error < 0 && args.key_kind == k && args.value_kind == v) \
-    error = launch_split<k, v, 1>(args, max_shared_bytes, stream);
+    error = launch_split<k, v, 1>(args, limits, stream);
   FQ_PAIRS(FQ_LAUNCH)
 #undef FQ_LAUNCH
-  if (error < 0) error = launch_split<kAnyKind, kAnyKind, 1>(args, max_shared_bytes, stream);
+  if (error < 0) error = launch_split<kAnyKind, kAnyKind, 1>(args, limits, stream);
   if (error) return error;
   const int64_t rows = args.call.num_tokens * args.call.num_q_heads;
   const Grid grid = {(int)((rows + kMergeWarps - 1) / kMergeWarps), 1, 1, kMergeWarps * kWarp,

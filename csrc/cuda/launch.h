@@ -52,7 +52,7 @@ int launch(void (*kernel)(Args), Grid grid, void*, const Args& args) {
 template <int kHeadDim>
 struct Kernels {
   static int encode(const EncodeArgs& args, void* stream);
-  static int attend(const AttendArgs& args, int max_shared_bytes, void* stream);
+  static int attend(const AttendArgs& args, SharedLimits limits, void* stream);
   static int usable();  // 0 if the current device can run them
 };
 

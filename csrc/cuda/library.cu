@@ -8,12 +8,12 @@
 
 namespace fq {
 
-#define FQ_EXTERN(dim, columns)                                                         \
-  template <>                                                                           \
-  int Kernels<dim>::encode(const EncodeArgs& args, void* stream);                       \
-  template <>                                                                           \
-  int Kernels<dim>::attend(const AttendArgs& args, int max_shared_bytes, void* stream); \
-  template <>                                                                           \
+#define FQ_EXTERN(dim, columns)                                                        \
+  template <>                                                                          \
+  int Kernels<dim>::encode(const EncodeArgs& args, void* stream);                      \
+  template <>                                                                          \
+  int Kernels<dim>::attend(const AttendArgs& args, SharedLimits limits, void* stream); \
+  template <>                                                                          \
   int Kernels<dim>::usable();
 FQ_HEAD_DIMS(FQ_EXTERN)
 #undef FQ_EXTERN
@@ -36,18 +36,21 @@ int check(const FqCudaCodec& codec, const FqPages& pages, RecordLayout* layout) 
   return bits % 16 || pages.block_size % kTokens ? kBadPages : 0;
 }
 
-int max_shared_bytes = 0;
+SharedLimits shared_limits = {0, 0};
 
-int shared_limit() {
+SharedLimits find_limits() {
 #ifdef __CUDACC__
   // The devices of one process are taken to be alike.
-  if (max_shared_bytes == 0) {
+  if (shared_limits.per_cta == 0) {
+    SharedLimits found = {0, 0};
     int device = 0;
     cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&max_shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    cudaDeviceGetAttribute(&found.per_cta, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    cudaDeviceGetAttribute(&found.per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+    shared_limits = found;
   }
 #endif
-  return max_shared_bytes;
+  return shared_limits;
 }
 
 }  // namespace
@@ -84,6 +87,23 @@ FQ_EXPORT const char* fq_cuda_support() {
               FQ_PAIRS(FQ_TEXT)
 #undef FQ_TEXT
                   ;
+}
+
+// How decode attention (wide: of many rows) fills a multiprocessor that has so much shared memory:
+// {CTAs, warps of each, bytes of each}; zeros where there is no kernel.
+FQ_EXPORT void fq_cuda_occupancy(int head_dim, int record_bytes, int wide, int per_cta, int per_sm,
+                                 int32_t out[3]) {
+  fq::Occupancy found = {0, 0, 0};
+#define FQ_FIND(dim, columns)                                                              \
+  if (head_dim == dim && wide)                                                             \
+    found = fq::AttendShape<dim, columns / 8>::occupancy(record_bytes, {per_cta, per_sm}); \
+  if (head_dim == dim && !wide)                                                            \
+    found = fq::AttendShape<dim, 1>::occupancy(record_bytes, {per_cta, per_sm});
+  FQ_HEAD_DIMS(FQ_FIND)
+#undef FQ_FIND
+  out[0] = found.ctas;
+  out[1] = found.warps;
+  out[2] = found.shared_bytes;
 }
 
 // 0 if the current device can run the kernels of this build.
@@ -139,11 +159,11 @@ FQ_EXPORT int fq_cuda_paged_attention(const FqCudaCodec* codec, const FqPages* p
   args.value_kind = fq::find_kind(v.subvec_dim, v.index_bits, v.folded);
   const int refusal = fq::check(*codec, *pages, &args.layout);
   if (refusal || call->num_tokens == 0 || call->num_reqs == 0) return refusal;
-  const int limit = fq::shared_limit();
+  const fq::SharedLimits limits = fq::find_limits();
   switch (codec->head_dim) {
 #define FQ_CASE(dim, columns) \
   case dim:                   \
-    return fq::Kernels<dim>::attend(args, limit, stream);
+    return fq::Kernels<dim>::attend(args, limits, stream);
     FQ_HEAD_DIMS(FQ_CASE)
 #undef FQ_CASE
     default:
@@ -153,8 +173,8 @@ FQ_EXPORT int fq_cuda_paged_attention(const FqCudaCodec* codec, const FqPages* p
 
 #ifndef __CUDACC__
 // Order of threads and shared memory of the emulated device, for tests.
-FQ_EXPORT void fq_emulator_options(int reversed, int shared_bytes) {
+FQ_EXPORT void fq_emulator_options(int reversed, int per_cta, int per_sm) {
   fq::emulator::machine().reversed = reversed != 0;
-  fq::max_shared_bytes = shared_bytes;
+  fq::shared_limits = {per_cta, per_sm};
 }
 #endif

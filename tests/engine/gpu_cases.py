@@ -36,7 +36,9 @@ def gpu_door(monkeypatch):
 
     def encode_kv(*args):
         calls["encode"] += 1
-        return gpu.encode_kv(*args)
+        *on_gpu, key_map, _ = args if len(args) == 7 else (*args, None, None)
+        assert key_map is None
+        return gpu.encode_kv(*on_gpu)
 
     def paged_attention(*args, keep_first=0, **options):
         calls["attend"] += 1

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The script for a GPU machine, as far as it goes without one: dry runs, report, micro-rates."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu_proof, gpu_rates, gpu_report
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*arguments: str) -> str:
+    command = [sys.executable, "-m", *arguments]
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    return result.stdout
+
+
+def test_speed_and_rates_run_dry(tmp_path: Path) -> None:
+    """Both sets of kernels answer alike in the script's own set-up, and peers are prepared."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    out = tmp_path / "gpu.jsonl"
+    options = ("--dry-run", "--presets", "fibquant_2bit", "--out", str(out))
+    run("benchmarks.gpu_proof", "speed", *options)
+    run("benchmarks.gpu_proof", "rates", *options)
+    speed, *encode = [json.loads(line) for line in out.read_text().splitlines()]
+    assert speed["finite_cuda"] and speed["finite_triton"] and speed["difference"] < 0.02
+    pytest.importorskip("vllm", reason="vLLM is not installed: its kernels were skipped")
+    assert not {"sdpa", "bf16", "fp8", "turboquant"} & {k.removeprefix("skipped_") for k in speed}
+    assert {r["preset"] for r in encode} == {"fibquant_2bit", gpu_rates.STORE}
+    assert all("torch" in row["versions"] and row["command"] for row in (speed, *encode))
+
+
+@pytest.mark.parametrize("part", ["build", "test", "sanitize"])
+def test_other_parts_print_their_commands(part: str) -> None:
+    lines = run("benchmarks.gpu_proof", part, "--dry-run").splitlines()
+    assert len(lines) == (3 if part == "sanitize" else 1)
+    named = [word for line in lines for word in line.split() if word.endswith(".py")]
+    assert named and all((ROOT / name).exists() for name in named)
+
+
+def test_micro_rates_compile(tmp_path: Path) -> None:
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not installed")
+    target = tmp_path / "rates.so"
+    subprocess.run(gpu_rates.build_command("90", target), check=True)
+    symbols = subprocess.run(["nm", "-D", target], capture_output=True, text=True).stdout
+    assert "T fq_rate" in symbols and "T fq_read" in symbols
+    entries = (ROOT / "benchmarks" / "gpu_rates.cu").read_text().split("enum Op {")[1].split("}")[0]
+    assert len(entries.split(",")) == len(gpu_rates.OPS)
+
+
+def lines_of_a_gpu() -> list[dict]:
+    """Made-up lines: a case whose numbers are easy to check, and one where little ran."""
+    shared = {"device": "Made-up GPU", "versions": "torch 0", "command": "speed"}
+    case = {"shape": [128, 8, 4], "batch": 32, "context": 32768, "bytes": 1, **shared}
+    return [
+        {**case, "preset": "fibquant_2bit", "ms_cuda": 0.5, "ms_triton": 2.0, "ms_sdpa": 4.0,
+         "ms_bf16": 3.0, "ms_fp8": 1.0, "roofline_cuda": 0.75, "roofline_triton": 0.2},
+        {**case, "preset": "fibquant_4bit", "batch": 1, "ms_triton": 2.0, "ms_bf16": 1.0,
+         "roofline_triton": 0.1, "skipped_xformers": "ImportError: none"},
+        {"rate": "copy", "gb_per_s": 4000.0, **shared},
+        {"rate": "gather_8", "per_clock_and_sm": 0.48, "predicted": 0.5, **shared},
+        {"rate": "encode", "preset": "fibquant_2bit", "tokens": 128, "us": 12.5, **shared},
+    ]  # fmt: skip
+
+
+def test_report_writes_table_and_plot(tmp_path: Path) -> None:
+    results, table, image = (tmp_path / name for name in ("gpu.jsonl", "gpu.md", "gpu.png"))
+    results.write_text("".join(json.dumps(line) + "\n" for line in lines_of_a_gpu()))
+    run("benchmarks.gpu_report", str(results), "--out", str(table), "--image", str(image))
+    text = table.read_text()
+    row = "| 32 | 32768 | `fibquant_2bit` | cuda | 500.0 | 6.00x | bf16 | 2.00x | – | 75% |"
+    assert row in text
+    assert "| `fibquant_4bit` | triton | 2000.0 | 0.50x |" in text
+    assert "| 2 bits, batch 32 x 32k: 5 times bf16 | 6.00 | met |" in text
+    assert "| 2 bits, batch 32 x 32k: 2.5 times fp8 | 2.00 | missed |" in text
+    assert "| 4 bits, batch 32 x 32k: 3.4 times bf16 | – | not measured |" in text
+    assert "| gather_8 | 0.480 a clock | 0.5 |" in text and "| copy | 4000 GB/s | – |" in text
+    assert "| 128 | fibquant_2bit | 12.5 |" in text and "- xformers: ImportError: none" in text
+    assert image.stat().st_size > 1000
+
+
+def test_report_refuses_a_file_without_times(tmp_path: Path) -> None:
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text('{"rate": "copy", "gb_per_s": 1.0}\n')
+    command = [sys.executable, "-m", "benchmarks.gpu_report", str(empty)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2 and "got none with times" in result.stderr
+
+
+def test_speed_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    results = tmp_path / "gpu.jsonl"
+    results.write_text("".join(json.dumps(line) + "\n" for line in lines_of_a_gpu()))
+    assert gpu_proof.done_cases(results) == {
+        ((128, 8, 4), 32, 32768, "fibquant_2bit"),
+        ((128, 8, 4), 1, 32768, "fibquant_4bit"),
+    }
+    assert gpu_proof.done_cases(None) == gpu_proof.done_cases(tmp_path / "none") == set()
+
+
+def test_the_cases_are_those_of_the_targets() -> None:
+    assert gpu_proof.SHAPES[0] == gpu_report.TARGET_SHAPE
+    assert {(d, group) for d, _, group in gpu_proof.SHAPES} == {
+        (d, group) for d in (64, 128) for group in (1, 4, 8)
+    }
