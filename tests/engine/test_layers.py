@@ -82,7 +82,7 @@ def test_every_layer_has_its_own_pages(model):
 
 def test_nothing_else_matters(model):
     """Prefix cache, chunks, batches and preemption, as with one preset."""
-    prompts = varied_prompts(40, VOCAB_SIZE)
+    prompts = varied_prompts(24, VOCAB_SIZE)
     assert_exact(run_everything(model, LOW, prompts, 2, fibquant=SOME))
 
 
@@ -105,10 +105,8 @@ def test_quality_lies_between_the_presets(model):
         {},
         {"mode": "quality"},
         {"retain": {"recent": 64}},
-        {"calibrate": "means"},
         {"calibrate": "transform"},
         {"monitor": True},
-        {"rotation_seed": 3},
     ],
     ids=lambda options: ", ".join(options) or "plain",
 )
@@ -143,7 +141,7 @@ def test_with_skipped_layers(model):
 
 
 def test_a_window_on_every_layer(model_folder):
-    prompts = varied_prompts(24, VOCAB_SIZE, longest=300, seed=1)
+    prompts = varied_prompts(16, VOCAB_SIZE, seed=1)
     answers = run_everything(
         make_model("mistral", model_folder), LOW, prompts, 3, fibquant={"layers": {"1": HIGH}}
     )
