@@ -137,6 +137,7 @@ def info_gauge(status: Status, options: Options) -> Metric:
         "preset": options.preset.name,
         "key_code": code_text(options.preset.key),
         "value_code": code_text(options.preset.value),
+        "layers": ", ".join(f"{number}: {name}" for number, name in options.layers),
         "prefill": options.prefill,
         "recent_window": str(options.recent_window),
         "kernel": status.engines[0].workers[0].report["kernel"],

@@ -104,7 +104,7 @@ class Status:
         capacity = sum(e.capacity_tokens for e in self.engines)
         body |= {
             "kernel": ", ".join(sorted({worker.report["kernel"] for worker in workers})),
-            "codes": engine.workers[0].report["codes"],
+            "codes": codes_of(engine),
             "bytes_per_token": {form: engine.token_bytes(form) for form in FORMS},
             "compression_ratio": engine.ratio,
             "capacity_tokens": capacity,
@@ -128,10 +128,19 @@ class Status:
         return body
 
 
+def codes_of(engine: Engine) -> list[dict[str, Any]]:
+    """The codes of all workers: pipeline stages may have layers with other presets."""
+    codes: list[dict[str, Any]] = []
+    for worker in engine.workers:
+        codes += [code for code in worker.report["codes"] if code not in codes]
+    return codes
+
+
 def option_values(options: Options) -> dict[str, Any]:
     """The options of a run but its codes."""
     values = asdict(options)
     del values["preset"]
+    values["layers"] = dict(options.layers)
     return {**values, "rotation_seed": options.preset.rotation_seed}
 
 

@@ -55,6 +55,7 @@ def test_other_layers_are_compared_in_what_they_share():
         ({"mode": "quality"}, "recent_window"),
         ({"key": {"gain": "norm"}}, "preset"),
         ({"retain": {"recent": 8}}, "retain"),
+        ({"layers": {"0": "fibquant"}}, "layers"),
     ],
 )
 def test_every_option_is_compared(change, name):

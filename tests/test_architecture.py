@@ -27,6 +27,7 @@ LAYERS = {
         "sealed",
         "key_transform",
         "list_search",
+        "gain",
     ],
     1: ["layout", "key_map", "copies", "agreement", "counters", "calibration"],
     2: [

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from vllm_fibquant.config import PRESETS
@@ -144,3 +146,48 @@ def test_a_bad_monitor_is_refused(given):
     with pytest.raises(ValueError, match="monitor must be true, false or an object") as caught:
         parse_options("fibquant", {"fibquant": {"monitor": given}})
     assert repr(given) in str(caught.value)
+
+
+def test_layers() -> None:
+    options = parse_options(
+        "fibquant_2bit",
+        {"fibquant": {"layers": {"29, 0-1": "fibquant", "3": "fibquant_4bit"}, "rotation_seed": 5,
+                      "value": {"num_codewords": 1024}}},
+    )  # fmt: skip
+    assert options.layers == (
+        (0, "fibquant"), (1, "fibquant"), (3, "fibquant_4bit"), (29, "fibquant"),
+    )  # fmt: skip
+    assert options.for_layer("fibquant_2bit") is options
+    of_layer = options.for_layer("fibquant")
+    # What is overridden is the preset of --kv-cache-dtype; the rotation is that of all.
+    assert of_layer.preset == replace(PRESETS["fibquant"], rotation_seed=5)
+    assert options.preset.value.num_codewords == 1024
+    assert [p.name for p in options.presets] == ["fibquant_2bit", "fibquant", "fibquant_4bit"]
+    plain = parse_options("fibquant_2bit")
+    assert plain.presets == (PRESETS["fibquant_2bit"],)
+    spelt = parse_options("fibquant_2bit", {"fibquant": {"layers": {"0,1": "fibquant"}}})
+    same = parse_options("fibquant_2bit", {"fibquant": {"layers": {"0-1": "fibquant"}}})
+    assert spelt.digest == same.digest != plain.digest
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("0-1", "layers must be an object of layers and presets, got '0-1'"),
+        ({"0": "auto"}, "presets among fibquant_4bit, .*, got 'auto'"),
+        ({"0": {"key": {}}}, "presets among .*, got {'key'"),
+        ({"0": ["fibquant"]}, "presets among .*, got .'fibquant'"),
+        ({"": "fibquant"}, "numbers and ranges such as 0-1,29, got ''"),
+        ({"0,": "fibquant"}, "numbers and ranges such as 0-1,29, got '0,'"),
+        ({"-1": "fibquant"}, "numbers and ranges such as 0-1,29, got '-1'"),
+        ({"2-1": "fibquant"}, "numbers and ranges such as 0-1,29, got '2-1'"),
+        ({"first": "fibquant"}, "numbers and ranges such as 0-1,29, got 'first'"),
+        ({"0-99999999": "fibquant"}, "numbers and ranges such as 0-1,29, got '0-99999999'"),
+        ({"0-3": "fibquant", "3": "fibquant_4bit"}, "name each layer once, got layer 3 twice"),
+        ({"1,0-2": "fibquant"}, "name each layer once, got layer 1 twice"),
+        ({"0": "fibquant_2bit"}, "another preset than --kv-cache-dtype, got fibquant_2bit"),
+    ],
+)
+def test_bad_layers_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        parse_options("fibquant_2bit", {"fibquant": {"layers": given}})

@@ -67,6 +67,45 @@ def test_equals_vllm(kinds, skip, context):
         assert found[name].num_tokens == int(expected[1] * context)
 
 
+@pytest.mark.parametrize("window", [0, 1000])
+@pytest.mark.parametrize("skip", [(), ("5",)])
+def test_layers_with_their_own_presets_equal_vllm(window, skip):
+    pytest.importorskip("vllm", reason="compares with vLLM's own functions")
+    shape = make_shape(sliding_window=window)
+    presets = ((0, "fibquant_4bit"), (1, "fibquant_4bit"), (29, "fibquant_1bit"))
+    found = by_name(
+        plan.plan_capacities(shape, GIB, 8192, skip_layers=skip, layer_presets=presets)
+    )["fibquant_2bit"]
+    sizes = dict.fromkeys(range(30), 36) | {0: 68, 1: 68, 29: 20} | {int(n): 256 for n in skip}
+    assert found.bytes_per_token == 3 * sum(sizes.values())
+    coded = [size for size in sizes.values() if size < 256]
+    assert found.effective_rate == pytest.approx(8 * sum(coded) / len(coded) / 128)
+    block_size = plan.DEFAULT_BLOCK_SIZE
+    layers = [
+        plan.LayerSpec(window, 3 * sizes[n], block_size, block_size * 3 * sizes[n])
+        for n in range(30)
+    ]
+    assert (found.num_blocks, found.max_concurrency) == vllm_capacity(layers, 8192)
+
+
+@pytest.mark.parametrize(
+    "presets, shape, skip, reason",
+    [
+        ([(0, "fibquant_4bit"), (30, "fibquant_4bit")], {}, (), "must be below 30, got 30"),
+        ([(3, "fibquant_4bit")], {}, ("3",), "among --kv-cache-dtype-skip-layers, got 3"),
+        ([(3, "fibquant_1bit")], {"head_dim": 68}, (), "for head_dim 68, got fibquant_1bit"),
+        ([(3, "fibquant_4bit")],
+         {"sliding_window": 9, "layer_types": ["full_attention", "sliding_attention"] * 15},
+         (), "must be left out for models that mix"),
+    ],
+)  # fmt: skip
+def test_layers_that_are_refused(presets, shape, skip, reason):
+    with pytest.raises(ValueError, match=reason):
+        plan.plan_capacities(
+            make_shape(**shape), GIB, 4096, skip_layers=skip, layer_presets=tuple(presets)
+        )
+
+
 def vllm_capacity(layers, context):
     """Blocks and concurrency as vLLM's functions give them for these layers."""
     import torch
@@ -236,6 +275,13 @@ def test_command(tmp_path, capsys):
     assert {c["kv_cache_dtype"] for c in report["capacities"]} == {"bf16", "fp8", *PRESETS}
     assert cli.main([*arguments, "--mode", "quality", "--max-num-seqs", "4"]) == 0
     assert "MiB of it are for copies in 16 bits" in capsys.readouterr().out
+    assert cli.main([*arguments, "--json", "--layers", "0-1,29=fibquant_4bit", "2=fibquant"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    found = {c["kv_cache_dtype"]: c["bytes_per_token"] for c in report["capacities"]}
+    assert found["fibquant_2bit"] == 3 * (26 * 36 + 4 * 68)
+    assert found["bf16"] == 3 * 30 * 256
+    assert cli.main([*arguments, "--layers", "0-1"]) == 1
+    assert "layers must have presets among" in capsys.readouterr().err
 
 
 def test_command_refuses_what_is_no_model(tmp_path, capsys):

@@ -51,7 +51,8 @@ WARN_EVERY_S = 60.0
 
 
 class FibQuantBackend(AttentionBackend):
-    """What we tell vLLM we can do. `backend_for` makes one subclass per set of options."""
+    """What we tell vLLM we can do. `backend_for` makes one subclass per set of options, and so
+    one for every preset of a run whose layers differ."""
 
     options: ClassVar[Options]
 
@@ -77,7 +78,7 @@ class FibQuantBackend(AttentionBackend):
 
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
-        return head_dim_problem(cls.options, head_size, current_platform.device_type) is None
+        return head_dim_problem(cls.options.preset, head_size, current_platform.device_type) is None
 
     @classmethod
     def supports_sink(cls) -> bool:
@@ -165,7 +166,7 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
         if problems:
             problems[-1] += "; use --kv-cache-dtype auto for this model"
             raise ValueError(refusal(kv_cache_dtype, problems))
-        self.options = run_options(get_current_vllm_config(), kv_cache_dtype)
+        self.options = run_options(get_current_vllm_config()).for_layer(kv_cache_dtype)
         self.retain = self.options.retain
         if self.retain and sliding_window:
             problem = f"retain: layers must have full attention, got a window of {sliding_window}"

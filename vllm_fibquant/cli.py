@@ -85,6 +85,13 @@ def make_parser(with_codebook: bool = True) -> argparse.ArgumentParser:
         help="layers kept in 16 bits: numbers, or sliding_window",
     )
     plan.add_argument(
+        "--layers",
+        nargs="+",
+        default=[],
+        metavar="LAYERS=PRESET",
+        help="as the fibquant option: other presets for some layers, e.g. 0-1,29=fibquant_k5v3",
+    )
+    plan.add_argument(
         "--max-num-batched-tokens",
         type=int,
         default=2048,
@@ -159,8 +166,9 @@ def run_info(options: argparse.Namespace) -> int:
 
 def run_plan(options: argparse.Namespace) -> int:
     from vllm_fibquant import plan
-    from vllm_fibquant.options import parse_options
+    from vllm_fibquant.options import parse_layers, parse_options
 
+    layers = dict(text.partition("=")[::2] for text in options.layers)
     mode = {"fibquant": {"mode": options.mode}}
     memory = plan.parse_size(options.memory)
     shape = plan.load_shape(options.model)
@@ -175,6 +183,7 @@ def run_plan(options: argparse.Namespace) -> int:
         batched_tokens=options.max_num_batched_tokens,
         num_copies=parse_options("fibquant", mode).num_copies,
         max_num_seqs=options.max_num_seqs,
+        layer_presets=parse_layers(layers),
     )
     if options.json:
         print(json.dumps(plan.as_json(shape, memory, context, capacities), indent=2))

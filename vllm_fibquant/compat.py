@@ -13,9 +13,11 @@ works as without us.
 from __future__ import annotations
 
 import asyncio
+import copy
 import datetime
 import functools
 import importlib.metadata
+import inspect
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping
@@ -181,6 +183,47 @@ def select_backend(
     # Callers that reset the selection between configurations use this.
     get_backend.cache_clear = original.cache_clear  # type: ignore[attr-defined]
     selector._cached_get_attn_backend = get_backend
+
+
+def give_layers_dtypes(names: list[str], dtypes_of: Callable[[Any], dict[int, str]]) -> None:
+    """Has attention layers built with a cache dtype of their own.
+
+    What: wraps `Attention.__init__`, which then gets a copy of the cache configuration with the
+        layer's dtype in it. Layers are numbered as --kv-cache-dtype-skip-layers does, by
+        `extract_layer_index`; layers that are skipped stay skipped.
+    Why: vLLM has one cache dtype for all layers it does not skip, and asks for a layer's backend
+        without the layer's name.
+    Range: 0.32.0 and, as read, 0.33.0.
+    Delete when: a layer's cache dtype can be given by its number.
+
+    Args:
+        names: cache dtypes of which some layers may have another.
+        dtypes_of: the other dtypes in a run, by number of the layer.
+    """
+    from vllm.model_executor.layers.attention import Attention
+
+    original = Attention.__init__
+    if hasattr(original, _MARK):
+        return
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        from vllm.config import get_current_vllm_config
+        from vllm.model_executor.models.utils import extract_layer_index
+
+        given = signature.bind(self, *args, **kwargs)
+        cache_config = given.arguments.get("cache_config")
+        if cache_config is not None and cache_config.cache_dtype in names:
+            dtypes = dtypes_of(get_current_vllm_config())
+            number = extract_layer_index(given.arguments.get("prefix", "")) if dtypes else None
+            if number in dtypes:
+                given.arguments["cache_config"] = copy.copy(cache_config)
+                given.arguments["cache_config"].cache_dtype = dtypes[number]
+        original(*given.args, **given.kwargs)
+
+    setattr(init, _MARK, True)
+    Attention.__init__ = init
 
 
 def before_pages_are_allocated(prepare: Callable[[Any, int], int]) -> None:

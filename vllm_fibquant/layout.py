@@ -7,10 +7,12 @@ after another; a record is the code of one key and one value vector:
     offset                       bytes              content
     0                            key_index_bytes    key indices, packed
     key_index_bytes              value_index_bytes  value indices, packed
-    norm_offset                  2                  key norm, little-endian float16
-    norm_offset + 2              2                  value norm, little-endian float16
+    norm_offset                  2 or 1             key norm
+    behind the key norm          2 or 1             value norm
 
-`norm_offset` is the end of the indices rounded up to an even number, so norms are 2-byte aligned.
+A norm is a little-endian float16 or, with gain_bits 8, the number of a level (gain.py).
+`norm_offset` is the end of the indices; where both norms have 2 bytes it is rounded up to an even
+number, so that they are 2-byte aligned. With gain_bits 8 a record may have an odd number of bytes.
 Index i of a vector occupies bits [i*b, (i+1)*b) of its packed field, b = index_bits, where bit 0
 is the least significant bit of the first byte (LSB first). Unused tail bits are 0.
 
@@ -28,6 +30,7 @@ from dataclasses import dataclass
 from vllm_fibquant.config import CodeSpec, Preset
 
 NORM_BYTES = 2
+"""Of a float16 norm."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class RecordLayout:
     head_dim: int
     key_index_bytes: int
     value_index_bytes: int
+    key_norm_bytes: int = NORM_BYTES
+    value_norm_bytes: int = NORM_BYTES
 
     @property
     def key_index_offset(self) -> int:
@@ -48,15 +53,17 @@ class RecordLayout:
 
     @property
     def key_norm_offset(self) -> int:
-        return (self.key_index_bytes + self.value_index_bytes + 1) & ~1
+        end = self.key_index_bytes + self.value_index_bytes
+        is_aligned = self.key_norm_bytes == self.value_norm_bytes == NORM_BYTES
+        return (end + 1) & ~1 if is_aligned else end
 
     @property
     def value_norm_offset(self) -> int:
-        return self.key_norm_offset + NORM_BYTES
+        return self.key_norm_offset + self.key_norm_bytes
 
     @property
     def record_bytes(self) -> int:
-        return self.value_norm_offset + NORM_BYTES
+        return self.value_norm_offset + self.value_norm_bytes
 
     @property
     def effective_rate(self) -> float:
@@ -70,7 +77,13 @@ def record_layout(key: CodeSpec, value: CodeSpec, head_dim: int) -> RecordLayout
     Raises:
         ValueError: a subvec_dim does not divide head_dim.
     """
-    return RecordLayout(head_dim, key.index_bytes(head_dim), value.index_bytes(head_dim))
+    return RecordLayout(
+        head_dim,
+        key.index_bytes(head_dim),
+        value.index_bytes(head_dim),
+        key.norm_bytes,
+        value.norm_bytes,
+    )
 
 
 def preset_layout(preset: Preset, head_dim: int) -> RecordLayout:

@@ -31,6 +31,7 @@ from vllm_fibquant.abi import DTYPES, Pages, load_library, pages_of
 from vllm_fibquant.codebook import Codebook
 from vllm_fibquant.codec import KVCodec
 from vllm_fibquant.config import GAIN_NUMBERS, CodeSpec
+from vllm_fibquant.gain import level_of_half, levels
 from vllm_fibquant.key_map import KeyMap, Turns
 from vllm_fibquant.list_search import CodewordLists
 from vllm_fibquant.reference import TokenCopies
@@ -46,6 +47,7 @@ class _Code(Structure):
     _fields_ = [
         *((name, c_int32) for name in ("subvec_dim", "index_bits", "num_rows", "folded", "gain")),
         ("num_rows_padded", c_int32),
+        ("norm_bytes", c_int32),
         *((name, c_void_p) for name in ("rows", "rows_t", "half_sq")),
         *((name, c_int32) for name in ("num_cells", "num_lists")),
         *((name, c_void_p) for name in ("cell_tiles", "list_tiles", "list_begin", "list_index")),
@@ -59,6 +61,8 @@ class _Codec(Structure):
         *((f"rotation_{name}", c_void_p) for name in ("signs", "matrix", "matrix_t")),
         ("key", _Code),
         ("value", _Code),
+        ("levels", c_void_p),
+        ("level_of_half", c_void_p),
     ]
 
 
@@ -177,7 +181,8 @@ def _code(
     pointers = [t.data_ptr() for t in tables]
     gain = GAIN_NUMBERS[spec.gain]
     found = _lists(rows, lists, spec.lists_searched, keep)
-    return _Code(dim, spec.index_bits, num_rows, int(spec.folded), gain, padded, *pointers, *found)
+    shape = dim, spec.index_bits, num_rows, int(spec.folded), gain, padded, spec.norm_bytes
+    return _Code(*shape, *pointers, *found)
 
 
 def _lists(
@@ -223,6 +228,7 @@ def codec_struct(codec: KVCodec) -> _Codec:
         struct.key, struct.value = (
             _code(side.spec, side.codebook, side.lists, keep) for side in (codec.key, codec.value)
         )
+        struct.levels, struct.level_of_half = (t.data_ptr() for t in (levels(), level_of_half()))
         _codecs[codec] = (struct, keep)
     return _codecs[codec][0]
 

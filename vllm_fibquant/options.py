@@ -11,6 +11,7 @@
     first_tokens    integer from 0 to 64             first tokens also kept in 16 bits, with a
                                                      recent_window
     key, value      object with fields of CodeSpec   replaces parts of the preset's code
+    layers          {"0-1,29": "fibquant_k5v3"}      other presets for some layers, by number
     rotation_seed   integer of at least 0            seed of the rotation
     self_check      true (default) or false          compare kernel and oracle at start
     unproven_gpu    true or false (default)          serve on a GPU, where no kernel has run yet
@@ -28,10 +29,11 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from vllm_fibquant.config import PrefillMode, Preset, get_preset
+from vllm_fibquant.config import PRESETS, PrefillMode, Preset, get_preset, is_fibquant
 
 SECTION = "fibquant"
 Mode = Literal["exact", "quality"]
@@ -54,6 +56,7 @@ _OWN_NAMES = (
     "monitor",
     "calibrate",
     "calibration",
+    "layers",
 )
 
 DEFAULT_FIRST = 4
@@ -90,7 +93,12 @@ class MonitorOptions:
 
 @dataclass(frozen=True)
 class Options:
-    """Everything that decides what is stored and how it is read; hashable and comparable."""
+    """Everything that decides what is stored and how it is read; hashable and comparable.
+
+    Attributes:
+        preset: of --kv-cache-dtype; in the options of one layer, that layer's.
+        layers: numbers of the layers that have another preset, and its name, in order.
+    """
 
     preset: Preset
     prefill: PrefillMode = _MODES[DEFAULT_MODE][0]
@@ -102,6 +110,20 @@ class Options:
     monitor: MonitorOptions | None = None
     calibrate: Calibrate = "none"
     calibration: str | None = None
+    layers: tuple[tuple[int, str], ...] = ()
+
+    def for_layer(self, preset_name: str) -> Options:
+        """The options of a layer with this preset."""
+        if preset_name == self.preset.name:
+            return self
+        preset = replace(get_preset(preset_name), rotation_seed=self.preset.rotation_seed)
+        return replace(self, preset=preset)
+
+    @property
+    def presets(self) -> tuple[Preset, ...]:
+        """The preset of --kv-cache-dtype, and those of layers that have another."""
+        names = dict.fromkeys([self.preset.name, *(name for _, name in self.layers)])
+        return tuple(self.for_layer(name).preset for name in names)
 
     @property
     def num_copied_first(self) -> int:
@@ -211,6 +233,16 @@ def parse_options(preset_name: str, additional_config: Any = None) -> Options:
             f'calibrate must be "none" with retain, got {calibrate!r}; leave one of them out: '
             "both treat the first tokens apart, and differently"
         )
+    layers: tuple[tuple[int, str], ...] = ()
+    try:
+        layers = parse_layers(given.get("layers"))
+        if preset_name in dict(layers).values():
+            problems.append(
+                f"layers must have another preset than --kv-cache-dtype, got {preset_name}; leave "
+                "those layers out"
+            )
+    except ValueError as error:
+        problems.append(str(error))
     overrides = {name: given[name] for name in _PRESET_NAMES if name in given}
     try:
         preset = preset.with_overrides(overrides)
@@ -229,7 +261,46 @@ def parse_options(preset_name: str, additional_config: Any = None) -> Options:
         monitor=monitor,
         calibrate=calibrate,
         calibration=calibration,
+        layers=layers,
     )
+
+
+def parse_layers(given: Any) -> tuple[tuple[int, str], ...]:
+    """Layers that have a preset of their own: number and preset, in order of numbers.
+
+    Args:
+        given: an object of layers ("0-1,29") and presets; None for no layers.
+
+    Raises:
+        ValueError: naming the value.
+    """
+    if given is None:
+        return ()
+    example = 'give for example {"0-1,29": "fibquant_k5v3"}'
+    if not isinstance(given, dict):
+        raise ValueError(
+            f"layers must be an object of layers and presets, got {given!r}; {example}"
+        )
+    presets: dict[int, str] = {}
+    for text, name in given.items():
+        if not (isinstance(name, str) and is_fibquant(name)):
+            raise ValueError(
+                f"layers must have presets among {', '.join(PRESETS)}, got {name!r}; {example}"
+            )
+        for part in str(text).split(","):
+            match = re.fullmatch(r"\s*(\d{1,5})(?:-(\d{1,5}))?\s*", part)
+            numbers = range(int(match[1]), int(match[2] or match[1]) + 1) if match else range(0)
+            if not numbers:
+                raise ValueError(
+                    f"layers must be numbers and ranges such as 0-1,29, got {text!r}; {example}"
+                )
+            twice = presets.keys() & numbers
+            if twice:
+                raise ValueError(
+                    f"layers must name each layer once, got layer {min(twice)} twice; leave one out"
+                )
+            presets.update(dict.fromkeys(numbers, name))
+    return tuple(sorted(presets.items()))
 
 
 def _is_count(value: Any, least: int = 0) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -185,6 +186,7 @@ def plan_capacities(
     batched_tokens: int = DEFAULT_BATCHED_TOKENS,
     num_copies: int = 0,
     max_num_seqs: int = DEFAULT_NUM_SEQS,
+    layer_presets: tuple[tuple[int, str], ...] = (),
 ) -> list[Capacity]:
     """What fits into `memory_bytes` of every worker's cache, for bf16, fp8 and every preset.
 
@@ -200,6 +202,7 @@ def plan_capacities(
             layer holds of one request.
         num_copies: tokens of a request that our layers also keep in 16 bits (mode quality).
         max_num_seqs: vLLM's --max-num-seqs: requests that have copies.
+        layer_presets: numbers of layers that have another preset than the rest, and its name.
 
     Returns:
         One entry for every cache dtype that the head_dim allows.
@@ -222,15 +225,20 @@ def plan_capacities(
     if max_num_seqs < 1:
         raise ValueError(f"plan: --max-num-seqs must be at least 1, got {max_num_seqs}")
     num_kv_heads = max(1, shape.num_kv_heads // tensor_parallel_size)
+    sizes = token_bytes(shape.head_dim)
+    _check_layer_presets(shape, layer_presets, skip_layers, sizes)
 
     capacities = []
-    for name, head_bytes in token_bytes(shape.head_dim).items():
-        layers = layer_specs(shape, head_bytes, num_kv_heads, block_size, skip_layers)
+    for name, head_bytes in sizes.items():
+        named = {n: sizes[p] for n, p in layer_presets} if name in PRESETS else {}
+        layers = layer_specs(shape, head_bytes, num_kv_heads, block_size, skip_layers, named)
         groups = group_layers(layers)
         bytes_per_block = max(sum(layer.page_bytes for layer in group) for group in groups)
         # Only layers that store codes have copies, of keys and values in 16 bits.
-        coded = [layer for layer in layers if layer.token_bytes == num_kv_heads * head_bytes]
-        row_bytes = len(coded) * num_kv_heads * 2 * shape.head_dim * DENSE_BYTES["bf16"]
+        dense_bytes = 2 * shape.head_dim * DENSE_BYTES["bf16"]
+        coded = [layer for layer in layers if layer.token_bytes < num_kv_heads * dense_bytes]
+        stored = sum(layer.token_bytes for layer in coded or layers) / len(coded or layers)
+        row_bytes = len(coded) * num_kv_heads * dense_bytes
         copied = num_copies if name in PRESETS and coded else 0
         copy_bytes = 0
         if copied:
@@ -242,7 +250,7 @@ def plan_capacities(
             Capacity(
                 kv_cache_dtype=name,
                 bytes_per_token=sum(layer.token_bytes for layer in layers),
-                effective_rate=8 * head_bytes / (2 * shape.head_dim)
+                effective_rate=8 * stored / (num_kv_heads * 2 * shape.head_dim)
                 + 8 * DENSE_BYTES["bf16"] * min(copied, context) / context,
                 num_blocks=num_blocks,
                 num_tokens=int(max_concurrency * context),
@@ -251,6 +259,39 @@ def plan_capacities(
             )
         )
     return capacities
+
+
+def _check_layer_presets(
+    shape: ModelShape,
+    layer_presets: tuple[tuple[int, str], ...],
+    skip_layers: tuple[str, ...],
+    sizes: dict[str, int],
+) -> None:
+    """Refuses what the engine refuses.
+
+    Raises:
+        ValueError: naming the layers or the preset.
+    """
+    num_layers = len(shape.windows)
+    beyond = [str(number) for number, _ in layer_presets if number >= num_layers]
+    if beyond:
+        raise ValueError(f"plan: --layers must be below {num_layers}, got {', '.join(beyond)}")
+    both = [str(number) for number, _ in layer_presets if str(number) in skip_layers]
+    if both:
+        raise ValueError(
+            "plan: --layers must not be among --kv-cache-dtype-skip-layers, got "
+            f"{', '.join(both)}; name each layer in one of the two"
+        )
+    for _, name in layer_presets:
+        if name not in sizes:
+            raise ValueError(
+                f"plan: --layers must have presets for head_dim {shape.head_dim}, got {name}"
+            )
+    if layer_presets and len(set(shape.windows)) > 1:
+        raise ValueError(
+            "plan: --layers must be left out for models that mix full and sliding-window "
+            f"attention, got {shape.name}: vLLM pads every page to the largest"
+        )
 
 
 def token_bytes(head_dim: int) -> dict[str, int]:
@@ -270,13 +311,19 @@ def layer_specs(
     num_kv_heads: int,
     block_size: int,
     skip_layers: tuple[str, ...],
+    named: Mapping[int, int] | None = None,
 ) -> list[LayerSpec]:
-    """The spec of every layer; those skipped have 16 bits."""
+    """The spec of every layer; those skipped have 16 bits.
+
+    Args:
+        named: bytes of a token and KV head of layers that have others than `head_bytes`.
+    """
     dense_bytes = 2 * shape.head_dim * DENSE_BYTES["bf16"]
     layers = []
     for index, window in enumerate(shape.windows):
         is_skipped = str(index) in skip_layers or (window > 0 and "sliding_window" in skip_layers)
-        token_bytes = num_kv_heads * (dense_bytes if is_skipped else head_bytes)
+        own_bytes = (named or {}).get(index, head_bytes)
+        token_bytes = num_kv_heads * (dense_bytes if is_skipped else own_bytes)
         layers.append(LayerSpec(window, token_bytes, block_size, block_size * token_bytes))
     return layers
 

@@ -39,6 +39,7 @@ def register() -> None:
             _register_backend()
             compat.store_as_bytes(list(PRESETS))
             compat.select_backend(list(PRESETS), support.BACKEND_NAME, _choose_backend)
+            compat.give_layers_dtypes(list(PRESETS), _layer_dtypes)
             compat.before_pages_are_allocated(_prepare)
             compat.add_worker_method(REPORT_METHOD, _report)
         compat.accept_names(list(PRESETS))
@@ -86,7 +87,7 @@ def _choose_backend(vllm_config: VllmConfig, layer: dict[str, Any]) -> type:
     from vllm_fibquant import attention
 
     name = layer["kv_cache_dtype"]
-    backend = attention.backend_for(support.run_options(vllm_config, name))
+    backend = attention.backend_for(support.run_options(vllm_config).for_layer(name))
     problems = backend.validate_configuration(device_capability=None, **layer)
     if problems:
         raise ValueError(
@@ -99,6 +100,11 @@ def _choose_backend(vllm_config: VllmConfig, layer: dict[str, Any]) -> type:
             )
         )
     return backend
+
+
+def _layer_dtypes(vllm_config: VllmConfig) -> dict[int, str]:
+    """The cache dtypes of layers that have another than --kv-cache-dtype, by number."""
+    return dict(support.run_options(vllm_config).layers)
 
 
 def _prepare(worker: Any, available_bytes: int) -> int:
@@ -114,12 +120,12 @@ def _prepare(worker: Any, available_bytes: int) -> int:
     from vllm_fibquant import attention, calibrate
 
     layers = attention.our_layers(vllm_config)
-    _compare_ranks(vllm_config.cache_config.cache_dtype, list(layers.values()))
+    _compare_ranks(vllm_config, list(layers.values()))
     calibrate.calibrate_layers(worker.model_runner.get_model(), vllm_config, layers)
     return available_bytes - attention.allocate_copies(vllm_config, available_bytes)
 
 
-def _compare_ranks(kv_cache_dtype: str, layers: list[Any]) -> None:
+def _compare_ranks(vllm_config: VllmConfig, layers: list[Any]) -> None:
     """Refuses to serve with ranks that differ.
 
     Raises:
@@ -128,13 +134,15 @@ def _compare_ranks(kv_cache_dtype: str, layers: list[Any]) -> None:
     """
     from vllm.logger import init_logger
 
-    facts = agreement.facts_of((layer.options, layer.codec) for layer in layers)
+    # Not each layer's own options: other pipeline stages have layers with other presets.
+    options = support.run_options(vllm_config)
+    facts = agreement.facts_of((options, layer.codec) for layer in layers)
     # Every rank takes part, also one of whose layers none is ours.
     facts_of_ranks = compat.gather_from_ranks(facts, RANKS_TIMEOUT_S)
     problems = agreement.differences(facts_of_ranks)
     if problems:
         problems[-1] += "; give every node the same installation, codebooks and command line"
-        raise ValueError(support.refusal(kv_cache_dtype, problems))
+        raise ValueError(support.refusal(vllm_config.cache_config.cache_dtype, problems))
     init_logger(f"vllm.{__name__}").info(
         "FibQuant settings and codebooks have digest %s, rank(s): %d",
         agreement.digest_of(facts),

@@ -27,12 +27,13 @@ def worker_report(vllm_config: VllmConfig) -> dict[str, Any]:
         token_bytes: bytes of one token in all layers of this worker: as they are, with 16 bits
             per coordinate, and with --kv-cache-dtype auto, the model's own dtype.
         cache_bytes: memory of all pages.
-        codes: of keys and of values: code, rate, codebook digest; one entry per head_dim.
+        codes: of keys and of values: code, rate, codebook digest; one entry per head_dim and
+            preset.
         self_checks: those passed.
     """
     layers = get_layers_from_vllm_config(vllm_config, Attention)
     itemsize = vllm_config.model_config.dtype.itemsize
-    coded: dict[int, KVCodec] = {}
+    coded: dict[tuple[int, str], KVCodec] = {}
     stored_bytes = num_coordinates = num_coded_layers = 0
     for layer in layers.values():
         impl = layer.impl
@@ -40,7 +41,7 @@ def worker_report(vllm_config: VllmConfig) -> dict[str, Any]:
         num_coordinates += layer_coordinates
         if isinstance(impl, FibQuantImpl):
             stored_bytes += impl.num_kv_heads * impl.codec.layout.record_bytes
-            coded[impl.head_size] = impl.codec
+            coded[impl.head_size, impl.options.preset.name] = impl.codec
             num_coded_layers += 1
         else:
             stored_bytes += layer_coordinates * itemsize
@@ -63,13 +64,14 @@ def worker_report(vllm_config: VllmConfig) -> dict[str, Any]:
         "codes": [
             {
                 "head_dim": head_dim,
+                "preset": preset,
                 "record_bytes": codec.layout.record_bytes,
                 "rate": (codec.key.spec.rate + codec.value.spec.rate) / 2,
                 "effective_rate": codec.layout.effective_rate,
                 "key": _code(codec.key),
                 "value": _code(codec.value),
             }
-            for head_dim, codec in sorted(coded.items())
+            for (head_dim, preset), codec in sorted(coded.items())
         ],
         "self_checks": [asdict(result) for result in passed_self_checks()],
     }

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_fibquant import ops
 from vllm_fibquant.checks import DTYPES
 from vllm_fibquant.codec import KVCodec
-from vllm_fibquant.config import PRESETS
+from vllm_fibquant.config import PRESETS, Preset
 from vllm_fibquant.key_transform import transform_problem
 from vllm_fibquant.options import Options, parse_options
 
@@ -45,15 +45,15 @@ REFUSED_CONNECTORS = ("LMCache",)
 GPU_CONNECTORS = ("OffloadingConnector", "SimpleCPUOffloadConnector")
 
 
-def run_options(vllm_config: VllmConfig, kv_cache_dtype: str) -> Options:
-    """The options of a layer whose cache dtype is `kv_cache_dtype`."""
-    return parse_options(kv_cache_dtype, vllm_config.additional_config)
+def run_options(vllm_config: VllmConfig) -> Options:
+    """The options of a run whose --kv-cache-dtype is ours."""
+    return parse_options(vllm_config.cache_config.cache_dtype, vllm_config.additional_config)
 
 
-def head_dim_problem(options: Options, head_dim: int, device_type: str = "cpu") -> str | None:
+def head_dim_problem(preset: Preset, head_dim: int, device_type: str = "cpu") -> str | None:
     """Why vectors of `head_dim` cannot be stored on a device, or None. Loads the codebooks."""
     try:
-        codec = KVCodec.from_preset(options.preset, head_dim)
+        codec = KVCodec.from_preset(preset, head_dim)
     except (ValueError, OSError) as error:
         return str(error)
     return ops.unsupported_codec(codec, device_type)
@@ -64,7 +64,7 @@ def config_problems(vllm_config: VllmConfig) -> list[str]:
     problems: list[str] = []
     cache, device = vllm_config.cache_config, vllm_config.device_config.device_type
     try:
-        options = run_options(vllm_config, cache.cache_dtype)
+        options = run_options(vllm_config)
     except ValueError as error:
         return [str(error)]
 
@@ -127,9 +127,8 @@ def config_problems(vllm_config: VllmConfig) -> list[str]:
             other_dtype,
         )
         if not model.use_mla:
-            problem = head_dim_problem(options, model.get_head_size(), device)
-            if problem:
-                problems.append(problem)
+            found = (head_dim_problem(p, model.get_head_size(), device) for p in options.presets)
+            problems += [problem for problem in found if problem]
 
     require(
         device == "cpu" or (device == "cuda" and options.unproven_gpu),
@@ -145,6 +144,7 @@ def config_problems(vllm_config: VllmConfig) -> list[str]:
             ("retain", options.retain),
             ("monitor", options.monitor),
             ("calibrate", "" if options.calibrate == "none" else options.calibrate),
+            ("layers", dict(options.layers)),
         ):
             hint = 'use "mode": "exact" without it'
             if name == "recent_window":
@@ -208,6 +208,8 @@ def config_problems(vllm_config: VllmConfig) -> list[str]:
     )
     if options.retain:
         problems += [f"retain: {problem}" for problem in retain_problems(vllm_config)]
+    if options.layers:
+        problems += [f"layers: {problem}" for problem in layers_problems(vllm_config, options)]
     if options.calibrate != "none":
         problems += [
             f"calibrate: {problem}" for problem in calibrate_problems(vllm_config, options)
@@ -241,9 +243,8 @@ def calibrate_problems(vllm_config: VllmConfig, options: Options) -> list[str]:
             "model is not measured; leave --speculative-config out"
         )
     if model is not None and options.calibrate == "transform" and not model.use_mla:
-        problem = transform_problem(options.preset.key, model.get_head_size())
-        if problem:
-            problems.append(problem)
+        found = (transform_problem(p.key, model.get_head_size()) for p in options.presets)
+        problems += [problem for problem in found if problem]
     moves_pages = vllm_config.kv_transfer_config is not None or cache.kv_offloading_size is not None
     if moves_pages and options.calibrate == "transform":
         problems.append(
@@ -255,6 +256,52 @@ def calibrate_problems(vllm_config: VllmConfig, options: Options) -> list[str]:
             "calibration must be an existing file with KV connectors and offloading, got "
             f"{options.calibration!r}: pages mean the same only to those who read the same file; "
             "run: vllm-fibquant calibrate MODEL --output FILE"
+        )
+    return problems
+
+
+def layers_problems(vllm_config: VllmConfig, options: Options) -> list[str]:
+    """Every reason why some layers of this configuration cannot have a preset of their own."""
+    problems = []
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    skipped = cache.kv_cache_dtype_skip_layers
+    both = [str(number) for number, _ in options.layers if str(number) in skipped]
+    if both or "sliding_window" in skipped:
+        problems.append(
+            "they must not be among --kv-cache-dtype-skip-layers, got "
+            f"{', '.join(both) or 'sliding_window'} there; name each layer in one of the two"
+        )
+    speculation = vllm_config.speculative_config
+    if speculation is not None and speculation.method != "ngram":
+        problems.append(
+            f"speculative decoding must be off or ngram, got {speculation.method}, whose draft "
+            "model has layers of the same numbers; leave --speculative-config out"
+        )
+    if vllm_config.kv_transfer_config is not None or cache.kv_offloading_size is not None:
+        problems.append(
+            "KV connectors and offloading must be off, got one: many take all layers' pages for "
+            "equally large; leave --kv-transfer-config and --kv-offloading-size out"
+        )
+    if model is None:
+        return problems
+    num_layers = model.get_total_num_hidden_layers()
+    beyond = [str(number) for number, _ in options.layers if number >= num_layers]
+    if beyond:
+        problems.append(
+            f"they must be from 0 to {num_layers - 1} for this model, got {', '.join(beyond)}; "
+            "leave those out"
+        )
+    if model.is_hybrid:
+        problems.append(
+            f"the model's layers must all be attention, got {model.architecture}; leave layers out"
+        )
+    layer_types = getattr(model.hf_text_config, "layer_types", None) or ()
+    is_mixed = len(set(layer_types)) > 1
+    if is_mixed and not vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+        problems.append(
+            "pages must be equally large in models that mix full and sliding-window attention, "
+            "where vLLM pads every page to the largest and nothing would be saved; leave layers "
+            "out, or give --disable-hybrid-kv-cache-manager, which keeps all tokens of all layers"
         )
     return problems
 

@@ -95,8 +95,8 @@ static void attend_split(Call& call, const RowBlock& b, int begin, int end, int 
         const uint8_t* norms = record + layout.key_norm_offset;
         key_fields[t] = record + layout.key_index_offset;
         value_fields[t] = record + layout.value_index_offset;
-        s.key_factor[t] = half_to_float(read<uint16_t>(norms)) * call.args.scale;
-        s.value_factor[t] = half_to_float(read<uint16_t>(norms + kNormBytes));
+        s.key_factor[t] = load_norm(codec, codec.key, norms) * call.args.scale;
+        s.value_factor[t] = load_norm(codec, codec.value, norms + codec.key.norm_bytes);
       }
     }
     for (int j = 0; j < tile; ++j) {
@@ -249,9 +249,7 @@ static int paged_attention(const FqCodec& codec, const FqPages& pages, const FqA
   const int head_dim = codec.head_dim;
   Call call = {codec,   pages, args, {}, code_kernels(codec.key), code_kernels(codec.value),
                nullptr, 0,     false};
-  call.layout =
-      record_layout(index_bytes(head_dim / codec.key.subvec_dim, codec.key.index_bits),
-                    index_bytes(head_dim / codec.value.subvec_dim, codec.value.index_bits));
+  call.layout = layout_of(head_dim, codec.key, codec.value);
   call.group_size = args.num_q_heads / pages.num_kv_heads;
   const int num_threads = args.num_threads;
 
@@ -319,9 +317,7 @@ static int paged_attention(const FqCodec& codec, const FqPages& pages, const FqA
 // outside the table of the map of keys (nothing is written).
 static int64_t encode_kv(const FqCodec& codec, const FqPages& pages, const FqEncode& args) {
   const int head_dim = codec.head_dim;
-  const RecordLayout layout =
-      record_layout(index_bytes(head_dim / codec.key.subvec_dim, codec.key.index_bits),
-                    index_bytes(head_dim / codec.value.subvec_dim, codec.value.index_bits));
+  const RecordLayout layout = layout_of(head_dim, codec.key, codec.value);
   const int64_t num_slots = pages.num_blocks * pages.block_size;
   const bool turns = args.key_map && args.key_map->turn_fine;
   for (int64_t token = 0; turns && token < args.num_tokens; ++token) {
@@ -356,7 +352,8 @@ static int64_t encode_kv(const FqCodec& codec, const FqPages& pages, const FqEnc
                args.dtype, head_dim, x);
       nonfinite +=
           !encode_vector(codec, codec.value, x, record + layout.value_index_offset, norms + 1);
-      memcpy(record + layout.key_norm_offset, norms, 4);
+      store_norm(codec, codec.key, norms[0], record + layout.key_norm_offset);
+      store_norm(codec, codec.value, norms[1], record + layout.value_norm_offset);
     }
   }
   return outside ? -1 : nonfinite;

@@ -98,7 +98,7 @@ static inline void rotate(const FqCodec& codec, float* x, bool inverse) {
 // ---- indices ------------------------------------------------------------------------------------
 
 // Index i of a field packed LSB first. Reads up to 3 bytes from the index's first byte: the norms
-// that follow the indices in a record keep that inside it.
+// that follow the indices in a record, two bytes or more, keep that inside it.
 static inline uint32_t unpack_index(const uint8_t* field, int i, int bits) {
   const uint32_t bit = (uint32_t)(i * bits);
   const uint8_t* p = field + (bit >> 3);
@@ -113,6 +113,24 @@ static inline void pack_index(uint8_t* field, int i, int bits, uint32_t index) {
   p[0] |= (uint8_t)word;
   if ((bit & 7) + bits > 8) p[1] |= (uint8_t)(word >> 8);
   if ((bit & 7) + bits > 16) p[2] |= (uint8_t)(word >> 16);
+}
+
+// ---- norms --------------------------------------------------------------------------------------
+
+static inline float load_norm(const FqCodec& codec, const FqCode& code, const uint8_t* p) {
+  if (code.norm_bytes == 1) return codec.levels[*p];
+  uint16_t half;
+  memcpy(&half, p, sizeof(half));
+  return half_to_float(half);
+}
+
+// `half`: the bits of a float16 of at least 0.
+static inline void store_norm(const FqCodec& codec, const FqCode& code, uint16_t half, uint8_t* p) {
+  if (code.norm_bytes == 1) {
+    *p = codec.level_of_half[half & 0x7FFF];
+  } else {
+    memcpy(p, &half, sizeof(half));
+  }
 }
 
 // ---- codes to floats ----------------------------------------------------------------------------
@@ -159,7 +177,8 @@ struct Codes {
   Word word(const uint8_t* field, size_t i) const {
     field += i / 8 * kHalfBytes;
     if constexpr (kFolded) {
-      // May read past the indices by up to 3 bytes, which the norms behind them keep in the record.
+      // Reads past the indices by 1 byte, or by 3 with kDim 2, which the norms behind them keep in
+      // the record: codec.py refuses values of kDim 2 when both norms have one byte.
       using T = std::conditional_t<kDim == 2, uint64_t, uint32_t>;
       return {read<T>(field), read<T>(field + kHalfBytes), field};
     } else {

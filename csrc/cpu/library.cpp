@@ -104,9 +104,7 @@ FQ_EXPORT void fq_abi(int64_t sizes[5]) {
 // The record layout as the kernels see it: five int32 in the order of fq::RecordLayout.
 FQ_EXPORT void fq_record_layout(int32_t head_dim, const FqCode* key, const FqCode* value,
                                 int32_t out[5]) {
-  const fq::RecordLayout layout =
-      fq::record_layout(fq::index_bytes(head_dim / key->subvec_dim, key->index_bits),
-                        fq::index_bytes(head_dim / value->subvec_dim, value->index_bits));
+  const fq::RecordLayout layout = fq::layout_of(head_dim, *key, *value);
   memcpy(out, &layout, sizeof(layout));
 }
 

@@ -173,6 +173,7 @@ function showFacts(now) {
   };
   const facts = {
     preset: info.preset, "key code": info.key_code, "value code": info.value_code,
+    ...(info.layers ? { layers: info.layers } : {}),
     prefill: info.prefill, "recent window": info.recent_window, kernel: info.kernel,
     "self-check": m.sum("fibquant:self_check_passed") ? "passed" : "switched off",
     "encode, per step": per("fibquant:encode_seconds_total"),

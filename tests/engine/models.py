@@ -30,6 +30,14 @@ def _llama(**changes):
     return LlamaForCausalLM, LlamaConfig(**{**_COMMON, **heads, **changes})
 
 
+def _mistral():
+    """A sliding window on every layer."""
+    from transformers import MistralConfig, MistralForCausalLM
+
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64}
+    return MistralForCausalLM, MistralConfig(**_COMMON, **heads, sliding_window=64)
+
+
 def _gemma2():
     """Sliding window on every other layer, and a soft cap on scores."""
     from transformers import Gemma2Config, Gemma2ForCausalLM
@@ -80,6 +88,8 @@ def _gpt_oss():
 _SHAPES = {
     "llama": _llama,
     "llama-1layer": lambda: _llama(num_hidden_layers=1),
+    "llama-4layers": lambda: _llama(num_hidden_layers=4),
+    "mistral": _mistral,
     "llama-mha80": lambda: _llama(num_attention_heads=4, num_key_value_heads=4, head_dim=80),
     "llama-mqa128": lambda: _llama(num_attention_heads=4, num_key_value_heads=1, head_dim=128),
     "llama-d48": lambda: _llama(head_dim=48),

@@ -47,6 +47,18 @@ EMBEDDING_MODEL = {
 }
 
 
+HEAD_DIM_68 = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 272,
+    "intermediate_size": 256,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+}
+
+
 def refusal_of(model: str, kv_cache_dtype: str = "fibquant_2bit", **settings) -> str:
     """What the user is told, before any process is started."""
     from vllm.engine.arg_utils import EngineArgs
@@ -91,6 +103,38 @@ def test_unknown_option(model_folder):
     )
     assert "got 'window'" in told
     assert "prefill" in told
+
+
+def test_layers_where_they_cannot_have_their_own_presets(model_folder):
+    told = refusal_of(
+        make_model("gemma2", model_folder),
+        additional_config={"fibquant": {"layers": {"0-2": "fibquant_4bit"}}},
+        kv_cache_dtype_skip_layers=["0"],
+        kv_transfer_config={"kv_connector": "ExampleConnector", "kv_role": "kv_both"},
+        disable_hybrid_kv_cache_manager=False,
+        speculative_config={
+            "method": "draft_model",
+            "model": make_model("llama", model_folder),
+            "num_speculative_tokens": 2,
+        },
+    )
+    for part in (
+        "layers: they must not be among --kv-cache-dtype-skip-layers, got 0 there",
+        "layers: speculative decoding must be off or ngram, got draft_model",
+        "layers: KV connectors and offloading must be off",
+        "layers: they must be from 0 to 1 for this model, got 2",
+        "layers: pages must be equally large in models that mix",
+    ):
+        assert part in told
+    assert told.count("\n  - ") == 5
+
+
+def test_layers_whose_preset_the_head_dim_does_not_allow(model_folder):
+    told = refusal_of(
+        make_config_only("d68", {**HEAD_DIM_68}, model_folder),
+        additional_config={"fibquant": {"layers": {"0": "fibquant_1bit"}}},
+    )
+    assert "subvec_dim must divide head_dim, got subvec_dim 8 and head_dim 68" in told
 
 
 def test_every_reason_is_given_at_once(model_folder):

@@ -98,7 +98,15 @@ class FibQuant(Format):
 
     @classmethod
     def from_options(cls, options: Options, step: int) -> FibQuant:
-        """What the engine does with these options when it prefills `step` tokens at once."""
+        """What the engine does with these options when it prefills `step` tokens at once.
+
+        Raises:
+            ValueError: layers have presets of their own.
+        """
+        if options.layers:
+            raise ValueError(
+                f"FibQuant: layers must have one preset, got {options.layers}; leave layers out"
+            )
         step = step if options.prefill == "raw" else 0
         return cls(options.preset, options.recent_window, options.num_copied_first, step)
 
