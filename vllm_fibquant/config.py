@@ -33,7 +33,7 @@ MAX_INDEX_BITS = 16
 
 # (subvec_dim, num_codewords): fewest lists that lose less than 0.5 % of MSE and pay
 # (benchmarks/bench_list.py). Codes that are not here compare with every row.
-DEFAULT_NUM_LISTS = {(4, 1024): 1, (4, 4096): 1, (8, 4096): 2, (8, 65536): 4, (16, 4096): 4}
+DEFAULT_NUM_LISTS = {(4, 1024): 1, (4, 4096): 1, (8, 4096): 1, (8, 65536): 4, (16, 4096): 1}
 
 
 @dataclass(frozen=True)

@@ -361,6 +361,8 @@ static inline bool encode_vector(const FqCodec& codec, const FqCode& code, float
     nearest_all<4>(code, num_subvecs, y, index);
   } else if (dim == 8) {
     nearest_all<8>(code, num_subvecs, y, index);
+  } else if (dim == 16) {
+    nearest_all<16>(code, num_subvecs, y, index);
   } else {
     nearest_all<0>(code, num_subvecs, y, index);
   }

@@ -10,13 +10,6 @@ namespace fq::FQ_ISA {
 
 // ---- the best lane -----------------------------------------------------------------------------
 
-// Takes the (score, index) pairs that are better, or as good and of a lower index.
-static inline void keep_better(vf score, vi index, vf& best, vi& best_index) {
-  const vi better = (score > best) | ((score == best) & (index < best_index));
-  best = better ? score : best;
-  best_index = better ? index : best_index;
-}
-
 template <int kHalf>
 static inline vi min_with_swapped(vi x) {
   vi swap;
@@ -81,45 +74,39 @@ static inline void nearest(const FqCode& code, const float* y, uint32_t* index) 
 // ---- lists --------------------------------------------------------------------------------------
 
 constexpr int kTileRows = 16;  // rows of a tile: [subvec_dim + 1, 16] floats, the first -|c|^2 / 2
-constexpr int kPerTile = kTileRows / kLanes;
 constexpr int kMaxCells = 256;
 
-// Scores of a tile's 16 rows, rounded as in the exhaustive search.
-template <int kDim>
-static inline void score_tile(const float* tile, int any_dim, const vf* coords, vf* score) {
+// For kCount subvectors the best of `count` tiles: its position, the lowest of equals, and its
+// score, rounded as in the exhaustive search. With `scores`, [kCount, kMaxCells], also every score.
+template <int kDim, int kCount>
+static inline void best_in_tiles(const float* tiles, int count, int any_dim,
+                                 const vf (*coords)[kDim ? kDim : 64], int32_t* best_at, float* top,
+                                 float* scores = nullptr) {
   const int dim = kDim ? kDim : any_dim;
-  for (int v = 0; v < kPerTile; ++v) score[v] = load(tile + v * kLanes);
-  for (int j = 0; j < dim; ++j) {
-    tile += kTileRows;
-    for (int v = 0; v < kPerTile; ++v)
-      score[v] = madd(load(tile + v * kLanes), coords[j], score[v]);
+  vf best[kCount];
+  vi at[kCount];
+  for (int s = 0; s < kCount; ++s) {
+    best[s] = splat(kMinusInf);
+    at[s] = vi{};
   }
-}
-
-// The best of `count` tiles: its position, the lowest of equals, and its score.
-template <int kDim>
-static inline int32_t best_in_tiles(const float* tiles, int count, int any_dim, const vf* coords,
-                                    float* top) {
-  const int dim = kDim ? kDim : any_dim;
-  vf best[kPerTile];
-  vi best_at[kPerTile], at[kPerTile];
-  for (int v = 0; v < kPerTile; ++v) {
-    best[v] = splat(kMinusInf);
-    best_at[v] = vi{};
-    at[v] = lane_numbers() + v * kLanes;
-  }
+  vi position = lane_numbers();
   for (int t = 0; t < count; ++t, tiles += (dim + 1) * kTileRows) {
-    vf score[kPerTile];
-    score_tile<kDim>(tiles, dim, coords, score);
-    for (int v = 0; v < kPerTile; ++v) {
-      const vi better = score[v] > best[v];
-      best[v] = vmax(score[v], best[v]);
-      best_at[v] = better ? at[v] : best_at[v];
-      at[v] += kTileRows;
+    for (int v = 0; v < kTileRows; v += kLanes, position += kLanes) {
+      vf score[kCount];
+      for (int s = 0; s < kCount; ++s) score[s] = load(tiles + v);
+      for (int j = 0; j < dim; ++j) {
+        const vf c = load(tiles + (j + 1) * kTileRows + v);
+        for (int s = 0; s < kCount; ++s) score[s] = madd(c, coords[s][j], score[s]);
+      }
+      for (int s = 0; s < kCount; ++s) {
+        const vi better = score[s] > best[s];
+        best[s] = vmax(score[s], best[s]);
+        at[s] = better ? position : at[s];
+        if (scores) store(scores + s * kMaxCells + t * kTileRows + v, score[s]);
+      }
     }
   }
-  for (int v = 1; v < kPerTile; ++v) keep_better(best[v], best_at[v], best[0], best_at[0]);
-  return best_lane(best[0], best_at[0], top);
+  for (int s = 0; s < kCount; ++s) best_at[s] = best_lane(best[s], at[s], top + s);
 }
 
 // Position of the best of `count` scores, a multiple of 16; the lowest of equals.
@@ -136,47 +123,41 @@ static inline int32_t best_of(const float* scores, int count) {
   return best_lane(best, best_at, &top);
 }
 
-// The nearest row of one subvector y among the lists of its code.num_lists nearest cells.
+// The nearest rows of kCount subvectors y among the lists of their code.num_lists nearest cells.
 // A list's rows ascend, so the first of equals in it has the lowest index.
-template <int kDim>
-static inline uint32_t nearest_listed(const FqCode& code, const float* y) {
+template <int kDim, int kCount>
+static inline void nearest_listed(const FqCode& code, const float* y, uint32_t* index) {
   const int dim = kDim ? kDim : code.subvec_dim;
   const int64_t tile_size = (dim + 1) * kTileRows;
   const int num_cell_tiles = (code.num_cells + kTileRows - 1) / kTileRows;
-  vf coords[kDim ? kDim : 64];
-  for (int j = 0; j < dim; ++j) coords[j] = splat(y[j]);
-
-  float best = kMinusInf;
-  int32_t winner = INT32_MAX;
-  const auto search_list = [&](int cell) {
-    const int64_t begin = code.list_begin[cell];
-    float top;
-    const int32_t at =
-        best_in_tiles<kDim>(code.list_tiles + begin * tile_size,
-                            code.list_begin[cell + 1] - (int)begin, dim, coords, &top);
-    const int32_t row = code.list_index[begin * kTileRows + at];
-    if (top > best || (top == best && row < winner)) {
-      best = top;
-      winner = row;
+  vf coords[kCount][kDim ? kDim : 64];
+  for (int s = 0; s < kCount; ++s) {
+    for (int j = 0; j < dim; ++j) coords[s][j] = splat(y[s * dim + j]);
+  }
+  alignas(64) float cell_scores[kCount][kMaxCells];
+  int32_t cell[kCount];
+  float top[kCount];
+  best_in_tiles<kDim, kCount>(code.cell_tiles, num_cell_tiles, dim, coords, cell, top,
+                              code.num_lists > 1 ? cell_scores[0] : nullptr);
+  for (int s = 0; s < kCount; ++s) {
+    float best = kMinusInf;
+    int32_t winner = INT32_MAX;
+    for (int n = 0;;) {
+      const int begin = code.list_begin[cell[s]], end = code.list_begin[cell[s] + 1];
+      int32_t at;
+      best_in_tiles<kDim, 1>(code.list_tiles + begin * tile_size, end - begin, dim, coords + s, &at,
+                             top);
+      const int32_t row = code.list_index[(int64_t)begin * kTileRows + at];
+      if (top[0] > best || (top[0] == best && row < winner)) {
+        best = top[0];
+        winner = row;
+      }
+      if (++n == code.num_lists) break;
+      cell_scores[s][cell[s]] = kMinusInf;
+      cell[s] = best_of(cell_scores[s], num_cell_tiles * kTileRows);
     }
-  };
-  if (code.num_lists == 1) {
-    float top;
-    search_list(best_in_tiles<kDim>(code.cell_tiles, num_cell_tiles, dim, coords, &top));
-    return (uint32_t)winner;
+    index[s] = (uint32_t)winner;
   }
-  alignas(64) float cell_score[kMaxCells];
-  for (int t = 0; t < num_cell_tiles; ++t) {
-    vf score[kPerTile];
-    score_tile<kDim>(code.cell_tiles + t * tile_size, dim, coords, score);
-    for (int v = 0; v < kPerTile; ++v) store(cell_score + t * kTileRows + v * kLanes, score[v]);
-  }
-  for (int n = 0; n < code.num_lists; ++n) {
-    const int32_t cell = best_of(cell_score, num_cell_tiles * kTileRows);
-    cell_score[cell] = kMinusInf;
-    search_list(cell);
-  }
-  return (uint32_t)winner;
 }
 
 // ---- all subvectors of a vector -----------------------------------------------------------------
@@ -187,7 +168,8 @@ static inline void nearest_all(const FqCode& code, int num_subvecs, const float*
   const int dim = kDim ? kDim : code.subvec_dim;
   int s = 0;
   if (code.num_cells) {
-    for (; s < num_subvecs; ++s) index[s] = nearest_listed<kDim>(code, y + s * dim);
+    for (; s + 4 <= num_subvecs; s += 4) nearest_listed<kDim, 4>(code, y + s * dim, index + s);
+    for (; s < num_subvecs; ++s) nearest_listed<kDim, 1>(code, y + s * dim, index + s);
   }
   for (; s + 4 <= num_subvecs; s += 4) nearest<kDim, 4>(code, y + s * dim, index + s);
   for (; s < num_subvecs; ++s) nearest<kDim, 1>(code, y + s * dim, index + s);
