@@ -147,9 +147,9 @@ def paged_attention(
             keys[mapped] = key_map.decode_keys(
                 records[mapped], codec, compute_dtype, positions[mapped]
             )
-            if (first := key_map.first) is not None:
-                for x, mean in ((keys, first.key), (values, first.value)):
-                    x[: first.num_first] += mean.transpose(0, 1)[:seq_len].to(compute_dtype)
+            if (means := key_map.first) is not None:
+                for x, mean in ((keys, means.key), (values, means.value)):
+                    x[: means.num_first] += mean.transpose(0, 1)[:seq_len].to(compute_dtype)
         if raw_key is not None and raw_value is not None:
             keys[seq_len - query_len :] = raw_key[begin:end].to(compute_dtype)
             values[seq_len - query_len :] = raw_value[begin:end].to(compute_dtype)

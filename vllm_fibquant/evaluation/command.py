@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,7 @@ def run(options: argparse.Namespace) -> int:
         options.out / f"{name}.jsonl",
         quick=options.quick,
         any_code=options.any_code or options.report,
+        continuations=None if options.part is None else json.load(sys.stdin),
     )
     if options.part is not None:
         suite.run(options.part, options.jobs)
@@ -81,8 +83,15 @@ def _run_parts(suite: Suite, jobs: int) -> None:
     if jobs == 1 or not suite.missing:
         return suite.run()
     command = [sys.executable, "-m", "vllm_fibquant", *sys.argv[1:], "--part"]
-    parts = [subprocess.Popen([*command, str(part)]) for part in range(jobs)]
+    parts = [
+        subprocess.Popen([*command, str(part)], stdin=subprocess.PIPE, text=True)
+        for part in range(jobs)
+    ]
     try:
+        for process in parts:
+            assert process.stdin
+            process.stdin.write(json.dumps(suite.continuations))
+            process.stdin.close()
         for process in parts:
             process.wait()
     finally:

@@ -89,16 +89,19 @@ class Suite:
 
     Attributes:
         rows: what is measured.
+        continuations: the uncompressed model's, of the greedy prompts; they take a minute.
         results: by (row name, unit name), the lines of the file that belong to this plan.
     """
 
     def __init__(
         self, model: str, sizes: Sizes, path: Path, *, rows: Sequence[Row] | None = None,
         quick: bool = False, any_code: bool = False,
+        continuations: list[list[int]] | None = None,
     ) -> None:  # fmt: skip
         self.model, self.sizes, self.path = model, sizes, path
         self.simulator = Simulator(model)
         given = all_rows(sizes.step) if rows is None else list(rows)
+        self.continuations = continuations
         self.rows = [row for row in given if row.quick or not quick]
         self.code = code_digest()
         encode = functools.partial(self.simulator.tokenizer.encode, add_special_tokens=False)
@@ -129,7 +132,9 @@ class Suite:
                 self.results[key] = result
 
     def _continue(self, prompts: list[list[int]], count: int) -> list[list[int]]:
-        return self.simulator.continuations(prompts, count)
+        if self.continuations is None:
+            self.continuations = self.simulator.continuations(prompts, count)
+        return self.continuations
 
     def _what(self, row: Row, unit: Unit) -> str:
         given = repr((self._base, row.identity, unit.digest))
