@@ -18,9 +18,10 @@ NUM_PLAIN = 4
 
 
 def make_turns(head_dim: int, num_positions: int = 1152) -> Turns:
-    """Neighbours are paired, three quarters of them turn, and keys are lengthened by a tenth."""
+    """Neighbours are paired, three quarters of them turn, a third of these slowly, and keys are
+    lengthened by a tenth."""
     pairs = torch.arange(head_dim // 4 * 3).view(-1, 2).to(torch.int32)
-    frequency = 100 ** -(torch.arange(len(pairs)).double() / len(pairs))
+    frequency = 1000 ** -(torch.arange(len(pairs)).double() / len(pairs))
     return Turns(pairs, frequency, 1.1, num_positions)
 
 
@@ -314,9 +315,22 @@ def test_turning_back_undoes_turning() -> None:
     assert torch.allclose(back[..., :48], 1.21 * x[..., :48])
     assert not back[..., 48:].any()
     chosen = TurningMean.strongest(x[0].float(), turns, 24).at(positions, 64, torch.float64)
-    assert torch.allclose(chosen, turns.turn(x[0].float().double(), positions))
+    assert torch.allclose(chosen, turns.turn(x[0].float().double(), positions, stepped=True))
     few = TurningMean.strongest(x[0].float(), turns, 3)
-    assert int((few.at(positions, 64, torch.float32)[1] != 0).sum()) == 2 * 2 * 3
+    assert int((few.at(positions, 64, torch.float32)[1] != 0).sum()) == 2 * 2 * 6
+
+
+def test_slow_pairs_turn_in_steps() -> None:
+    """Of 32 positions, by what half a step turns at most."""
+    turns = make_turns(64)
+    assert 6 < int(turns.is_slow.sum()) < 10
+    positions = torch.arange(1152)
+    exact, stepped = (turns.table(positions, stepped).unflatten(-1, (2, -1)) for stepped in (0, 1))
+    steps = stepped[..., turns.is_slow].unflatten(0, (-1, 32))
+    assert torch.equal(steps, steps[:, 16:17].expand_as(steps))
+    assert torch.equal(exact[..., ~turns.is_slow], stepped[..., ~turns.is_slow])
+    missed = (exact - stepped).square().sum(1).mean(0)
+    assert 1e-6 < missed[turns.is_slow].min() < missed.max() <= 0.014
 
 
 def test_not_with_keep_first() -> None:

@@ -35,9 +35,9 @@ from vllm_fibquant.sealed import seal, unseal
 MAGIC = b"FIBQCALB"
 FORMAT_VERSION = 3
 
-TURNING_SHARE = 0.5
-"""Share of the rotary embedding's pairs of coordinates whose mean turns. The other half's adds
-little: docs/calibration.md."""
+TURNING_SHARE = 0.25
+"""Pairs of coordinates whose mean turns, over all that the rotary embedding turns: as many fast
+ones, which cost time, and as many slow ones: docs/calibration.md."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,7 +138,7 @@ class Calibration:
 
 
 def num_turning(turns: Turns) -> int:
-    """In how many pairs of coordinates of each head the mean turns."""
+    """In how many fast pairs of coordinates of each head the mean turns, and in how many slow."""
     return max(1, int(len(turns.pairs) * TURNING_SHARE))
 
 
@@ -279,7 +279,9 @@ class StatisticsCollector:
         self._key_moment += keys.mT @ keys
         self._query_moment += queries.mT @ queries
         if self._turns is not None:
-            turns = self._turns.length * self._turns.table(positions)  # [num_tokens, num_rows]
+            turns = self._turns.length * self._turns.table(
+                positions, stepped=True
+            )  # [num_tokens, num_rows]
             self._turn_sum += turns.sum(0)
             self._turn_moment += turns.T @ turns
             self._key_turn_moment += keys.mT @ turns

@@ -8,7 +8,8 @@ term is one number per query. What is left may also be transformed (`key_transfo
 
 Most of what keys have in common is the same before the rotary embedding R, and turns with the
 position p: the mean is then m + R_p c. A score's last term becomes <q, m> + <q, R_p c>, which for
-every pair of coordinates that turn together is a multiple of cos(f p) plus one of sin(f p).
+every pair of coordinates that turn together is a multiple of cos(f p) plus one of sin(f p). Pairs
+that turn slowly are taken to turn in steps, so that a tile of tokens has one such term.
 
 A request's first tokens are not like its others (attention sinks), but much like other requests'
 first tokens: they are encoded as they are or, where it is known, without what keys and values at
@@ -27,6 +28,12 @@ from vllm_fibquant.codec import KVCodec
 from vllm_fibquant.key_transform import KeyTransform
 from vllm_fibquant.layout import NORM_BYTES
 
+STEP = 32
+"""Positions of one step of slow pairs; tiles of the kernels lie within one."""
+MAX_STEP_ERROR = 0.2
+"""Slow pairs turn by at most as many radians within half a step: what steps miss of their mean is
+1 % of its squared length or less."""
+
 
 @dataclass(frozen=True, eq=False)
 class Turns:
@@ -44,20 +51,36 @@ class Turns:
     length: float
     num_positions: int
 
-    def table(self, positions: torch.Tensor) -> torch.Tensor:
-        """Cosines and then sines of all pairs: float64 [..., 2 * num_pairs]."""
-        angle = positions.double().unsqueeze(-1) * self.frequency
+    @property
+    def is_slow(self) -> torch.Tensor:
+        """bool [num_pairs]."""
+        return self.frequency.abs() * (STEP / 2) <= MAX_STEP_ERROR
+
+    def table(self, positions: torch.Tensor, stepped: bool = False) -> torch.Tensor:
+        """Cosines and then sines of all pairs: float64 [..., 2 * num_pairs].
+
+        Args:
+            stepped: slow pairs stand, over each step, as in its middle.
+        """
+        position = positions.double().unsqueeze(-1)
+        if stepped:
+            middle = position // STEP * STEP + STEP / 2
+            position = torch.where(self.is_slow, middle, position)
+        angle = position * self.frequency
         return torch.cat((angle.cos(), angle.sin()), -1)
 
-    def turn(self, x: torch.Tensor, positions: torch.Tensor, back: bool = False) -> torch.Tensor:
+    def turn(
+        self, x: torch.Tensor, positions: torch.Tensor, back: bool = False, stepped: bool = False
+    ) -> torch.Tensor:
         """R_p x, or its transpose R_p^T x: 0 in coordinates that do not turn.
 
         Args:
             x: float [..., num_kv_heads, head_dim], in the order of `positions` or the same for all.
             positions: int64 [...].
             back: transpose, which turns back what was turned.
+            stepped: as in `table`.
         """
-        table = (self.length * self.table(positions)).to(x.dtype).unsqueeze(-2)
+        table = (self.length * self.table(positions, stepped)).to(x.dtype).unsqueeze(-2)
         cos, sin = table.chunk(2, -1)
         first, second = self.pairs.long().unbind(-1)
         a, b = x[..., first], x[..., second]
@@ -72,11 +95,13 @@ class Turns:
 
 @dataclass(frozen=True, eq=False)
 class TurningMean:
-    """The part R_p c of a mean that turns with the position, in each head's strongest pairs.
+    """The part R_p c of a mean that turns with the position, in each head's strongest pairs, slow
+    ones in steps.
 
     Attributes:
         turns: of the layer's rotary embedding.
-        chosen: int32 [num_kv_heads, num_chosen], pairs of `turns`.
+        chosen: int32 [num_kv_heads, num_chosen], pairs of `turns`: as many fast ones for every
+            head, and then slow ones.
         mean: float32 [num_kv_heads, num_chosen, 2], c in the coordinates of those pairs.
     """
 
@@ -84,15 +109,24 @@ class TurningMean:
     chosen: torch.Tensor
     mean: torch.Tensor
 
+    @property
+    def num_fast(self) -> int:
+        """How many pairs of each head are not slow."""
+        return int((~self.turns.is_slow[self.chosen[0].long()]).sum())
+
     @classmethod
-    def strongest(cls, c: torch.Tensor, turns: Turns, num_chosen: int) -> TurningMean:
-        """The `num_chosen` pairs of c, float32 [num_kv_heads, head_dim], of which a mean that does
-        not turn would miss most."""
+    def strongest(cls, c: torch.Tensor, turns: Turns, num_each: int) -> TurningMean:
+        """The pairs of c, float32 [num_kv_heads, head_dim], of which a mean that does not turn
+        would miss most: `num_each` fast and as many slow ones, or all of a kind that has fewer."""
         pairs = c[:, turns.pairs.long()]  # [num_kv_heads, num_pairs, 2]
         positions = torch.arange(turns.num_positions)
         missed = sum(turns.table(positions).var(0, correction=0).float().chunk(2))
-        order = torch.argsort(pairs.square().sum(-1) * missed, descending=True, stable=True)
-        chosen = order[:, :num_chosen].sort(-1).values
+        score, is_slow = pairs.square().sum(-1) * missed, turns.is_slow
+        kinds = []
+        for kind in (~is_slow, is_slow):
+            order = torch.argsort(score.masked_fill(~kind, -1), descending=True, stable=True)
+            kinds.append(order[:, : min(num_each, int(kind.sum()))].sort(-1).values)
+        chosen = torch.cat(kinds, -1)
         mean = pairs.gather(1, chosen.unsqueeze(-1).expand(-1, -1, 2))
         return cls(turns, chosen.to(torch.int32).contiguous(), mean.contiguous())
 
@@ -101,7 +135,7 @@ class TurningMean:
         c = torch.zeros(len(self.chosen), head_dim, dtype=dtype)
         coordinates = self.turns.pairs.long()[self.chosen.long()].flatten(1)
         c.scatter_(1, coordinates, self.mean.flatten(1).to(dtype))
-        return self.turns.turn(c, positions)
+        return self.turns.turn(c, positions, stepped=True)
 
     def first_heads(self, num_kv_heads: int) -> TurningMean:
         """Of the first `num_kv_heads` heads."""

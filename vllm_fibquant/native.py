@@ -77,9 +77,8 @@ class _KeyMap(Structure):
         ("codes", _Code * 3),
         *((name, c_void_p) for name in ("turn_pairs", "turn_mean", "turn_fine", "turn_coarse")),
         ("num_positions", c_int64),
-        *((name, c_int32) for name in ("num_turning", "num_pairs")),
+        *((name, c_int32) for name in ("num_turning", "num_fast", "num_pairs", "num_first_means")),
         *((name, c_void_p) for name in ("first_key", "first_value")),
-        ("num_first_means", c_int64),
     ]
 
 
@@ -264,7 +263,7 @@ def _key_map_pointer(key_map: KeyMap | None) -> Any:
                 x.data_ptr() for x in tables
             )
             struct.num_positions, struct.num_pairs = turns.num_positions, len(turns.pairs)
-            struct.num_turning = chosen.shape[1]
+            struct.num_turning, struct.num_fast = chosen.shape[1], turning.num_fast
         if (first := key_map.first) is not None:
             keep += [_aligned(first.key), _aligned(first.value)]
             struct.first_key, struct.first_value = (x.data_ptr() for x in keep[-2:])
@@ -282,7 +281,7 @@ def _turn_tables(turns: Turns) -> tuple[torch.Tensor, torch.Tensor]:
     """The fine and the coarse table (params.h), made once for all layers that turn alike."""
     if turns not in _tables:
         fine = turns.table(torch.arange(_FINE_POSITIONS)).T
-        coarse = turns.table(torch.arange(0, turns.num_positions + 1, _COARSE_STEP))
+        coarse = turns.table(torch.arange(0, turns.num_positions + _FINE_POSITIONS, _COARSE_STEP))
         _tables[turns] = _aligned(fine), _aligned(coarse)
     return _tables[turns]
 

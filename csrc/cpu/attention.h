@@ -111,7 +111,9 @@ static void attend_split(Call& call, const RowBlock& b, int begin, int end, int 
     } else {
       call.key.dot(codec.key, key_fields, s.query, rows, head_dim, rounded, s.tile, s.scores);
     }
-    if (turns) turning_tile(*map, b.kv_head, s.turning, s.bias, rows, t0, tile, s.turned, s.biases);
+    if (turns)
+      turning_tile(*map, b.kv_head, s.turning, s.bias, rows, t0, tile, s.turned, s.tile_bias,
+                   s.biases);
     const bool has_means = num_means > 0 && t0 == 0;
     const Mask mask = {t0,
                        count,

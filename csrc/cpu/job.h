@@ -50,6 +50,7 @@ struct Scratch {
   float *query, *query_raw, *tile, *scores, *key_factor, *value_factor, *hidden, *alpha, *bias;
   float *turning, *turned, *biases;  // [rows, 2 num_turning] twice and [rows, kMaxTile]
   float *first_value, *ones;         // [kMaxFirstMeans, head_dim] and [kMaxTile]
+  float* tile_bias;                  // [rows]
   State split, total, raw;
 };
 
@@ -58,7 +59,7 @@ static inline int64_t padded(int64_t floats) { return (floats + 15) & ~int64_t{1
 static inline Scratch make_scratch(int rows, int head_dim) {
   const int64_t block = padded((int64_t)rows * head_dim), tile = kMaxTile * (int64_t)head_dim;
   const int64_t state = padded(state_floats(rows, head_dim));
-  const int64_t total = 4 * block + tile + 2 * rows * kMaxTile + 4 * kMaxTile + 2 * padded(rows) +
+  const int64_t total = 4 * block + tile + 2 * rows * kMaxTile + 4 * kMaxTile + 3 * padded(rows) +
                         3 * state + kMaxFirstMeans * (int64_t)head_dim;
   float* p = static_cast<float*>(thread_scratch((size_t)total * 4));
   Scratch s;
@@ -71,7 +72,8 @@ static inline Scratch make_scratch(int rows, int head_dim) {
   s.hidden = s.value_factor + kMaxTile;
   s.alpha = s.hidden + kMaxTile;
   s.bias = s.alpha + padded(rows);
-  s.turning = s.bias + padded(rows);
+  s.tile_bias = s.bias + padded(rows);
+  s.turning = s.tile_bias + padded(rows);
   s.turned = s.turning + block;
   s.biases = s.turned + block;
   s.ones = s.biases + rows * kMaxTile;

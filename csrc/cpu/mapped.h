@@ -15,16 +15,27 @@ static inline const float* matrix_of(const FqKeyMap& map, const float* matrices,
 
 constexpr int kFine = 32, kCoarse = 16;  // positions of turn_fine, steps of turn_coarse
 
+// The entry of the coarse table for slow pairs at a position: the middle of its step.
+static inline int64_t step_middle(int64_t position) {
+  return position / kFine * (kFine / kCoarse) + kFine / kCoarse / 2;
+}
+
 // Subtracts R_p c of one head from x.
 static inline void subtract_turning(const FqKeyMap& map, int head, int64_t position, float* x) {
   const int32_t* pair = map.turn_pairs + (int64_t)head * map.num_turning * 3;
   const float* c = map.turn_mean + (int64_t)head * map.num_turning * 2;
   const float* fine = map.turn_fine + position % kCoarse;
   const float* coarse = map.turn_coarse + position / kCoarse * 2 * map.num_pairs;
+  const float* slow = map.turn_coarse + step_middle(position) * 2 * map.num_pairs;
   for (int j = 0; j < map.num_turning; ++j, pair += 3, c += 2) {
-    const float cos1 = coarse[pair[2]], sin1 = coarse[pair[2] + map.num_pairs];
-    const float cos2 = fine[pair[2] * kFine], sin2 = fine[(pair[2] + map.num_pairs) * kFine];
-    const float cosine = cos1 * cos2 - sin1 * sin2, sine = sin1 * cos2 + cos1 * sin2;
+    const float* from = j < map.num_fast ? coarse : slow;
+    float cosine = from[pair[2]], sine = from[pair[2] + map.num_pairs];
+    if (j < map.num_fast) {
+      const float cos2 = fine[pair[2] * kFine], sin2 = fine[(pair[2] + map.num_pairs) * kFine];
+      const float cos1 = cosine, sin1 = sine;
+      cosine = cos1 * cos2 - sin1 * sin2;
+      sine = sin1 * cos2 + cos1 * sin2;
+    }
     x[pair[0]] -= c[0] * cosine - c[1] * sine;
     x[pair[1]] -= c[1] * cosine + c[0] * sine;
   }
@@ -43,22 +54,30 @@ static inline void turning_weights(const FqKeyMap& map, int head, float scale, c
   }
 }
 
-// The weights of `rows` queries for positions counted from `begin`, a multiple of kCoarse.
+// The weights of `rows` queries for positions counted from `begin`, a multiple of kCoarse; those of
+// slow pairs are summed, with the bias, into tile_bias.
 static void turn_weights(const FqKeyMap& map, int head, int64_t begin, const float* weights,
-                         int rows, float* turned) {
-  const int n = map.num_turning;
+                         const float* bias, int rows, float* turned, float* tile_bias) {
+  const int n = map.num_turning, num_fast = map.num_fast;
   const int32_t* pair = map.turn_pairs + (int64_t)head * n * 3;
-  const float* coarse = map.turn_coarse + begin / kCoarse * 2 * map.num_pairs;
+  const float* fast = map.turn_coarse + begin / kCoarse * 2 * map.num_pairs;
+  const float* slow = map.turn_coarse + step_middle(begin) * 2 * map.num_pairs;
   float cosine[kMaxHeadDim / 2], sine[kMaxHeadDim / 2];
   for (int j = 0; j < n; ++j) {
-    cosine[j] = coarse[pair[3 * j + 2]];
-    sine[j] = coarse[pair[3 * j + 2] + map.num_pairs];
+    const float* from = j < num_fast ? fast : slow;
+    cosine[j] = from[pair[3 * j + 2]];
+    sine[j] = from[pair[3 * j + 2] + map.num_pairs];
   }
   for (int r = 0; r < rows; ++r, weights += 2 * n, turned += 2 * n) {
-    for (int j = 0; j < n; ++j) {
+    for (int j = 0; j < num_fast; ++j) {
       turned[j] = weights[j] * cosine[j] + weights[n + j] * sine[j];
       turned[n + j] = weights[n + j] * cosine[j] - weights[j] * sine[j];
     }
+    float sum = bias[r];
+    for (int j = num_fast; j < n; ++j) {
+      sum += weights[j] * cosine[j] + weights[n + j] * sine[j];
+    }
+    tile_bias[r] = sum;
   }
 }
 
@@ -73,7 +92,7 @@ static inline void turning_block(const FqKeyMap& map, const int32_t* pair, const
       for (int v = 0; v < kVectors; ++v) acc[r][v] = splat(bias[r]);
     }
     const float* row = weights;
-    for (int j = 0; j < n; ++j, ++row) {
+    for (int j = 0; j < map.num_fast; ++j, ++row) {
       const float* cosine = map.turn_fine + pair[3 * j + 2] * kFine + i;
       const float* sine = cosine + map.num_pairs * kFine;
       for (int r = 0; r < kRows; ++r) {
@@ -110,15 +129,16 @@ static void turning_rows(const FqKeyMap& map, const int32_t* pair, const float* 
 }
 
 // What every score of a tile has beside the code's part: [rows, kMaxTile]. `turned` is scratch,
-// [rows, 2 num_turning].
+// [rows, 2 num_turning], and tile_bias [rows].
 static void turning_tile(const FqKeyMap& map, int head, const float* weights, const float* bias,
-                         int rows, int64_t begin, int tile, float* turned, float* out) {
+                         int rows, int64_t begin, int tile, float* turned, float* tile_bias,
+                         float* out) {
   const int32_t* pair = map.turn_pairs + (int64_t)head * map.num_turning * 3;
-  turn_weights(map, head, begin, weights, rows, turned);
+  turn_weights(map, head, begin, weights, bias, rows, turned, tile_bias);
   if (tile >= 4 * kLanes) {
-    turning_rows<4>(map, pair, turned, bias, rows, tile, out);
+    turning_rows<4>(map, pair, turned, tile_bias, rows, tile, out);
   } else {
-    turning_rows<1>(map, pair, turned, bias, rows, tile, out);
+    turning_rows<1>(map, pair, turned, tile_bias, rows, tile, out);
   }
 }
 

@@ -52,6 +52,7 @@ struct FqCodec {
 // With turn_fine, what is subtracted at position p is mean[h] + R_p c[h], R_p the rotary
 // embedding, c[h] given in num_turning pairs of coordinates.
 // R_p is R_q R_i for p = q + i: a table of 32 positions from 0 on, and one of every 16th position.
+// The pairs behind the first num_fast turn in steps: over 32 positions as in the 16th.
 //
 // A transformed key z has num_coded coordinates. They are coded run by run, subvectors of 2, of 4
 // and of 8 coordinates in turn; every index is one byte. The coordinates behind the last run are 0.
@@ -69,13 +70,14 @@ struct FqKeyMap {
   const int32_t* turn_pairs;
   const float* turn_mean;    // [num_kv_heads, num_turning, 2], c in these coordinates
   const float* turn_fine;    // [2 num_pairs, 32], cosines and then sines, or null
-  const float* turn_coarse;  // [num_positions / 16 + 1, 2 num_pairs], likewise
+  const float* turn_coarse;  // [num_positions / 16 + 2, 2 num_pairs], likewise
   int64_t num_positions;
   int32_t num_turning;  // at most head_dim / 2
+  int32_t num_fast;
   int32_t num_pairs;
+  int32_t num_first_means;   // at most 16 and num_plain
   const float* first_key;    // [num_kv_heads, num_first_means, head_dim] or null
   const float* first_value;  // as first_key
-  int64_t num_first_means;   // at most 16 and num_plain
 };
 
 struct FqEncode {

@@ -12,7 +12,7 @@ import torch
 
 from vllm_fibquant import attention, calibrate
 from vllm_fibquant.calibration import KeyStatistics, pack_calibration, parse_calibration
-from vllm_fibquant.evaluation.simulate import rotary
+from vllm_fibquant.key_map import Turns
 
 from .harness import engine, generate, in_batches, largest_difference, varied_prompts
 from .models import VOCAB_SIZE, make_model
@@ -83,19 +83,21 @@ def test_what_is_measured_is_what_the_model_computes(model_folder, tmp_path, sha
                     keys.setdefault(number, []).append(layer.keys[0])
                 pair = torch.stack((layer.keys[0, :, :4], layer.values[0, :, :4]))
                 first.setdefault(number, []).append(pair)
-    base = model.config.rope_parameters["rope_theta"]
+    frequency = model.config.rope_parameters["rope_theta"] ** -(torch.arange(32).double() / 32)
+    turns = Turns(torch.arange(64).view(2, -1).T, frequency, 1.0, 1024)
+    # Before the rotary embedding, slow pairs of coordinates in steps.
+    at = torch.cat([torch.arange(4, x.shape[1]) for x in keys[0]])
     assert len(found.layers) == len(keys)
     for number, statistics in enumerate(found.layers.values()):
         first_means = torch.stack(first[number]).mean(0)
         assert torch.allclose(statistics.first_key, first_means[0], atol=1e-5)
         assert torch.allclose(statistics.first_value, first_means[1], atol=1e-5)
-        # Before the rotary embedding, in the pairs of coordinates that were chosen.
-        unturned = torch.cat([rotary(x, base, inverse=True)[:, 4:] for x in keys[number]], 1)
+        seen = torch.cat([x[:, 4:] for x in keys[number]], 1).transpose(0, 1)
+        unturned = turns.turn(seen, at, back=True, stepped=True)
         c, chosen = statistics.turning_mean, statistics.turning_mean != 0
         assert chosen.float().mean() == 0.5
-        assert torch.allclose(c, unturned.mean(1) * chosen, atol=1e-4)
-        left = [(x - rotary(c[:, None].expand_as(x), base))[:, 4:] for x in keys[number]]
-        expected = torch.cat(left, 1)  # [num_kv_heads, num_tokens, head_dim]
+        assert torch.allclose(c, unturned.mean(0) * chosen, atol=1e-4)
+        expected = (seen - turns.turn(c, at, stepped=True)).transpose(0, 1)
         assert found.num_tokens == expected.shape[1]
         assert torch.allclose(statistics.key_mean, expected.mean(1), atol=1e-4)
         centred = (expected - expected.mean(1, keepdim=True)).double()

@@ -65,6 +65,6 @@ def test_the_suite(tmp_path, words, monkeypatch):
     text = report.markdown(again)
     assert "## Engine against simulation" in text and "| 2bit, quality |" in text
 
-    monkeypatch.setattr(suite, "code_digest", lambda: "other code")
+    monkeypatch.setattr(suite, "code_digest", lambda is_calibrated: "other code")
     assert len(suite.Suite(model, sizes, path, rows=rows).missing) == len(first.jobs)
     assert not suite.Suite(model, sizes, path, rows=rows, any_code=True).missing

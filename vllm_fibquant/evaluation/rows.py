@@ -47,6 +47,11 @@ class Row:
     fidelity: bool = True
 
     @property
+    def is_calibrated(self) -> bool:
+        """Whether the model's keys are measured first."""
+        return self.engine is not None and "calibrate" in self.engine[1]
+
+    @property
     def identity(self) -> str:
         """What decides this row's numbers, but for the code."""
         return repr((self.cache_format, self.engine, self.step))

@@ -41,9 +41,9 @@ PACKAGE = Path(__file__).parent.parent
 # What the numbers follow from. Kernels and adapters are not here: tests and the self-check at
 # start hold them to the oracle.
 _DECIDING = ("config", "codebook", "codec", "list_search", "rotation", "layout", "options",
-             "key_map", "key_transform", "calibration", "calibrate", "reference",
-             "evaluation/formats", "evaluation/rivals", "evaluation/simulate",
+             "reference", "evaluation/formats", "evaluation/rivals", "evaluation/simulate",
              "evaluation/engine", "evaluation/measure")  # fmt: skip
+_CALIBRATING = ("key_map", "key_transform", "calibration", "calibrate")
 
 NUM_STAGES = 4
 
@@ -57,10 +57,12 @@ class Job:
     what: str
 
 
-def code_digest() -> str:
-    """Of the shipped codebooks and the deciding modules' statements, without docstrings."""
+@functools.cache
+def code_digest(is_calibrated: bool) -> str:
+    """Of the shipped codebooks and the statements, without docstrings, of the modules that decide
+    a row with a calibration or without."""
     digest = hashlib.sha256()
-    for name in _DECIDING:
+    for name in _DECIDING + (_CALIBRATING if is_calibrated else ()):
         tree = ast.parse((PACKAGE / f"{name}.py").read_text())
         for node in ast.walk(tree):
             body = getattr(node, "body", None)
@@ -103,7 +105,6 @@ class Suite:
         given = all_rows(sizes.step) if rows is None else list(rows)
         self.continuations = continuations
         self.rows = [row for row in given if row.quick or not quick]
-        self.code = code_digest()
         encode = functools.partial(self.simulator.tokenizer.encode, add_special_tokens=False)
         self._calibration = chunks_of(CALIBRATION, encode, sizes.calibration, 1)[0]
         prompts = functools.cache(lambda: greedy_units(encode, sizes, self._continue))
@@ -123,12 +124,14 @@ class Suite:
 
     def read(self) -> None:
         """Takes from the file what belongs to this plan."""
-        wanted = {(job.row.name, job.unit.name): job.what for job in self.jobs}
+        wanted = {(job.row.name, job.unit.name): job for job in self.jobs}
         for line in self.path.read_text().splitlines() if self.path.exists() else ():
             result = json.loads(line)
             key = result["row"], result["unit"]
-            is_current = self._any_code or result["code"] == self.code
-            if wanted.get(key) == result["what"] and is_current:
+            job = wanted.get(key)
+            if job is None or job.what != result["what"]:
+                continue
+            if self._any_code or result["code"] == code_digest(job.row.is_calibrated):
                 self.results[key] = result
 
     def _continue(self, prompts: list[list[int]], count: int) -> list[list[int]]:
@@ -225,7 +228,7 @@ class Suite:
                 else:
                     if row.engine and engine is None:
                         preset, options = row.engine
-                        if "calibrate" in options:  # measured by the first such row of this run
+                        if row.is_calibrated:  # measured by the first such row of this run
                             options = {**options, "calibration": self._calibration_path}
                         engine = Engine(self.model, preset, options, row.step, self.sizes.longest)
                     tokens = list(job.unit.tokens)
@@ -254,7 +257,7 @@ class Suite:
             "model": Path(self.model).name, "row": job.row.name, "unit": job.unit.name,
             "kind": job.unit.kind, "via": "engine" if job.row.engine and job.unit.kind != "fidelity"
             else "simulation", **metrics, "cpu_seconds": round(seconds, 1), "what": job.what,
-            "code": self.code,
+            "code": code_digest(job.row.is_calibrated),
         }  # fmt: skip
         if job.unit.depths:
             result["depths"] = job.unit.depths
