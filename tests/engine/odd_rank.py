@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A worker whose installation differs on rank 1, for tests: give it as --worker-cls."""
+"""Workers for tests, to be given as --worker-cls: one whose installation differs on rank 1, and one
+that is calibrated on random tokens."""
 
 from __future__ import annotations
 
@@ -19,4 +20,19 @@ class OddRankWorker(CPUWorker):
 
             codebook.SHIPPED_DIR = Path(os.environ[CODEBOOKS])
             codec._kv_codec.cache_clear()
+        super().init_device()
+
+
+class RandomTextWorker(CPUWorker):
+    """For models without a tokenizer."""
+
+    def init_device(self) -> None:
+        from vllm_fibquant import calibrate
+
+        from .harness import varied_prompts
+        from .models import VOCAB_SIZE
+
+        sequences = varied_prompts(3, VOCAB_SIZE, longest=150, shortest=100)
+        starts = [tokens[:4] for tokens in varied_prompts(7, VOCAB_SIZE, longest=9, shortest=5)]
+        calibrate.text_sequences = lambda model_config: (sequences, starts)
         super().init_device()

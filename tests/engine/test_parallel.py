@@ -15,6 +15,9 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
+
+from vllm_fibquant.calibration import parse_calibration
 
 from . import odd_rank
 from .harness import Answer, largest_difference, varied_prompts
@@ -143,6 +146,29 @@ def test_data_parallel(model_folder, prompts, one_process):
         answers = ask_all(url, prompts)
     print("\ndata parallel 2:", largest_difference(one_process, answers))
     assert [a.bits for a in answers] == [a.bits for a in one_process]
+
+
+@pytest.mark.parametrize("calibrate", ["means", "transform"])
+def test_tensor_parallel_calibration_and_layers(model_folder, prompts, tmp_path, calibrate):
+    """Two ranks measure what one process does, and both read layer 1's codes of another preset."""
+    model, answers, files = make_model("llama", model_folder), [], []
+    for ranks in (1, 2):
+        path = tmp_path / f"{ranks}.fqcal"
+        options = {"calibrate": calibrate, "calibration": str(path)}
+        options["layers"] = {"1": "fibquant_3bit"}
+        flags = ["--enforce-eager", "--worker-cls", "tests.engine.odd_rank.RandomTextWorker"]
+        flags += ["--additional-config", json.dumps({"fibquant": options})]
+        flags += ["--tensor-parallel-size", str(ranks)]
+        with server(model, *flags, threads="|".join(map(str, range(ranks)))) as url:
+            answers.append(ask_all(url, prompts))
+        files.append(parse_calibration(path.read_bytes(), str(path)))
+    for one, two in zip(*(file.layers.values() for file in files), strict=True):
+        for a, b in zip(one.tensors, two.tensors, strict=True):
+            assert torch.allclose(a, b, rtol=1e-3, atol=1e-4)
+    figures = largest_difference(*answers)
+    print("\ntensor parallel 2,", calibrate, figures)
+    assert figures[0] == 0
+    assert figures[2] < 0.05
 
 
 def test_ranks_with_other_codebooks(model_folder, tmp_path, monkeypatch):

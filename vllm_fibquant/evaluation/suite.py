@@ -173,8 +173,8 @@ class Suite:
 
         jobs = self._share(self.missing, part, parts)
         total = sum(_weight(job) for job in jobs)
-        print(f"eval: {len(self.jobs) - len(jobs)} of {len(self.jobs)} results are there; "
-              f"{len(jobs)} to measure", file=sys.stderr, flush=True)  # fmt: skip
+        print(f"eval: {len(jobs)} of {len(self.jobs)} results to measure here",
+              file=sys.stderr, flush=True)  # fmt: skip
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with tqdm(
             total=total, unit="tok", unit_scale=True, mininterval=5, smoothing=0, position=part
