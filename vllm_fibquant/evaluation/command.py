@@ -89,9 +89,8 @@ def _run_parts(suite: Suite, jobs: int) -> None:
     ]
     try:
         for process in parts:
-            assert process.stdin
-            process.stdin.write(json.dumps(suite.continuations))
-            process.stdin.close()
+            json.dump(suite.continuations, process.stdin)  # type: ignore[arg-type]
+            process.stdin.close()  # type: ignore[union-attr]
         for process in parts:
             process.wait()
     finally:
