@@ -138,7 +138,7 @@ def make_parser(with_codebook: bool = True) -> argparse.ArgumentParser:
         "eval",
         help="measure what each cache format does to a model, ours and others",
         description="Fidelity, perplexity, KL, pass keys and greedy answers of every format: "
-        "over an hour on two cores for a small model. See docs/evaluation.md.",
+        "about an hour on two cores for a small model. See docs/evaluation.md.",
     )
     evaluation.add_arguments(evaluate)
     evaluate.set_defaults(run=evaluation.run)
