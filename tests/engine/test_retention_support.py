@@ -82,6 +82,7 @@ def test_a_layer_with_a_window_of_its_own():
     from vllm_fibquant import attention
 
     config = VllmConfig(additional_config={"fibquant": {"retain": RETAIN}})
+    config.cache_config.cache_dtype = "fibquant"
     with (
         set_current_vllm_config(config),
         pytest.raises(ValueError, match="full attention, got a window of 64"),
