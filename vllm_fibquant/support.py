@@ -217,6 +217,23 @@ def config_problems(vllm_config: VllmConfig) -> list[str]:
     return problems
 
 
+def _draft_problems(vllm_config: VllmConfig, why: str) -> list[str]:
+    """Why this configuration's draft model cannot be used, if it has one; `why` is of the draft."""
+    speculation = vllm_config.speculative_config
+    if speculation is None or speculation.method == "ngram":
+        return []
+    return [
+        f"speculative decoding must be off or ngram, got {speculation.method}, whose draft {why}; "
+        "leave --speculative-config out"
+    ]
+
+
+def _moves_pages(vllm_config: VllmConfig) -> bool:
+    """Whether pages leave this cache: KV connectors and offloading."""
+    offloading_size = vllm_config.cache_config.kv_offloading_size
+    return vllm_config.kv_transfer_config is not None or offloading_size is not None
+
+
 def calibrate_problems(vllm_config: VllmConfig, options: Options) -> list[str]:
     """Every reason why this configuration's keys cannot be coded by a calibration."""
     problems = []
@@ -236,16 +253,11 @@ def calibrate_problems(vllm_config: VllmConfig, options: Options) -> list[str]:
             "--kv-cache-dtype-skip-layers must be empty, got "
             f"{', '.join(cache.kv_cache_dtype_skip_layers)}; leave the flag out"
         )
-    speculation = vllm_config.speculative_config
-    if speculation is not None and speculation.method != "ngram":
-        problems.append(
-            f"speculative decoding must be off or ngram, got {speculation.method}, whose draft "
-            "model is not measured; leave --speculative-config out"
-        )
+    problems += _draft_problems(vllm_config, "model is not measured")
     if model is not None and options.calibrate == "transform" and not model.use_mla:
         found = (transform_problem(p.key, model.get_head_size()) for p in options.presets)
         problems += [problem for problem in found if problem]
-    moves_pages = vllm_config.kv_transfer_config is not None or cache.kv_offloading_size is not None
+    moves_pages = _moves_pages(vllm_config)
     if moves_pages and options.calibrate == "transform":
         problems.append(
             'it must be "means" with KV connectors and offloading, got "transform", which two '
@@ -271,13 +283,8 @@ def layers_problems(vllm_config: VllmConfig, options: Options) -> list[str]:
             "they must not be among --kv-cache-dtype-skip-layers, got "
             f"{', '.join(both) or 'sliding_window'} there; name each layer in one of the two"
         )
-    speculation = vllm_config.speculative_config
-    if speculation is not None and speculation.method != "ngram":
-        problems.append(
-            f"speculative decoding must be off or ngram, got {speculation.method}, whose draft "
-            "model has layers of the same numbers; leave --speculative-config out"
-        )
-    if vllm_config.kv_transfer_config is not None or cache.kv_offloading_size is not None:
+    problems += _draft_problems(vllm_config, "model has layers of the same numbers")
+    if _moves_pages(vllm_config):
         problems.append(
             "KV connectors and offloading must be off, got one: many take all layers' pages for "
             "equally large; leave --kv-transfer-config and --kv-offloading-size out"
@@ -327,13 +334,8 @@ def retain_problems(vllm_config: VllmConfig) -> list[str]:
             f"{', '.join(cache.kv_cache_dtype_skip_layers)}: their cache would grow without bound; "
             "leave the flag out"
         )
-    speculation = vllm_config.speculative_config
-    if speculation is not None and speculation.method != "ngram":
-        problems.append(
-            f"speculative decoding must be off or ngram, got {speculation.method}, whose draft "
-            "model's cache has not been verified with it; leave --speculative-config out"
-        )
-    if vllm_config.kv_transfer_config is not None or cache.kv_offloading_size is not None:
+    problems += _draft_problems(vllm_config, "model's cache has not been verified with it")
+    if _moves_pages(vllm_config):
         problems.append(
             "KV connectors and offloading must be off, got one: they move pages by position, and "
             "some are gone; leave --kv-transfer-config and --kv-offloading-size out"

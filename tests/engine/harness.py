@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .models import VOCAB_SIZE
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -99,6 +101,13 @@ def in_batches(llm, prompts, num_tokens: int = 8, batch: int = 8) -> list[Answer
     for start in range(0, len(prompts), batch):
         answers += generate(llm, prompts[start : start + batch], num_tokens)
     return answers
+
+
+def random_text(model_config: object) -> tuple[list[list[int]], list[list[int]]]:
+    """As `calibrate.text_sequences`, for models that know no words."""
+    starts = varied_prompts(7, VOCAB_SIZE, longest=9, shortest=5)
+    sequences = varied_prompts(3, VOCAB_SIZE, longest=150, shortest=100)
+    return sequences, [tokens[:4] for tokens in starts]
 
 
 def varied_prompts(

@@ -29,10 +29,7 @@ class RandomTextWorker(CPUWorker):
     def init_device(self) -> None:
         from vllm_fibquant import calibrate
 
-        from .harness import varied_prompts
-        from .models import VOCAB_SIZE
+        from .harness import random_text
 
-        sequences = varied_prompts(3, VOCAB_SIZE, longest=150, shortest=100)
-        starts = [tokens[:4] for tokens in varied_prompts(7, VOCAB_SIZE, longest=9, shortest=5)]
-        calibrate.text_sequences = lambda model_config: (sequences, starts)
+        calibrate.text_sequences = random_text
         super().init_device()

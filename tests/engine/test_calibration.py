@@ -14,7 +14,7 @@ from vllm_fibquant import attention, calibrate
 from vllm_fibquant.calibration import KeyStatistics, pack_calibration, parse_calibration
 from vllm_fibquant.key_map import Turns
 
-from .harness import engine, generate, in_batches, largest_difference, varied_prompts
+from .harness import engine, generate, in_batches, largest_difference, random_text, varied_prompts
 from .models import VOCAB_SIZE, make_model
 from .test_exactness import assert_exact, run_everything
 from .test_refusals import refusal_of
@@ -23,9 +23,7 @@ from .test_refusals import refusal_of
 @pytest.fixture(autouse=True)
 def short_text(monkeypatch):
     """A few random tokens: the models here know no words."""
-    sequences = varied_prompts(3, VOCAB_SIZE, longest=150, shortest=100)
-    starts = [tokens[:4] for tokens in varied_prompts(7, VOCAB_SIZE, longest=9, shortest=5)]
-    monkeypatch.setattr(calibrate, "text_sequences", lambda model_config: (sequences, starts))
+    monkeypatch.setattr(calibrate, "text_sequences", random_text)
 
 
 def measure(model: str, path: Path) -> None:
