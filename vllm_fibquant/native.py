@@ -22,6 +22,7 @@ from ctypes import (
     c_void_p,
     pointer,
 )
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ LIBRARY_PATH = Path(__file__).parent / "lib" / "libfibquant_cpu.so"
 MAX_HEAD_DIM = 512
 HEAD_DIM_MULTIPLE = 16
 _ALIGNMENT = 64
-_FINE_POSITIONS, _COARSE_STEP = 32, 16  # params.h
+_FINE_POSITIONS, _COARSE_STEP, _COLUMNS = 32, 16, 16  # params.h
 
 
 class _Code(Structure):
@@ -77,7 +78,8 @@ class _KeyMap(Structure):
         ("codes", _Code * 3),
         *((name, c_void_p) for name in ("turn_pairs", "turn_mean", "turn_fine", "turn_coarse")),
         ("num_positions", c_int64),
-        *((name, c_int32) for name in ("num_turning", "num_fast", "num_pairs", "num_first_means")),
+        *((name, c_int32) for name in ("num_turning", "num_fast", "num_columns")),
+        *((name, c_int32) for name in ("num_fast_columns", "num_first_means")),
         *((name, c_void_p) for name in ("first_key", "first_value")),
     ]
 
@@ -255,15 +257,17 @@ def _key_map_pointer(key_map: KeyMap | None) -> Any:
             struct.codes[:] = [_code(b.spec, b, None, keep) for b in transform.codebooks]
         if (turning := key_map.turning) is not None:
             turns, chosen = turning.turns, turning.chosen
+            tables = _turn_tables(turns)
             coordinates = turns.pairs[chosen.long()]  # [num_kv_heads, num_turning, 2]
-            rows = torch.cat((coordinates, chosen.unsqueeze(-1)), -1).contiguous()
-            tables = (rows, _aligned(turns.length * turning.mean), *_turn_tables(turns))
-            keep += tables
+            columns = tables.column_of_pair[chosen.long()].unsqueeze(-1)
+            rows = torch.cat((coordinates, columns), -1).contiguous()
+            keep += (rows, _aligned(turns.length * turning.mean), tables.fine, tables.coarse)
             struct.turn_pairs, struct.turn_mean, struct.turn_fine, struct.turn_coarse = (
-                x.data_ptr() for x in tables
+                x.data_ptr() for x in keep[-4:]
             )
-            struct.num_positions, struct.num_pairs = turns.num_positions, len(turns.pairs)
-            struct.num_turning, struct.num_fast = chosen.shape[1], turning.num_fast
+            struct.num_positions, struct.num_fast = turns.num_positions, turning.num_fast
+            struct.num_turning, struct.num_columns = chosen.shape[1], tables.coarse.shape[2]
+            struct.num_fast_columns = tables.fine.shape[1]
         if (first := key_map.first) is not None:
             keep += [_aligned(first.key), _aligned(first.value)]
             struct.first_key, struct.first_value = (x.data_ptr() for x in keep[-2:])
@@ -272,17 +276,34 @@ def _key_map_pointer(key_map: KeyMap | None) -> Any:
     return pointer(_key_maps[key_map][0])
 
 
-_tables: weakref.WeakKeyDictionary[Turns, tuple[torch.Tensor, torch.Tensor]] = (
-    weakref.WeakKeyDictionary()
-)
+@dataclass(frozen=True)
+class _TurnTables:
+    """The tables of `params.h`, and which of their columns each pair is."""
+
+    fine: torch.Tensor  # float32 [2, num_fast_columns, 32]
+    coarse: torch.Tensor  # float32 [num_positions / 16 + 2, 2, num_columns]
+    column_of_pair: torch.Tensor  # int32 [num_pairs]
 
 
-def _turn_tables(turns: Turns) -> tuple[torch.Tensor, torch.Tensor]:
-    """The fine and the coarse table (params.h), made once for all layers that turn alike."""
+_tables: weakref.WeakKeyDictionary[Turns, _TurnTables] = weakref.WeakKeyDictionary()
+
+
+def _turn_tables(turns: Turns) -> _TurnTables:
+    """Made once for all layers that turn alike."""
     if turns not in _tables:
-        fine = turns.table(torch.arange(_FINE_POSITIONS)).T
-        coarse = turns.table(torch.arange(0, turns.num_positions + _FINE_POSITIONS, _COARSE_STEP))
-        _tables[turns] = _aligned(fine), _aligned(coarse)
+        kinds = [kind.nonzero().squeeze(-1) for kind in (~turns.is_slow, turns.is_slow)]
+        fast, slow = (-(-len(kind) // _COLUMNS) * _COLUMNS for kind in kinds)
+        columns = torch.zeros(len(turns.pairs), dtype=torch.int32)
+        for kind, begin in zip(kinds, (0, fast), strict=True):
+            columns[kind] = torch.arange(begin, begin + len(kind), dtype=torch.int32)
+        coarse_at = torch.arange(0, turns.num_positions + _FINE_POSITIONS, _COARSE_STEP)
+        coarse = torch.zeros(len(coarse_at), 2, fast + slow)
+        table = turns.table(coarse_at, stepped=True).float().unflatten(-1, (2, -1))
+        coarse[..., columns.long()] = table
+        fine = torch.zeros(2, fast, _FINE_POSITIONS)
+        table = turns.table(torch.arange(_FINE_POSITIONS)).float().T.unflatten(0, (2, -1))
+        fine[:, : len(kinds[0])] = table[:, kinds[0]]
+        _tables[turns] = _TurnTables(_aligned(fine), _aligned(coarse), columns)
     return _tables[turns]
 
 

@@ -48,7 +48,7 @@ struct Call {
 // Scratch of one thread.
 struct Scratch {
   float *query, *query_raw, *tile, *scores, *key_factor, *value_factor, *hidden, *alpha, *bias;
-  float *turning, *turned, *biases;  // [rows, 2 num_turning] twice and [rows, kMaxTile]
+  float *turning, *turned, *biases;  // [rows, 2 columns] twice and [rows, kMaxTile]
   float *first_value, *ones;         // [kMaxFirstMeans, head_dim] and [kMaxTile]
   float* tile_bias;                  // [rows]
   State split, total, raw;
@@ -59,7 +59,8 @@ static inline int64_t padded(int64_t floats) { return (floats + 15) & ~int64_t{1
 static inline Scratch make_scratch(int rows, int head_dim) {
   const int64_t block = padded((int64_t)rows * head_dim), tile = kMaxTile * (int64_t)head_dim;
   const int64_t state = padded(state_floats(rows, head_dim));
-  const int64_t total = 4 * block + tile + 2 * rows * kMaxTile + 4 * kMaxTile + 3 * padded(rows) +
+  const int64_t columns = (int64_t)rows * (padded(head_dim) + 64);  // of cosines and sines
+  const int64_t total = 2 * block + 2 * columns + tile + 2 * rows * kMaxTile + 4 * kMaxTile + 3 * padded(rows) +
                         3 * state + kMaxFirstMeans * (int64_t)head_dim;
   float* p = static_cast<float*>(thread_scratch((size_t)total * 4));
   Scratch s;
@@ -74,8 +75,8 @@ static inline Scratch make_scratch(int rows, int head_dim) {
   s.bias = s.alpha + padded(rows);
   s.tile_bias = s.bias + padded(rows);
   s.turning = s.tile_bias + padded(rows);
-  s.turned = s.turning + block;
-  s.biases = s.turned + block;
+  s.turned = s.turning + columns;
+  s.biases = s.turned + columns;
   s.ones = s.biases + rows * kMaxTile;
   for (int i = 0; i < kMaxTile; ++i) s.ones[i] = 1.0f;
   s.first_value = s.ones + kMaxTile;
@@ -137,7 +138,7 @@ static void load_queries(const Call& call, const RowBlock& b, Queries which, con
     }
     if (map) s.bias[r] = a.scale * dot(q, map->mean + (int64_t)b.kv_head * head_dim, head_dim);
     if (map && map->turn_fine) {
-      turning_weights(*map, b.kv_head, a.scale, q, s.turning + (int64_t)r * map->num_turning * 2);
+      turning_weights(*map, b.kv_head, a.scale, q, s.turning + (int64_t)r * map->num_columns * 2);
     }
     if (map && map->num_coded > 0) {
       alignas(64) float copy[kMaxHeadDim];

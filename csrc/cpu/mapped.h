@@ -15,23 +15,17 @@ static inline const float* matrix_of(const FqKeyMap& map, const float* matrices,
 
 constexpr int kFine = 32, kCoarse = 16;  // positions of turn_fine, steps of turn_coarse
 
-// The entry of the coarse table for slow pairs at a position: the middle of its step.
-static inline int64_t step_middle(int64_t position) {
-  return position / kFine * (kFine / kCoarse) + kFine / kCoarse / 2;
-}
-
 // Subtracts R_p c of one head from x.
 static inline void subtract_turning(const FqKeyMap& map, int head, int64_t position, float* x) {
   const int32_t* pair = map.turn_pairs + (int64_t)head * map.num_turning * 3;
   const float* c = map.turn_mean + (int64_t)head * map.num_turning * 2;
   const float* fine = map.turn_fine + position % kCoarse;
-  const float* coarse = map.turn_coarse + position / kCoarse * 2 * map.num_pairs;
-  const float* slow = map.turn_coarse + step_middle(position) * 2 * map.num_pairs;
+  const float* coarse = map.turn_coarse + position / kCoarse * 2 * map.num_columns;
   for (int j = 0; j < map.num_turning; ++j, pair += 3, c += 2) {
-    const float* from = j < map.num_fast ? coarse : slow;
-    float cosine = from[pair[2]], sine = from[pair[2] + map.num_pairs];
-    if (j < map.num_fast) {
-      const float cos2 = fine[pair[2] * kFine], sin2 = fine[(pair[2] + map.num_pairs) * kFine];
+    const int column = pair[2];
+    float cosine = coarse[column], sine = coarse[map.num_columns + column];
+    if (column < map.num_fast_columns) {
+      const float cos2 = fine[column * kFine], sin2 = fine[(map.num_fast_columns + column) * kFine];
       const float cos1 = cosine, sin1 = sine;
       cosine = cos1 * cos2 - sin1 * sin2;
       sine = sin1 * cos2 + cos1 * sin2;
@@ -41,68 +35,61 @@ static inline void subtract_turning(const FqKeyMap& map, int head, int64_t posit
   }
 }
 
-// What a query q [head_dim] makes of R_p c: num_turning factors of cosines, then those of sines.
+// What a query q [head_dim] makes of R_p c: factors of the cosines of all columns, then of the
+// sines, most of them 0.
 static inline void turning_weights(const FqKeyMap& map, int head, float scale, const float* q,
                                    float* weights) {
   const int n = map.num_turning;
   const int32_t* pair = map.turn_pairs + (int64_t)head * n * 3;
   const float* c = map.turn_mean + (int64_t)head * n * 2;
+  memset(weights, 0, (size_t)map.num_columns * 8);
   for (int j = 0; j < n; ++j, pair += 3, c += 2) {
     const float a = q[pair[0]], b = q[pair[1]];
-    weights[j] = scale * (a * c[0] + b * c[1]);
-    weights[n + j] = scale * (b * c[0] - a * c[1]);
+    weights[pair[2]] = scale * (a * c[0] + b * c[1]);
+    weights[map.num_columns + pair[2]] = scale * (b * c[0] - a * c[1]);
   }
 }
 
-// The weights of `rows` queries for positions counted from `begin`, a multiple of kCoarse; those of
-// slow pairs are summed, with the bias, into tile_bias.
-static void turn_weights(const FqKeyMap& map, int head, int64_t begin, const float* weights,
-                         const float* bias, int rows, float* turned, float* tile_bias) {
-  const int n = map.num_turning, num_fast = map.num_fast;
-  const int32_t* pair = map.turn_pairs + (int64_t)head * n * 3;
-  const float* fast = map.turn_coarse + begin / kCoarse * 2 * map.num_pairs;
-  const float* slow = map.turn_coarse + step_middle(begin) * 2 * map.num_pairs;
-  float cosine[kMaxHeadDim / 2], sine[kMaxHeadDim / 2];
-  for (int j = 0; j < n; ++j) {
-    const float* from = j < num_fast ? fast : slow;
-    cosine[j] = from[pair[3 * j + 2]];
-    sine[j] = from[pair[3 * j + 2] + map.num_pairs];
+// The weights of fast columns for positions counted from a row of turn_coarse, [2,
+// num_fast_columns]. Returns the sum of bias and what slow columns add to all of its step.
+static inline float turn_weights(const FqKeyMap& map, const float* coarse, const float* weights,
+                                 float bias, float* turned) {
+  const int n = map.num_columns, num_fast = map.num_fast_columns;
+  for (int i = 0; i < num_fast; i += kLanes) {
+    const vf cosine = load(coarse + i), sine = load(coarse + n + i);
+    const vf x = load(weights + i), y = load(weights + n + i);
+    store(turned + i, madd(x, cosine, y * sine));
+    store(turned + num_fast + i, y * cosine - x * sine);
   }
-  for (int r = 0; r < rows; ++r, weights += 2 * n, turned += 2 * n) {
-    for (int j = 0; j < num_fast; ++j) {
-      turned[j] = weights[j] * cosine[j] + weights[n + j] * sine[j];
-      turned[n + j] = weights[n + j] * cosine[j] - weights[j] * sine[j];
-    }
-    float sum = bias[r];
-    for (int j = num_fast; j < n; ++j) {
-      sum += weights[j] * cosine[j] + weights[n + j] * sine[j];
-    }
-    tile_bias[r] = sum;
+  vf slow = vf{};
+  for (int i = num_fast; i < n; i += kLanes) {
+    slow = madd(load(weights + i), load(coarse + i), slow);
+    slow = madd(load(weights + n + i), load(coarse + n + i), slow);
   }
+  return bias + sum(slow);
 }
 
 // out[r][i] = bias[r] + the score of R_i c, for the first `tile` positions i.
 template <int kRows, int kVectors>
 static inline void turning_block(const FqKeyMap& map, const int32_t* pair, const float* weights,
                                  const float* bias, int tile, float* out) {
-  const int n = map.num_turning;
+  const int n = map.num_fast_columns;
   for (int i = 0; i < tile; i += kVectors * kLanes) {
     vf acc[kRows][kVectors];
     for (int r = 0; r < kRows; ++r) {
       for (int v = 0; v < kVectors; ++v) acc[r][v] = splat(bias[r]);
     }
-    const float* row = weights;
-    for (int j = 0; j < map.num_fast; ++j, ++row) {
-      const float* cosine = map.turn_fine + pair[3 * j + 2] * kFine + i;
-      const float* sine = cosine + map.num_pairs * kFine;
-      for (int r = 0; r < kRows; ++r) {
-        const vf w = splat(row[r * 2 * n]);
-        for (int v = 0; v < kVectors; ++v)
-          acc[r][v] = madd(w, load(cosine + v * kLanes), acc[r][v]);
-      }
-      for (int r = 0; r < kRows; ++r) {
-        const vf w = splat(row[r * 2 * n + n]);
-        for (int v = 0; v < kVectors; ++v) acc[r][v] = madd(w, load(sine + v * kLanes), acc[r][v]);
+    for (int j = 0; j < map.num_fast; ++j) {
+      const int column = pair[3 * j + 2];
+      for (int part = column; part < 2 * n; part += n) {  // cosine, sine
+        vf table[kVectors];
+        for (int v = 0; v < kVectors; ++v) {
+          table[v] = load(map.turn_fine + part * kFine + i + v * kLanes);
+        }
+        for (int r = 0; r < kRows; ++r) {
+          const vf w = splat(weights[r * 2 * n + part]);
+          for (int v = 0; v < kVectors; ++v) acc[r][v] = madd(w, table[v], acc[r][v]);
+        }
       }
     }
     for (int r = 0; r < kRows; ++r) {
@@ -117,10 +104,10 @@ static void turning_rows(const FqKeyMap& map, const int32_t* pair, const float* 
   constexpr int kFew = kVectors > 2 ? 2 : kVectors;
   int r = 0;
   for (; r + 4 <= rows; r += 4) {
-    turning_block<4, kFew>(map, pair, weights + r * 2 * map.num_turning, bias + r, tile,
+    turning_block<4, kFew>(map, pair, weights + r * 2 * map.num_fast_columns, bias + r, tile,
                            out + r * kMaxTile);
   }
-  weights += r * 2 * map.num_turning;
+  weights += r * 2 * map.num_fast_columns;
   bias += r;
   out += r * kMaxTile;
   if (rows - r == 3) turning_block<3, kVectors>(map, pair, weights, bias, tile, out);
@@ -129,14 +116,20 @@ static void turning_rows(const FqKeyMap& map, const int32_t* pair, const float* 
 }
 
 // What every score of a tile has beside the code's part: [rows, kMaxTile]. `turned` is scratch,
-// [rows, 2 num_turning], and tile_bias [rows].
+// [rows, 2, num_fast_columns], and tile_bias [rows].
 static void turning_tile(const FqKeyMap& map, int head, const float* weights, const float* bias,
                          int rows, int64_t begin, int tile, float* turned, float* tile_bias,
                          float* out) {
+  const float* coarse = map.turn_coarse + begin / kCoarse * 2 * map.num_columns;
+  for (int r = 0; r < rows; ++r) {
+    tile_bias[r] = turn_weights(map, coarse, weights + (int64_t)r * 2 * map.num_columns, bias[r],
+                                turned + (int64_t)r * 2 * map.num_fast_columns);
+  }
   const int32_t* pair = map.turn_pairs + (int64_t)head * map.num_turning * 3;
-  turn_weights(map, head, begin, weights, bias, rows, turned, tile_bias);
   if (tile >= 4 * kLanes) {
     turning_rows<4>(map, pair, turned, tile_bias, rows, tile, out);
+  } else if (tile >= 2 * kLanes) {
+    turning_rows<2>(map, pair, turned, tile_bias, rows, tile, out);
   } else {
     turning_rows<1>(map, pair, turned, tile_bias, rows, tile, out);
   }

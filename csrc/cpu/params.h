@@ -51,8 +51,10 @@ struct FqCodec {
 //
 // With turn_fine, what is subtracted at position p is mean[h] + R_p c[h], R_p the rotary
 // embedding, c[h] given in num_turning pairs of coordinates.
-// R_p is R_q R_i for p = q + i: a table of 32 positions from 0 on, and one of every 16th position.
-// The pairs behind the first num_fast turn in steps: over 32 positions as in the 16th.
+// R_p is R_q R_i for p = q + i: turn_fine has 32 positions from 0 on, turn_coarse every 16th. The
+// pairs behind the first num_fast turn in steps, over 32 positions as in the 16th, and turn_coarse
+// has them so. The tables' columns are pairs that turn alike: fast ones first; both kinds are padded
+// to a multiple of 16 columns.
 //
 // A transformed key z has num_coded coordinates. They are coded run by run, subvectors of 2, of 4
 // and of 8 coordinates in turn; every index is one byte. The coordinates behind the last run are 0.
@@ -66,15 +68,16 @@ struct FqKeyMap {
   int32_t num_coded;            // a multiple of 16, at most head_dim
   int32_t num_subvecs[3];       // of 2, 4 and 8 coordinates
   FqCode codes[3];              // theirs: 256 rows each, searched exhaustively
-  // [num_kv_heads, num_turning, 3]: a pair's two coordinates, and its number among num_pairs.
+  // [num_kv_heads, num_turning, 3]: a pair's two coordinates, and its column.
   const int32_t* turn_pairs;
   const float* turn_mean;    // [num_kv_heads, num_turning, 2], c in these coordinates
-  const float* turn_fine;    // [2 num_pairs, 32], cosines and then sines, or null
-  const float* turn_coarse;  // [num_positions / 16 + 2, 2 num_pairs], likewise
+  const float* turn_fine;    // [2, num_fast_columns, 32], cosines and then sines, or null
+  const float* turn_coarse;  // [num_positions / 16 + 2, 2, num_columns], likewise
   int64_t num_positions;
   int32_t num_turning;  // at most head_dim / 2
   int32_t num_fast;
-  int32_t num_pairs;
+  int32_t num_columns;  // at most head_dim / 2 + 32
+  int32_t num_fast_columns;
   int32_t num_first_means;   // at most 16 and num_plain
   const float* first_key;    // [num_kv_heads, num_first_means, head_dim] or null
   const float* first_value;  // as first_key
