@@ -33,7 +33,7 @@ from vllm_fibquant.codebook import Codebook
 from vllm_fibquant.codec import KVCodec
 from vllm_fibquant.config import GAIN_NUMBERS, CodeSpec
 from vllm_fibquant.gain import level_of_half, levels
-from vllm_fibquant.key_map import KeyMap, Turns
+from vllm_fibquant.key_map import STEP, KeyMap, Turns
 from vllm_fibquant.list_search import CodewordLists
 from vllm_fibquant.reference import TokenCopies
 
@@ -41,7 +41,7 @@ LIBRARY_PATH = Path(__file__).parent / "lib" / "libfibquant_cpu.so"
 MAX_HEAD_DIM = 512
 HEAD_DIM_MULTIPLE = 16
 _ALIGNMENT = 64
-_FINE_POSITIONS, _COARSE_STEP, _COLUMNS = 32, 16, 16  # params.h
+_COLUMNS = 16  # of turning tables, a multiple of it for each kind of pair
 
 
 class _Code(Structure):
@@ -280,8 +280,8 @@ def _key_map_pointer(key_map: KeyMap | None) -> Any:
 class _TurnTables:
     """The tables of `params.h`, and which of their columns each pair is."""
 
-    fine: torch.Tensor  # float32 [2, num_fast_columns, 32]
-    coarse: torch.Tensor  # float32 [num_positions / 16 + 2, 2, num_columns]
+    fine: torch.Tensor  # float32 [2, num_fast_columns, STEP / 2]
+    coarse: torch.Tensor  # float32 [num_positions / STEP + 1, 2, num_columns]
     column_of_pair: torch.Tensor  # int32 [num_pairs]
 
 
@@ -296,12 +296,12 @@ def _turn_tables(turns: Turns) -> _TurnTables:
         columns = torch.zeros(len(turns.pairs), dtype=torch.int32)
         for kind, begin in zip(kinds, (0, fast), strict=True):
             columns[kind] = torch.arange(begin, begin + len(kind), dtype=torch.int32)
-        coarse_at = torch.arange(0, turns.num_positions + _FINE_POSITIONS, _COARSE_STEP)
-        coarse = torch.zeros(len(coarse_at), 2, fast + slow)
-        table = turns.table(coarse_at, stepped=True).float().unflatten(-1, (2, -1))
+        middles = torch.arange(turns.num_positions // STEP + 1) * STEP + (STEP - 1) / 2
+        coarse = torch.zeros(len(middles), 2, fast + slow)
+        table = turns.table(middles, stepped=True).float().unflatten(-1, (2, -1))
         coarse[..., columns.long()] = table
-        fine = torch.zeros(2, fast, _FINE_POSITIONS)
-        table = turns.table(torch.arange(_FINE_POSITIONS)).float().T.unflatten(0, (2, -1))
+        fine = torch.zeros(2, fast, STEP // 2)
+        table = turns.table(torch.arange(STEP // 2) + 0.5).float().T.unflatten(0, (2, -1))
         fine[:, : len(kinds[0])] = table[:, kinds[0]]
         _tables[turns] = _TurnTables(_aligned(fine), _aligned(coarse), columns)
     return _tables[turns]

@@ -54,7 +54,8 @@ static void attend_split(Call& call, const RowBlock& b, int begin, int end, int 
   const int oldest = is_leading ? 0 : (int)num_leading(call.args);
   const FqKeyMap* map = is_leading ? nullptr : call.args.key_map;
   const bool turns = map && map->turn_fine;
-  const float *bias = map && !turns ? s.bias : nullptr, *biases = turns ? s.biases : nullptr;
+  const float* bias = map && !turns ? s.bias : nullptr;
+  int step = -1;  // whose part of scores s.biases has
   const int num_coded = map ? map->num_coded : 0;
   const int num_means =
       is_leading && call.args.key_map ? (int)call.args.key_map->num_first_means : 0;
@@ -111,9 +112,10 @@ static void attend_split(Call& call, const RowBlock& b, int begin, int end, int 
     } else {
       call.key.dot(codec.key, key_fields, s.query, rows, head_dim, rounded, s.tile, s.scores);
     }
-    if (turns)
-      turning_tile(*map, b.kv_head, s.turning, s.bias, rows, t0, tile, s.turned, s.tile_bias,
-                   s.biases);
+    if (turns && t0 / kStep != step) {
+      step = t0 / kStep;
+      turning_step(*map, b.kv_head, s.turning, s.bias, rows, step, s.turned, s.step_bias, s.biases);
+    }
     const bool has_means = num_means > 0 && t0 == 0;
     const Mask mask = {t0,
                        count,
@@ -123,7 +125,7 @@ static void attend_split(Call& call, const RowBlock& b, int begin, int end, int 
                        oldest,
                        hidden,
                        bias,
-                       has_means ? s.biases : biases};
+                       has_means ? s.biases : turns ? s.biases + t0 % kStep : nullptr};
     softmax_tile(s.scores, rows, tile, s.key_factor, has_means ? s.ones : s.value_factor, mask,
                  call.args.soft_cap, state, s.alpha);
     if (has_means) {

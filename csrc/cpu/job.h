@@ -50,7 +50,7 @@ struct Scratch {
   float *query, *query_raw, *tile, *scores, *key_factor, *value_factor, *hidden, *alpha, *bias;
   float *turning, *turned, *biases;  // [rows, 2 columns] twice and [rows, kMaxTile]
   float *first_value, *ones;         // [kMaxFirstMeans, head_dim] and [kMaxTile]
-  float* tile_bias;                  // [rows]
+  float* step_bias;                  // [rows]
   State split, total, raw;
 };
 
@@ -73,8 +73,8 @@ static inline Scratch make_scratch(int rows, int head_dim) {
   s.hidden = s.value_factor + kMaxTile;
   s.alpha = s.hidden + kMaxTile;
   s.bias = s.alpha + padded(rows);
-  s.tile_bias = s.bias + padded(rows);
-  s.turning = s.tile_bias + padded(rows);
+  s.step_bias = s.bias + padded(rows);
+  s.turning = s.step_bias + padded(rows);
   s.turned = s.turning + columns;
   s.biases = s.turned + columns;
   s.ones = s.biases + rows * kMaxTile;

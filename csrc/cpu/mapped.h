@@ -13,19 +13,23 @@ static inline const float* matrix_of(const FqKeyMap& map, const float* matrices,
   return matrices + (int64_t)head * head_dim * map.num_coded;
 }
 
-constexpr int kFine = 32, kCoarse = 16;  // positions of turn_fine, steps of turn_coarse
+constexpr int kStep = 32;          // positions of a row of turn_coarse
+constexpr int kHalf = kStep / 2;  // distances from the middle of a step: 0.5, 1.5, .. of turn_fine
+static_assert(kStep == kMaxTile);
 
 // Subtracts R_p c of one head from x.
 static inline void subtract_turning(const FqKeyMap& map, int head, int64_t position, float* x) {
   const int32_t* pair = map.turn_pairs + (int64_t)head * map.num_turning * 3;
   const float* c = map.turn_mean + (int64_t)head * map.num_turning * 2;
-  const float* fine = map.turn_fine + position % kCoarse;
-  const float* coarse = map.turn_coarse + position / kCoarse * 2 * map.num_columns;
+  const int i = (int)(position % kStep), n = map.num_fast_columns;
+  const float* fine = map.turn_fine + (i < kHalf ? kHalf - 1 - i : i - kHalf);
+  const float* coarse = map.turn_coarse + position / kStep * 2 * map.num_columns;
   for (int j = 0; j < map.num_turning; ++j, pair += 3, c += 2) {
     const int column = pair[2];
     float cosine = coarse[column], sine = coarse[map.num_columns + column];
-    if (column < map.num_fast_columns) {
-      const float cos2 = fine[column * kFine], sin2 = fine[(map.num_fast_columns + column) * kFine];
+    if (column < n) {
+      const float cos2 = fine[column * kHalf];
+      const float sin2 = i < kHalf ? -fine[(n + column) * kHalf] : fine[(n + column) * kHalf];
       const float cos1 = cosine, sin1 = sine;
       cosine = cos1 * cos2 - sin1 * sin2;
       sine = sin1 * cos2 + cos1 * sin2;
@@ -50,8 +54,9 @@ static inline void turning_weights(const FqKeyMap& map, int head, float scale, c
   }
 }
 
-// The weights of fast columns for positions counted from a row of turn_coarse, [2,
-// num_fast_columns]. Returns the sum of bias and what slow columns add to all of its step.
+// The weights of fast columns for positions counted from the middle of a step, whose row of
+// turn_coarse is `coarse`: [2, num_fast_columns]. Returns the sum of bias and what slow columns add
+// to all of the step.
 static inline float turn_weights(const FqKeyMap& map, const float* coarse, const float* weights,
                                  float bias, float* turned) {
   const int n = map.num_columns, num_fast = map.num_fast_columns;
@@ -69,70 +74,65 @@ static inline float turn_weights(const FqKeyMap& map, const float* coarse, const
   return bias + sum(slow);
 }
 
-// out[r][i] = bias[r] + the score of R_i c, for the first `tile` positions i.
-template <int kRows, int kVectors>
-static inline void turning_block(const FqKeyMap& map, const int32_t* pair, const float* weights,
-                                 const float* bias, int tile, float* out) {
+static inline vf reversed(vf x) {
+  vi order;
+  for (int i = 0; i < kLanes; ++i) order[i] = kLanes - 1 - i;
+  return __builtin_shuffle(x, order);
+}
+
+// out[r][i] = bias[r] + the score of R_p c for the step's positions. Cosines are the same on both
+// sides of its middle, and sines but for their sign.
+template <int kRows>
+static inline void turning_rows(const FqKeyMap& map, const int32_t* pair, const float* weights,
+                                const float* bias, float* out) {
+  constexpr int kVectors = kHalf / kLanes;
   const int n = map.num_fast_columns;
-  for (int i = 0; i < tile; i += kVectors * kLanes) {
+  vf sums[2][kRows][kVectors];
+  for (int part = 0; part < 2; ++part) {  // cosines, sines
     vf acc[kRows][kVectors];
     for (int r = 0; r < kRows; ++r) {
-      for (int v = 0; v < kVectors; ++v) acc[r][v] = splat(bias[r]);
+      for (int v = 0; v < kVectors; ++v) acc[r][v] = part ? vf{} : splat(bias[r]);
     }
     for (int j = 0; j < map.num_fast; ++j) {
-      const int column = pair[3 * j + 2];
-      for (int part = column; part < 2 * n; part += n) {  // cosine, sine
-        vf table[kVectors];
-        for (int v = 0; v < kVectors; ++v) {
-          table[v] = load(map.turn_fine + part * kFine + i + v * kLanes);
-        }
-        for (int r = 0; r < kRows; ++r) {
-          const vf w = splat(weights[r * 2 * n + part]);
-          for (int v = 0; v < kVectors; ++v) acc[r][v] = madd(w, table[v], acc[r][v]);
-        }
+      const int column = part * n + pair[3 * j + 2];
+      const float* fine = map.turn_fine + column * kHalf;
+      for (int r = 0; r < kRows; ++r) {
+        const vf w = splat(weights[r * 2 * n + column]);
+        for (int v = 0; v < kVectors; ++v) acc[r][v] = madd(w, load(fine + v * kLanes), acc[r][v]);
       }
     }
-    for (int r = 0; r < kRows; ++r) {
-      for (int v = 0; v < kVectors; ++v) store(out + r * kMaxTile + i + v * kLanes, acc[r][v]);
+    memcpy(sums[part], acc, sizeof(acc));
+  }
+  for (int r = 0; r < kRows; ++r, out += kStep) {
+    for (int v = 0; v < kVectors; ++v) {
+      const vf even = sums[0][r][v], odd = sums[1][r][v];
+      store(out + kHalf + v * kLanes, even + odd);
+      store(out + kHalf - (v + 1) * kLanes, reversed(even - odd));
     }
   }
 }
 
-template <int kVectors>
-static void turning_rows(const FqKeyMap& map, const int32_t* pair, const float* weights,
-                         const float* bias, int rows, int tile, float* out) {
-  constexpr int kFew = kVectors > 2 ? 2 : kVectors;
-  int r = 0;
-  for (; r + 4 <= rows; r += 4) {
-    turning_block<4, kFew>(map, pair, weights + r * 2 * map.num_fast_columns, bias + r, tile,
-                           out + r * kMaxTile);
-  }
-  weights += r * 2 * map.num_fast_columns;
-  bias += r;
-  out += r * kMaxTile;
-  if (rows - r == 3) turning_block<3, kVectors>(map, pair, weights, bias, tile, out);
-  if (rows - r == 2) turning_block<2, kVectors>(map, pair, weights, bias, tile, out);
-  if (rows - r == 1) turning_block<1, kVectors>(map, pair, weights, bias, tile, out);
-}
-
-// What every score of a tile has beside the code's part: [rows, kMaxTile]. `turned` is scratch,
-// [rows, 2, num_fast_columns], and tile_bias [rows].
-static void turning_tile(const FqKeyMap& map, int head, const float* weights, const float* bias,
-                         int rows, int64_t begin, int tile, float* turned, float* tile_bias,
-                         float* out) {
-  const float* coarse = map.turn_coarse + begin / kCoarse * 2 * map.num_columns;
+// What every score of a step has beside the code's part: [rows, kStep]. `turned` is scratch,
+// [rows, 2, num_fast_columns], and step_bias [rows].
+static void turning_step(const FqKeyMap& map, int head, const float* weights, const float* bias,
+                         int rows, int64_t step, float* turned, float* step_bias, float* out) {
+  const int n = 2 * map.num_fast_columns;
+  const float* coarse = map.turn_coarse + step * 2 * map.num_columns;
   for (int r = 0; r < rows; ++r) {
-    tile_bias[r] = turn_weights(map, coarse, weights + (int64_t)r * 2 * map.num_columns, bias[r],
-                                turned + (int64_t)r * 2 * map.num_fast_columns);
+    step_bias[r] = turn_weights(map, coarse, weights + (int64_t)r * 2 * map.num_columns, bias[r],
+                                turned + r * n);
   }
   const int32_t* pair = map.turn_pairs + (int64_t)head * map.num_turning * 3;
-  if (tile >= 4 * kLanes) {
-    turning_rows<4>(map, pair, turned, tile_bias, rows, tile, out);
-  } else if (tile >= 2 * kLanes) {
-    turning_rows<2>(map, pair, turned, tile_bias, rows, tile, out);
-  } else {
-    turning_rows<1>(map, pair, turned, tile_bias, rows, tile, out);
+  int r = 0;
+  for (; r + 4 <= rows; r += 4) {
+    turning_rows<4>(map, pair, turned + r * n, step_bias + r, out + r * kStep);
   }
+  turned += r * n;
+  step_bias += r;
+  out += r * kStep;
+  if (rows - r == 3) turning_rows<3>(map, pair, turned, step_bias, out);
+  if (rows - r == 2) turning_rows<2>(map, pair, turned, step_bias, out);
+  if (rows - r == 1) turning_rows<1>(map, pair, turned, step_bias, out);
 }
 
 // Codes one run of subvectors y; adds their weighted <y, v> and <v, v>. Returns their number of

@@ -51,10 +51,10 @@ struct FqCodec {
 //
 // With turn_fine, what is subtracted at position p is mean[h] + R_p c[h], R_p the rotary
 // embedding, c[h] given in num_turning pairs of coordinates.
-// R_p is R_q R_i for p = q + i: turn_fine has 32 positions from 0 on, turn_coarse every 16th. The
-// pairs behind the first num_fast turn in steps, over 32 positions as in the 16th, and turn_coarse
-// has them so. The tables' columns are pairs that turn alike: fast ones first; both kinds are padded
-// to a multiple of 16 columns.
+// R_p is R_q R_u for p = q + u: turn_coarse has the middles q of steps of 32 positions, 15.5 and so
+// on, and turn_fine the u from 0.5 to 15.5. The pairs behind the first num_fast turn in steps: as in
+// the 16th position of each, which turn_coarse has for them. The tables' columns are pairs that turn
+// alike: fast ones first; both kinds are padded to a multiple of 16 columns.
 //
 // A transformed key z has num_coded coordinates. They are coded run by run, subvectors of 2, of 4
 // and of 8 coordinates in turn; every index is one byte. The coordinates behind the last run are 0.
@@ -71,8 +71,8 @@ struct FqKeyMap {
   // [num_kv_heads, num_turning, 3]: a pair's two coordinates, and its column.
   const int32_t* turn_pairs;
   const float* turn_mean;    // [num_kv_heads, num_turning, 2], c in these coordinates
-  const float* turn_fine;    // [2, num_fast_columns, 32], cosines and then sines, or null
-  const float* turn_coarse;  // [num_positions / 16 + 2, 2, num_columns], likewise
+  const float* turn_fine;    // [2, num_fast_columns, 16], cosines and then sines, or null
+  const float* turn_coarse;  // [num_positions / 32 + 1, 2, num_columns], likewise
   int64_t num_positions;
   int32_t num_turning;  // at most head_dim / 2
   int32_t num_fast;
