@@ -37,7 +37,8 @@ def options_of(case: Case, preset: str) -> dict[str, dict[str, Any]]:
     key, value = torch.randn(2, rows, heads, dim).to(case.dtype)
     table = torch.arange(rows, dtype=torch.int32).view(case.num_reqs, -1)
     new = {"raw_key": key[: case.num_reqs], "raw_value": value[: case.num_reqs]}
-    copies = TokenCopies(key, value, table, quality.num_copied_first)
+    kept = (x.bfloat16() for x in (key, value))  # as in service
+    copies = TokenCopies(*kept, table, quality.num_copied_first)
     pairs = torch.arange(dim, dtype=torch.int32).view(2, -1).T.contiguous()
     frequency = 1e4 ** (-torch.arange(dim // 2).double() / (dim // 2))
     turns = Turns(pairs, frequency, 1.0, case.context)

@@ -139,17 +139,18 @@ def check_attention(
 def _check_cache(function: str, cache: torch.Tensor, codec: KVCodec) -> None:
     """Raises ValueError unless `cache` has the shape and layout of the codec's pages."""
     record_bytes = codec.layout.record_bytes
+    shape, stride = cache.shape, cache.stride()
     if (
         cache.dtype != torch.uint8
-        or cache.dim() != 4
-        or cache.shape[3] != record_bytes
-        or cache.stride(3) != 1
-        or cache.stride(2) != record_bytes
+        or len(shape) != 4
+        or shape[3] != record_bytes
+        or stride[3] != 1
+        or stride[2] != record_bytes
     ):
         raise ValueError(
             f"{function}: cache must be uint8 [num_blocks, num_kv_heads, block_size, "
-            f"{record_bytes}] with contiguous records, got {cache.dtype} {list(cache.shape)} "
-            f"with strides {cache.stride()}"
+            f"{record_bytes}] with contiguous records, got {cache.dtype} {list(shape)} "
+            f"with strides {stride}"
         )
 
 
@@ -163,11 +164,12 @@ def _check_vectors(
     dtype: torch.dtype | None = None,
 ) -> None:
     dtypes = DTYPES if dtype is None else (dtype,)
-    shape = (num_heads, codec.head_dim)
+    shape = x.shape
     if (
-        x.dim() != 3
-        or x.shape[1:] != shape
-        or x.stride(2) != 1
+        len(shape) != 3
+        or shape[1] != num_heads
+        or shape[2] != codec.head_dim
+        or x.stride()[2] != 1
         or x.dtype not in dtypes
         or x.device != cache.device
     ):
@@ -181,14 +183,16 @@ def _check_vectors(
 def _check_key_map(
     function: str, key_map: KeyMap | None, cache: torch.Tensor, codec: KVCodec
 ) -> None:
+    if key_map is None:
+        return
     expected = (cache.shape[1], codec.head_dim)
-    if key_map is not None and (key_map.mean.shape != expected or cache.device.type != "cpu"):
+    if key_map.mean.shape != expected or not cache.is_cpu:
         raise ValueError(
             f"{function}: key_map must be of {expected[0]} KV heads and head_dim {expected[1]}, "
             f"for a cache on the CPU, got {list(key_map.mean.shape)} on {cache.device}"
         )
-    index_bytes = codec.layout.key_index_bytes
-    if key_map is not None and key_map.transform is not None:
+    if key_map.transform is not None:
+        index_bytes = codec.layout.key_index_bytes
         got = key_map.transform.index_bytes
         if got != index_bytes:
             raise ValueError(
@@ -235,7 +239,7 @@ def _check_integers(
     if (
         x.dtype != dtype
         or x.dim() != num_axes
-        or (x.numel() and x.stride(-1) != 1)
+        or (x.stride()[-1] != 1 and x.numel())
         or x.device != cache.device
     ):
         raise ValueError(

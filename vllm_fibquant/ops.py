@@ -51,7 +51,7 @@ def kernel_name(cache: torch.Tensor | None = None, codec: KVCodec | None = None)
     """
     if _forced_reference:
         return "reference"
-    if cache is not None and codec is not None and cache.device.type == "cuda":
+    if cache is not None and codec is not None and cache.is_cuda:
         return gpu.kernel_name(cache, codec)
     return f"cpu-{native.isa()}"
 
@@ -104,7 +104,7 @@ def encode_kv(
         takes num_rows * head_dim multiply-adds per vector.
     Oracle: reference.encode_kv, equal but for ties of the two nearest codewords.
     """
-    if cache.device.type == "cuda" and not _forced_reference and key_map is None:
+    if cache.is_cuda and not _forced_reference and key_map is None:
         return gpu.encode_kv(key, value, cache, slot_mapping, codec)
     checks.check_encode(key, value, cache, slot_mapping, codec, key_map, positions)
     _check_cpu("encode_kv", cache, codec)
@@ -178,7 +178,7 @@ def paged_attention(
     Cost: reads record_bytes per cached token and KV head for every 48 rows that share them.
     Oracle: reference.paged_attention.
     """
-    if cache.device.type == "cuda" and not _forced_reference and key_map is None:
+    if cache.is_cuda and not _forced_reference and key_map is None:
         gpu.paged_attention(
             query, cache, codec, query_start_loc, seq_lens, block_table, out, scale=scale,
             window=window, soft_cap=soft_cap, sinks=sinks, raw_key=raw_key, raw_value=raw_value,
@@ -223,7 +223,7 @@ def reserve(query: torch.Tensor, raw: bool) -> None:
     For an engine that measures its peak with a step in which nothing is attended. On a CPU, whose
     scratch memory is small and kept from call to call, nothing is done.
     """
-    if query.device.type == "cuda" and not _forced_reference:
+    if query.is_cuda and not _forced_reference:
         gpu.reserve(query, raw)
 
 
@@ -232,5 +232,5 @@ def _check_cpu(function: str, cache: torch.Tensor, codec: KVCodec) -> None:
     reason = unsupported_head_dim(codec.head_dim)
     if reason:
         raise ValueError(f"{function}: {reason}")
-    if cache.device.type != "cpu":
+    if not cache.is_cpu:
         raise ValueError(f"{function}: cache must be on the CPU or a CUDA GPU, got {cache.device}")

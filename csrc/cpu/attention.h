@@ -79,8 +79,8 @@ static void attend_split(Call& call, const RowBlock& b, int begin, int end, int 
       if (!runs[num_runs].record) return;
       t += runs[num_runs++].count;
     }
-    if (t1 < end) {
-      const Run next = find_run(call, b, t1, t1 + tile < end ? t1 + tile : end);
+    if (t1 < b.end) {
+      const Run next = find_run(call, b, t1, t1 + tile < b.end ? t1 + tile : b.end);
       for (int64_t i = 0; next.record && i < (int64_t)next.count * layout.record_bytes; i += 64) {
         __builtin_prefetch(next.record + i);
       }
@@ -114,7 +114,7 @@ static void attend_split(Call& call, const RowBlock& b, int begin, int end, int 
     }
     if (turns && t0 / kStep != step) {
       step = t0 / kStep;
-      turning_step(*map, b.kv_head, s.turning, s.bias, rows, step, s.turned, s.step_bias, s.biases);
+      turning_step(*map, b.kv_head, s.turning, s.bias, rows, step, s.turned, s.biases);
     }
     const bool has_means = num_means > 0 && t0 == 0;
     const Mask mask = {t0,
@@ -125,15 +125,17 @@ static void attend_split(Call& call, const RowBlock& b, int begin, int end, int 
                        oldest,
                        hidden,
                        bias,
-                       has_means ? s.biases : turns ? s.biases + t0 % kStep : nullptr};
-    softmax_tile(s.scores, rows, tile, s.key_factor, has_means ? s.ones : s.value_factor, mask,
+                       has_means ? s.biases
+                       : turns   ? s.biases + t0 % kStep
+                                 : nullptr};
+    softmax_tile(s.scores, rows, s.key_factor, has_means ? s.ones : s.value_factor, mask,
                  call.args.soft_cap, state, s.alpha);
     if (has_means) {
       axpy_tile(s.scores, s.alpha, rows, DenseTile{s.first_value, head_dim}, head_dim,
                 num_means < count ? num_means : count, state.o);
       for (int r = 0; r < rows; ++r) {
         s.alpha[r] = 1.0f;
-        for (int i = 0; i < tile; ++i) s.scores[r * kMaxTile + i] *= s.value_factor[i];
+        for (int i = 0; i < count; ++i) s.scores[r * kMaxTile + i] *= s.value_factor[i];
       }
     }
     call.value.axpy(codec.value, value_fields, s.scores, s.alpha, rows, head_dim, count, s.tile,

@@ -47,29 +47,46 @@ static inline void hadamard(float* x, int dim) {
   }
 }
 
-// kCount vectors of dst = M^T src, from column i on. One alone would wait for each sum.
-template <int kCount>
-static inline void multiply_columns(const float* matrix, int rows, int columns, int i,
-                                    const float* src, float* dst) {
-  vf acc[kCount] = {};
+// kVectors vectors of dst[r] = M^T src[r], from column i on, for kRows rows r. Every sum has one
+// order, whatever the blocking; one sum alone would wait for itself.
+template <int kRows, int kVectors>
+static inline void multiply_block(const float* matrix, int rows, int columns, int i,
+                                  const float* src, float* dst) {
+  vf acc[kRows][kVectors] = {};
   for (int j = 0; j < rows; ++j) {
     const float* row = matrix + (int64_t)j * columns + i;
-    for (int c = 0; c < kCount; ++c) acc[c] = madd(splat(src[j]), load(row + c * kLanes), acc[c]);
+    for (int r = 0; r < kRows; ++r) {
+      const vf x = splat(src[r * rows + j]);
+      for (int c = 0; c < kVectors; ++c) acc[r][c] = madd(x, load(row + c * kLanes), acc[r][c]);
+    }
   }
-  for (int c = 0; c < kCount; ++c) store(dst + i + c * kLanes, acc[c]);
+  for (int r = 0; r < kRows; ++r) {
+    for (int c = 0; c < kVectors; ++c) store(dst + r * columns + i + c * kLanes, acc[r][c]);
+  }
 }
 
-// dst = M^T src for row-major M [rows, columns]; dst must not alias src.
-static inline void multiply_transposed(const float* matrix, int rows, int columns, const float* src,
-                                       float* dst) {
+template <int kRows>
+static inline void multiply_rows(const float* matrix, int rows, int columns, const float* src,
+                                 float* dst) {
+  constexpr int kVectors = 8 / kRows;
   int i = 0;
-  for (; i + 8 * kLanes <= columns; i += 8 * kLanes) {
-    multiply_columns<8>(matrix, rows, columns, i, src, dst);
+  for (; i + kVectors * kLanes <= columns; i += kVectors * kLanes) {
+    multiply_block<kRows, kVectors>(matrix, rows, columns, i, src, dst);
   }
-  for (; i + 4 * kLanes <= columns; i += 4 * kLanes) {
-    multiply_columns<4>(matrix, rows, columns, i, src, dst);
+  for (; i < columns; i += kLanes) multiply_block<kRows, 1>(matrix, rows, columns, i, src, dst);
+}
+
+// dst[r] = M^T src[r] for row-major M [rows, columns] and `count` rows r; dst must not alias src.
+static inline void multiply_transposed(const float* matrix, int rows, int columns, int count,
+                                       const float* src, float* dst) {
+  int r = 0;
+  for (; r + 4 <= count; r += 4) {
+    multiply_rows<4>(matrix, rows, columns, src + r * rows, dst + r * columns);
   }
-  for (; i < columns; i += kLanes) multiply_columns<1>(matrix, rows, columns, i, src, dst);
+  for (; r + 2 <= count; r += 2) {
+    multiply_rows<2>(matrix, rows, columns, src + r * rows, dst + r * columns);
+  }
+  if (r < count) multiply_rows<1>(matrix, rows, columns, src + r * rows, dst + r * columns);
 }
 
 // x = rotation of x (inverse: its transpose).
@@ -90,8 +107,8 @@ static inline void rotate(const FqCodec& codec, float* x, bool inverse) {
   } else {
     alignas(64) float copy[kMaxHeadDim];
     memcpy(copy, x, (size_t)dim * 4);
-    multiply_transposed(inverse ? codec.rotation_matrix : codec.rotation_matrix_t, dim, dim, copy,
-                        x);
+    multiply_transposed(inverse ? codec.rotation_matrix : codec.rotation_matrix_t, dim, dim, 1,
+                        copy, x);
   }
 }
 

@@ -70,8 +70,7 @@ static void attend_dense(const Call& call, const RowBlock& b, const Dense& dense
     const Mask mask = {
         t0,      count,  first_position, call.group_size, a.window, 0, table ? s.hidden : nullptr,
         nullptr, nullptr};
-    softmax_tile(s.scores, rows, tile, s.key_factor, s.value_factor, mask, a.soft_cap, s.raw,
-                 s.alpha);
+    softmax_tile(s.scores, rows, s.key_factor, s.value_factor, mask, a.soft_cap, s.raw, s.alpha);
     load_tile(dense.value, dense.stride_value_token, dense.stride_value_head);
     axpy_tile(s.scores, s.alpha, rows, DenseTile{s.tile, head_dim}, head_dim, count, s.raw.o);
   }

@@ -48,9 +48,8 @@ struct Call {
 // Scratch of one thread.
 struct Scratch {
   float *query, *query_raw, *tile, *scores, *key_factor, *value_factor, *hidden, *alpha, *bias;
-  float *turning, *turned, *biases;  // [rows, 2 columns] twice and [rows, kMaxTile]
+  float *turning, *turned, *biases;  // [rows, 2, columns], [4, 2, columns], [rows, kMaxTile]
   float *first_value, *ones;         // [kMaxFirstMeans, head_dim] and [kMaxTile]
-  float* step_bias;                  // [rows]
   State split, total, raw;
 };
 
@@ -59,9 +58,10 @@ static inline int64_t padded(int64_t floats) { return (floats + 15) & ~int64_t{1
 static inline Scratch make_scratch(int rows, int head_dim) {
   const int64_t block = padded((int64_t)rows * head_dim), tile = kMaxTile * (int64_t)head_dim;
   const int64_t state = padded(state_floats(rows, head_dim));
-  const int64_t columns = (int64_t)rows * (padded(head_dim) + 64);  // of cosines and sines
-  const int64_t total = 2 * block + 2 * columns + tile + 2 * rows * kMaxTile + 4 * kMaxTile + 3 * padded(rows) +
-                        3 * state + kMaxFirstMeans * (int64_t)head_dim;
+  const int64_t columns = padded(head_dim) + 64;  // of cosines and sines
+  const int64_t total = 2 * block + (rows + 4) * columns + tile + 2 * rows * kMaxTile +
+                        4 * kMaxTile + 2 * padded(rows) + 3 * state +
+                        kMaxFirstMeans * (int64_t)head_dim;
   float* p = static_cast<float*>(thread_scratch((size_t)total * 4));
   Scratch s;
   s.query = p;
@@ -73,10 +73,9 @@ static inline Scratch make_scratch(int rows, int head_dim) {
   s.hidden = s.value_factor + kMaxTile;
   s.alpha = s.hidden + kMaxTile;
   s.bias = s.alpha + padded(rows);
-  s.step_bias = s.bias + padded(rows);
-  s.turning = s.step_bias + padded(rows);
-  s.turned = s.turning + columns;
-  s.biases = s.turned + columns;
+  s.turning = s.bias + padded(rows);
+  s.turned = s.turning + rows * columns;
+  s.biases = s.turned + 4 * columns;
   s.ones = s.biases + rows * kMaxTile;
   for (int i = 0; i < kMaxTile; ++i) s.ones[i] = 1.0f;
   s.first_value = s.ones + kMaxTile;
@@ -125,9 +124,11 @@ static void load_queries(const Call& call, const RowBlock& b, Queries which, con
     memcpy(mean, a.key_map->first_value + means_at + p * head_dim, (size_t)head_dim * 4);
     rotate(call.codec, mean, false);
   }
+  const bool transforms = map && map->num_coded > 0;
+  float* loaded = transforms ? s.query_raw : dst;
   for (int r = 0; r < rows_of(call, b); ++r) {
     const int head = b.kv_head * group + r % group;
-    float* q = dst + (int64_t)r * (map && map->num_coded ? map->num_coded : head_dim);
+    float* q = loaded + (int64_t)r * head_dim;
     load_row(query, (token + r / group) * stride_token + head * stride_head, a.dtype, head_dim, q);
     if (num_means > 0) {
       float* biases = s.biases + r * kMaxTile;
@@ -140,14 +141,11 @@ static void load_queries(const Call& call, const RowBlock& b, Queries which, con
     if (map && map->turn_fine) {
       turning_weights(*map, b.kv_head, a.scale, q, s.turning + (int64_t)r * map->num_columns * 2);
     }
-    if (map && map->num_coded > 0) {
-      alignas(64) float copy[kMaxHeadDim];
-      memcpy(copy, q, (size_t)head_dim * 4);
-      multiply_transposed(matrix_of(*map, map->query_matrix_t, b.kv_head, head_dim), head_dim,
-                          map->num_coded, copy, q);
-    } else if (which != Queries::kRaw) {
-      rotate(call.codec, q, false);
-    }
+    if (!transforms && which != Queries::kRaw) rotate(call.codec, q, false);
+  }
+  if (transforms) {
+    multiply_transposed(matrix_of(*map, map->query_matrix_t, b.kv_head, head_dim), head_dim,
+                        map->num_coded, rows_of(call, b), loaded, dst);
   }
 }
 

@@ -13,7 +13,7 @@ static inline const float* matrix_of(const FqKeyMap& map, const float* matrices,
   return matrices + (int64_t)head * head_dim * map.num_coded;
 }
 
-constexpr int kStep = 32;          // positions of a row of turn_coarse
+constexpr int kStep = 32;         // positions of a row of turn_coarse
 constexpr int kHalf = kStep / 2;  // distances from the middle of a step: 0.5, 1.5, .. of turn_fine
 static_assert(kStep == kMaxTile);
 
@@ -55,23 +55,30 @@ static inline void turning_weights(const FqKeyMap& map, int head, float scale, c
 }
 
 // The weights of fast columns for positions counted from the middle of a step, whose row of
-// turn_coarse is `coarse`: [2, num_fast_columns]. Returns the sum of bias and what slow columns add
-// to all of the step.
-static inline float turn_weights(const FqKeyMap& map, const float* coarse, const float* weights,
-                                 float bias, float* turned) {
+// turn_coarse is `coarse`: [kRows, 2, num_fast_columns]. step_bias[r] is the sum of bias[r] and
+// what slow columns add to all of the step.
+template <int kRows>
+static inline void turn_weights(const FqKeyMap& map, const float* coarse, const float* weights,
+                                const float* bias, float* turned, float* step_bias) {
   const int n = map.num_columns, num_fast = map.num_fast_columns;
   for (int i = 0; i < num_fast; i += kLanes) {
     const vf cosine = load(coarse + i), sine = load(coarse + n + i);
-    const vf x = load(weights + i), y = load(weights + n + i);
-    store(turned + i, madd(x, cosine, y * sine));
-    store(turned + num_fast + i, y * cosine - x * sine);
+    for (int r = 0; r < kRows; ++r) {
+      const vf x = load(weights + r * 2 * n + i), y = load(weights + r * 2 * n + n + i);
+      store(turned + r * 2 * num_fast + i, madd(x, cosine, y * sine));
+      store(turned + r * 2 * num_fast + num_fast + i, y * cosine - x * sine);
+    }
   }
-  vf slow = vf{};
+  vf slow[4] = {};
   for (int i = num_fast; i < n; i += kLanes) {
-    slow = madd(load(weights + i), load(coarse + i), slow);
-    slow = madd(load(weights + n + i), load(coarse + n + i), slow);
+    const vf cosine = load(coarse + i), sine = load(coarse + n + i);
+    for (int r = 0; r < kRows; ++r) {
+      slow[r] = madd(load(weights + r * 2 * n + i), cosine, slow[r]);
+      slow[r] = madd(load(weights + r * 2 * n + n + i), sine, slow[r]);
+    }
   }
-  return bias + sum(slow);
+  const v4 sums = sum4(slow[0], slow[1], slow[2], slow[3]);
+  for (int r = 0; r < kRows; ++r) step_bias[r] = bias[r] + sums[r];
 }
 
 static inline vf reversed(vf x) {
@@ -80,24 +87,28 @@ static inline vf reversed(vf x) {
   return __builtin_shuffle(x, order);
 }
 
-// out[r][i] = bias[r] + the score of R_p c for the step's positions. Cosines are the same on both
-// sides of its middle, and sines but for their sign.
+// out[r][i] = bias[r] + the score of R_p c for the positions of a step. Cosines are the same on
+// both sides of its middle, and sines but for their sign. `turned` is scratch, [kRows, 2,
+// num_fast_columns].
 template <int kRows>
-static inline void turning_rows(const FqKeyMap& map, const int32_t* pair, const float* weights,
-                                const float* bias, float* out) {
+static inline void turning_rows(const FqKeyMap& map, const int32_t* pair, const float* coarse,
+                                const float* weights, const float* bias, float* turned,
+                                float* out) {
+  float step_bias[kRows];
+  turn_weights<kRows>(map, coarse, weights, bias, turned, step_bias);
   constexpr int kVectors = kHalf / kLanes;
   const int n = map.num_fast_columns;
   vf sums[2][kRows][kVectors];
   for (int part = 0; part < 2; ++part) {  // cosines, sines
     vf acc[kRows][kVectors];
     for (int r = 0; r < kRows; ++r) {
-      for (int v = 0; v < kVectors; ++v) acc[r][v] = part ? vf{} : splat(bias[r]);
+      for (int v = 0; v < kVectors; ++v) acc[r][v] = part ? vf{} : splat(step_bias[r]);
     }
     for (int j = 0; j < map.num_fast; ++j) {
       const int column = part * n + pair[3 * j + 2];
       const float* fine = map.turn_fine + column * kHalf;
       for (int r = 0; r < kRows; ++r) {
-        const vf w = splat(weights[r * 2 * n + column]);
+        const vf w = splat(turned[r * 2 * n + column]);
         for (int v = 0; v < kVectors; ++v) acc[r][v] = madd(w, load(fine + v * kLanes), acc[r][v]);
       }
     }
@@ -112,27 +123,23 @@ static inline void turning_rows(const FqKeyMap& map, const int32_t* pair, const 
   }
 }
 
-// What every score of a step has beside the code's part: [rows, kStep]. `turned` is scratch,
-// [rows, 2, num_fast_columns], and step_bias [rows].
+// What every score of a step has beside the code's part: [rows, kStep]. `turned` is scratch, [4, 2,
+// num_fast_columns].
 static void turning_step(const FqKeyMap& map, int head, const float* weights, const float* bias,
-                         int rows, int64_t step, float* turned, float* step_bias, float* out) {
-  const int n = 2 * map.num_fast_columns;
-  const float* coarse = map.turn_coarse + step * 2 * map.num_columns;
-  for (int r = 0; r < rows; ++r) {
-    step_bias[r] = turn_weights(map, coarse, weights + (int64_t)r * 2 * map.num_columns, bias[r],
-                                turned + r * n);
-  }
+                         int rows, int64_t step, float* turned, float* out) {
+  const int n = 2 * map.num_columns;
+  const float* coarse = map.turn_coarse + step * n;
   const int32_t* pair = map.turn_pairs + (int64_t)head * map.num_turning * 3;
   int r = 0;
   for (; r + 4 <= rows; r += 4) {
-    turning_rows<4>(map, pair, turned + r * n, step_bias + r, out + r * kStep);
+    turning_rows<4>(map, pair, coarse, weights + r * n, bias + r, turned, out + r * kStep);
   }
-  turned += r * n;
-  step_bias += r;
+  weights += r * n;
+  bias += r;
   out += r * kStep;
-  if (rows - r == 3) turning_rows<3>(map, pair, turned, step_bias, out);
-  if (rows - r == 2) turning_rows<2>(map, pair, turned, step_bias, out);
-  if (rows - r == 1) turning_rows<1>(map, pair, turned, step_bias, out);
+  if (rows - r == 3) turning_rows<3>(map, pair, coarse, weights, bias, turned, out);
+  if (rows - r == 2) turning_rows<2>(map, pair, coarse, weights, bias, turned, out);
+  if (rows - r == 1) turning_rows<1>(map, pair, coarse, weights, bias, turned, out);
 }
 
 // Codes one run of subvectors y; adds their weighted <y, v> and <v, v>. Returns their number of
@@ -167,8 +174,8 @@ static inline bool encode_mapped(const FqCodec& codec, const FqKeyMap& map, int 
   if (largest < kMinNormal) return true;
   for (int i = 0; i < head_dim; ++i) x[i] = x[i] / largest;
   alignas(64) float y[kMaxHeadDim];
-  multiply_transposed(matrix_of(map, map.key_matrix_t, head, head_dim), head_dim, map.num_coded, x,
-                      y);
+  multiply_transposed(matrix_of(map, map.key_matrix_t, head, head_dim), head_dim, map.num_coded, 1,
+                      x, y);
   const float length = normalise(y, map.num_coded);
   if (!(length > 0.0f)) return true;
   for (int i = 0; i < map.num_coded; ++i) y[i] = y[i] * map.source_scale;
@@ -220,13 +227,20 @@ static void dot_mapped(const FqKeyMap& map, const uint8_t* const* fields, const 
   const bool is_aligned =
       end2 % kUnit == 0 && end4 % kUnit == 0 && end4 + 8 * map.num_subvecs[2] == dim;
   if (is_aligned && rows <= kMaxFusedRows) {
-    const MappedTile tile = {{{map.codes[0].rows}, fields, 0},
-                             {{map.codes[1].rows}, fields, at4},
-                             {{map.codes[2].rows}, fields, at8},
-                             end2,
-                             end4};
-    dot_tile(q, rows, tile, dim, num_tokens, scores);
-    return;
+    const auto dot = [&](auto tile) {
+      tile.part2 = {{map.codes[0].rows}, fields, 0};
+      tile.part4 = {{map.codes[1].rows}, fields, at4};
+      tile.part8 = {{map.codes[2].rows}, fields, at8};
+      tile.end2 = end2;
+      tile.end4 = end4;
+      dot_tile(q, rows, tile, dim, num_tokens, scores);
+    };
+    // The runs of 2 and 3 bits at the usual head_dims.
+    if (dim == 64 && end2 == 16 && end4 == 32) return dot(MappedTile<1, 1, 2>{});
+    if (dim == 64 && end2 == 32 && end4 == 64) return dot(MappedTile<2, 2, 0>{});
+    if (dim == 128 && end2 == 32 && end4 == 64) return dot(MappedTile<2, 2, 4>{});
+    if (dim == 128 && end2 == 64 && end4 == 128) return dot(MappedTile<4, 4, 0>{});
+    return dot(MappedTile<0, 0, 0>{});
   }
   if (is_aligned) {
     decode_part<Codes<2, false>>(map.codes[0], end2, fields, 0, num_tokens, scratch, dim);

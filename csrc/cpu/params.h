@@ -52,9 +52,9 @@ struct FqCodec {
 // With turn_fine, what is subtracted at position p is mean[h] + R_p c[h], R_p the rotary
 // embedding, c[h] given in num_turning pairs of coordinates.
 // R_p is R_q R_u for p = q + u: turn_coarse has the middles q of steps of 32 positions, 15.5 and so
-// on, and turn_fine the u from 0.5 to 15.5. The pairs behind the first num_fast turn in steps: as in
-// the 16th position of each, which turn_coarse has for them. The tables' columns are pairs that turn
-// alike: fast ones first; both kinds are padded to a multiple of 16 columns.
+// on, and turn_fine the u from 0.5 to 15.5. The pairs behind the first num_fast turn in steps: as
+// in the 16th position of each, which turn_coarse has for them. The tables' columns are pairs that
+// turn alike: fast ones first; both kinds are padded to a multiple of 16 columns.
 //
 // A transformed key z has num_coded coordinates. They are coded run by run, subvectors of 2, of 4
 // and of 8 coordinates in turn; every index is one byte. The coordinates behind the last run are 0.

@@ -245,7 +245,14 @@ static inline void load_row(const void* base, int64_t offset, int32_t dtype, int
     for (int i = 0; i < count; ++i) dst[i] = bfloat_to_float(src[i]);
   } else {
     const uint16_t* src = static_cast<const uint16_t*>(base) + offset;
-    for (int i = 0; i < count; ++i) dst[i] = half_to_float(src[i]);
+    int i = 0;
+#if defined(__F16C__)
+    for (; i + 8 <= count; i += 8) {
+      const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(src + i));
+      _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(halves));
+    }
+#endif
+    for (; i < count; ++i) dst[i] = half_to_float(src[i]);
   }
 }
 

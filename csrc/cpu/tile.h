@@ -82,35 +82,50 @@ struct PartTile {
   const uint8_t* const* fields;
   size_t offset;
   typename C::Word word(int t, size_t i) const { return codes.word(fields[t] + offset, i); }
+  PartTile from(int i) const { return {codes, fields, offset + (i / 8) * C::kHalfBytes}; }
   vf at(const typename C::Word& word, int c) const { return codes.at(word, c); }
 };
 
 // A tile of transformed keys (FqKeyMap) whose runs are whole units: subvectors of 2 coordinates up
-// to coordinate end2, of 4 up to end4, then of 8.
+// to coordinate end2, of 4 up to end4, then of 8. kUnits2, kUnits4 and kUnits8 fix the runs' units,
+// so that short loops unroll; all 0 where they are not known.
+template <int kUnits2, int kUnits4, int kUnits8>
 struct MappedTile {
   static constexpr bool kSpills = false;
   static constexpr int kNumParts = 3;
+  static constexpr int kUnits[3] = {kUnits2, kUnits4, kUnits8};
   PartTile<Codes<2, false>> part2;
   PartTile<Codes<4, false>> part4;
   PartTile<Codes<8, false>> part8;
   int end2, end4;
 };
 
-// acc[r][j] += <q[r], k[t + j]>, lane by lane, over `count` coordinates; rows have stride head_dim.
+// acc[r][j] += <q[r], k[t + j]>, lane by lane, over the unit of coordinates from i on; rows have
+// stride head_dim.
 template <int kRows, int kTokens, class Tile>
+[[gnu::always_inline]] static inline void dot_unit(const float* q, const Tile& k, int head_dim,
+                                                   size_t i, int t, vf (&acc)[kRows][kTokens]) {
+  decltype(k.word(0, 0)) words[kTokens];
+  for (int j = 0; j < kTokens; ++j) words[j] = k.word(t + j, i);
+  for (int c = 0; c < kPerUnit; ++c) {
+    vf qv[kRows];
+    for (int r = 0; r < kRows; ++r) qv[r] = load(q + r * head_dim + i + c * kLanes);
+    for (int j = 0; j < kTokens; ++j) {
+      const vf kv = k.at(words[j], c);
+      for (int r = 0; r < kRows; ++r) acc[r][j] = madd(qv[r], kv, acc[r][j]);
+    }
+  }
+}
+
+// The same over `count` coordinates, or over kUnits units if that is not 0.
+template <int kRows, int kTokens, int kUnits = 0, class Tile>
 [[gnu::always_inline]] static inline void dot_add(const float* q, const Tile& k, int head_dim,
                                                   int count, int t, vf (&acc)[kRows][kTokens]) {
-  for (size_t i = 0; i < (size_t)count; i += kUnit) {
-    decltype(k.word(0, 0)) words[kTokens];
-    for (int j = 0; j < kTokens; ++j) words[j] = k.word(t + j, i);
-    for (int c = 0; c < kPerUnit; ++c) {
-      vf qv[kRows];
-      for (int r = 0; r < kRows; ++r) qv[r] = load(q + r * head_dim + i + c * kLanes);
-      for (int j = 0; j < kTokens; ++j) {
-        const vf kv = k.at(words[j], c);
-        for (int r = 0; r < kRows; ++r) acc[r][j] = madd(qv[r], kv, acc[r][j]);
-      }
-    }
+  if constexpr (kUnits > 0) {
+#pragma GCC unroll 8
+    for (int u = 0; u < kUnits; ++u) dot_unit(q, k, head_dim, (size_t)(u * kUnit), t, acc);
+  } else {
+    for (size_t i = 0; i < (size_t)count; i += kUnit) dot_unit(q, k, head_dim, i, t, acc);
   }
 }
 
@@ -121,9 +136,27 @@ static inline void dot_block(const float* q, const Tile& k, int head_dim, int nu
   for (int t = 0; t < num_tokens; t += kTokens) {
     vf acc[kRows][kTokens] = {};
     if constexpr (Tile::kNumParts == 3) {
-      dot_add<kRows, kTokens>(q, k.part2, head_dim, k.end2, t, acc);
-      dot_add<kRows, kTokens>(q + k.end2, k.part4, head_dim, k.end4 - k.end2, t, acc);
-      dot_add<kRows, kTokens>(q + k.end4, k.part8, head_dim, head_dim - k.end4, t, acc);
+      if (head_dim == 64 && k.end2 == 16 && k.end4 == 32) {
+        dot_add<kRows, kTokens>(q, k.part2, 64, 16, t, acc);
+        dot_add<kRows, kTokens>(q + 16, k.part4, 64, 16, t, acc);
+        dot_add<kRows, kTokens>(q + 32, k.part8, 64, 32, t, acc);
+      } else if (head_dim == 128 && k.end2 == 32 && k.end4 == 64) {
+        _Pragma("GCC unroll 4") for (int i = 0; i < 32; i += 16)
+            dot_add<kRows, kTokens>(q + i, k.part2.from(i), 128, 16, t, acc);
+        _Pragma("GCC unroll 4") for (int i = 0; i < 32; i += 16)
+            dot_add<kRows, kTokens>(q + 32 + i, k.part4.from(i), 128, 16, t, acc);
+        _Pragma("GCC unroll 4") for (int i = 0; i < 64; i += 16)
+            dot_add<kRows, kTokens>(q + 64 + i, k.part8.from(i), 128, 16, t, acc);
+      } else {
+        constexpr int kUnits2 = Tile::kUnits[0], kUnits4 = Tile::kUnits[1],
+                      kUnits8 = Tile::kUnits[2];
+        constexpr int kEnd2 = kUnits2 * kUnit, kEnd4 = kEnd2 + kUnits4 * kUnit;
+        const int end2 = kEnd4 ? kEnd2 : k.end2, end4 = kEnd4 ? kEnd4 : k.end4;
+        const int dim = kEnd4 ? kEnd4 + kUnits8 * kUnit : head_dim;
+        dot_add<kRows, kTokens, kUnits2>(q, k.part2, dim, end2, t, acc);
+        dot_add<kRows, kTokens, kUnits4>(q + end2, k.part4, dim, end4 - end2, t, acc);
+        dot_add<kRows, kTokens, kUnits8>(q + end4, k.part8, dim, dim - end4, t, acc);
+      }
     } else {
       dot_add<kRows, kTokens>(q, k, head_dim, head_dim, t, acc);
     }
@@ -293,12 +326,13 @@ struct Mask {
   const float* biases;  // [rows, kMaxTile], added to every score; null = all 0
 };
 
-// Turns scores [rows, tile] into weights exp(score - m) * value_factor and updates m and l.
+// Turns scores [rows, mask.count] into weights exp(score - m) * value_factor and updates m and l.
 // alpha[r] is what the row's old o must be multiplied by.
-static inline void softmax_tile(float* scores, int rows, int tile, const float* key_factor,
+static inline void softmax_tile(float* scores, int rows, const float* key_factor,
                                 const float* value_factor, const Mask& mask, float soft_cap,
                                 const State& state, float* alpha) {
   const int last = mask.begin + mask.count - 1;
+  const int end = (mask.count + kLanes - 1) / kLanes * kLanes;
   vi lane;
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
   for (int r = 0; r < rows; ++r) {
@@ -307,9 +341,9 @@ static inline void softmax_tile(float* scores, int rows, int tile, const float* 
     const int start = mask.window > 0 ? position - mask.window + 1 : 0;
     const int oldest = start > mask.oldest ? start : mask.oldest;
     const int newest = position < last ? position : last;
-    const bool whole = newest - mask.begin == tile - 1 && oldest <= mask.begin && !mask.hidden;
+    const bool whole = newest - mask.begin == end - 1 && oldest <= mask.begin && !mask.hidden;
     vf largest = splat(kMinusInf);
-    for (int i = 0; i < tile; i += kLanes) {
+    for (int i = 0; i < end; i += kLanes) {
       vf x = load(s + i) * load(key_factor + i);
       if (mask.bias) x = x + splat(mask.bias[r]);
       if (mask.biases) x = x + load(mask.biases + r * kMaxTile + i);
@@ -325,7 +359,7 @@ static inline void softmax_tile(float* scores, int rows, int tile, const float* 
     const float m = fmax2(state.m[r], max_lane(largest));
     alpha[r] = m == state.m[r] ? 1.0f : exp1(state.m[r] - m);
     vf total = vf{};
-    for (int i = 0; i < tile; i += kLanes) {
+    for (int i = 0; i < end; i += kLanes) {
       const vf weight = vexp(load(s + i) - splat(m));
       total = total + weight;
       store(s + i, weight * load(value_factor + i));
