@@ -18,6 +18,7 @@ import torch
 
 from tests.paged import make_paged
 from tests.test_attention import check_against_oracle, codec_of
+from tests.test_key_map import KINDS, mapped
 from vllm_fibquant import native
 
 ROOT = Path(__file__).parent.parent
@@ -64,3 +65,11 @@ def test_wide_kernels(lanes: int, name: str, head_dim: int) -> None:
     sinks = torch.linspace(-2, 2, 6)
     paged = make_paged(codec_of(name, head_dim), [100, 41], [50, 41], group_size=3)
     check_against_oracle(paged, window=30, soft_cap=4.0, sinks=sinks, **paged.raw)
+
+
+@pytest.mark.parametrize("head_dim", [64, 256])
+@pytest.mark.parametrize("kind", KINDS)
+def test_wide_kernels_of_mapped_keys(lanes: int, kind: str, head_dim: int) -> None:
+    for group_size in (1, 3, 4, 7):
+        settings = {"head_dim": head_dim, "group_size": group_size, **KINDS[kind]}
+        check_against_oracle(mapped([70, 530], [1, 3], **settings))
