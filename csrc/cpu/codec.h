@@ -343,65 +343,62 @@ static inline float normalise(float* x, int count) {
   return length;
 }
 
-// Encodes x [head_dim] (overwritten) into a zeroed index field and a norm.
-// Returns false, storing the zero vector, when x holds a NaN or infinity.
-static inline bool encode_vector(const FqCodec& codec, const FqCode& code, float* x, uint8_t* field,
-                                 uint16_t* norm) {
-  const int head_dim = codec.head_dim, dim = code.subvec_dim;
-  *norm = 0;
-  const float largest = peak(x, head_dim);
-  if (largest == __builtin_inff()) return false;
-  if (largest < kMinNormal) return true;  // zero, or below the least normal float
+// What a vector's direction was divided by: its length is peak * length. peak is 0 for the zero
+// vector, whose direction is 0, and infinity for one with a NaN or infinity, stored as the zero
+// vector.
+struct Magnitude {
+  float peak, length;
+};
 
+// x [head_dim] becomes its rotated direction.
+static inline Magnitude to_direction(const FqCodec& codec, float* x) {
+  const int head_dim = codec.head_dim;
+  const float largest = peak(x, head_dim);
+  if (largest == __builtin_inff() || largest < kMinNormal) {
+    memset(x, 0, (size_t)head_dim * 4);
+    return {largest < kMinNormal ? 0.0f : largest, 0.0f};
+  }
   // Dividing by the largest coordinate first keeps squares of any finite input finite.
   for (int i = 0; i < head_dim; ++i) x[i] = x[i] / largest;
   rotate(codec, x, false);
-  const float length = normalise(x, head_dim);
+  return {largest, normalise(x, head_dim)};
+}
 
-  const int num_subvecs = head_dim / dim;
-  uint32_t index[kMaxHeadDim], pattern[kMaxHeadDim];
-  alignas(64) float folded[kMaxHeadDim];
-  const float* y = x;
-  if (code.folded) {
-    for (int s = 0; s < num_subvecs; ++s) {
-      pattern[s] = 0;
-      for (int j = 0; j < dim; ++j) {
-        pattern[s] |= (uint32_t)(x[s * dim + j] < 0.0f) << j;
-        folded[s * dim + j] = __builtin_fabsf(x[s * dim + j]);
-      }
+// Takes the signs from the directions x of some vectors: `patterns` gets each subvector's, bit j
+// that of coordinate j.
+static inline void fold(const FqCode& code, int num_subvecs, float* x, uint32_t* patterns) {
+  for (int s = 0; s < num_subvecs; ++s, x += code.subvec_dim) {
+    patterns[s] = 0;
+    for (int j = 0; j < code.subvec_dim; ++j) {
+      patterns[s] |= (uint32_t)(x[j] < 0.0f) << j;
+      x[j] = __builtin_fabsf(x[j]);
     }
-    y = folded;
   }
-  if (dim == 2) {
-    nearest_all<2>(code, num_subvecs, y, index);
-  } else if (dim == 4) {
-    nearest_all<4>(code, num_subvecs, y, index);
-  } else if (dim == 8) {
-    nearest_all<8>(code, num_subvecs, y, index);
-  } else if (dim == 16) {
-    nearest_all<16>(code, num_subvecs, y, index);
-  } else {
-    nearest_all<0>(code, num_subvecs, y, index);
-  }
+}
 
+// Packs the indices of a direction y, folded if the code is, into a zeroed field. Returns the norm.
+static inline uint16_t pack_vector(const FqCodec& codec, const FqCode& code, const float* y,
+                                   Magnitude size, const uint32_t* index, const uint32_t* patterns,
+                                   uint8_t* field) {
+  if (size.peak == 0.0f || size.peak == __builtin_inff()) return 0;
+  const int dim = code.subvec_dim;
   // <y, v> and |v|^2 of the decoded direction v; the signs of a folded code cancel in both.
   float dot = 0.0f, decoded_sq = 0.0f;
-  for (int s = 0; s < num_subvecs; ++s) {
+  for (int s = 0; s < codec.head_dim / dim; ++s) {
     const float* row = code.rows + (int64_t)index[s] * dim;
     for (int j = 0; j < dim; ++j) {
       dot += y[s * dim + j] * row[j];
       decoded_sq += row[j] * row[j];
     }
-    const uint32_t full = code.folded ? pattern[s] * (uint32_t)code.num_rows + index[s] : index[s];
+    const uint32_t full = code.folded ? patterns[s] * (uint32_t)code.num_rows + index[s] : index[s];
     pack_index(field, s, code.index_bits, full);
   }
-  float gain = length;
-  if (code.gain == kFqPreserve) gain = length / __builtin_sqrtf(fmax2(decoded_sq, 1e-12f));
-  if (code.gain == kFqMse) gain = length * fmax2(dot, 0.0f) / fmax2(decoded_sq, 1e-12f);
-  if (code.gain == kFqUnbiased) gain = length / fmax2(dot, 0.25f);
-  gain *= largest;
-  *norm = float_to_half(gain < 65504.0f ? gain : 65504.0f);
-  return true;
+  float gain = size.length;
+  if (code.gain == kFqPreserve) gain = size.length / __builtin_sqrtf(fmax2(decoded_sq, 1e-12f));
+  if (code.gain == kFqMse) gain = size.length * fmax2(dot, 0.0f) / fmax2(decoded_sq, 1e-12f);
+  if (code.gain == kFqUnbiased) gain = size.length / fmax2(dot, 0.25f);
+  gain *= size.peak;
+  return float_to_half(gain < 65504.0f ? gain : 65504.0f);
 }
 
 }  // namespace fq::FQ_ISA

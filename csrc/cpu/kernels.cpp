@@ -2,6 +2,7 @@
 // The CPU kernels for one instruction set: compiled once each for FQ_ISA = portable, avx2, avx512.
 #include "cpu/attention.h"
 #include "cpu/dispatch.h"
+#include "cpu/encode.h"
 
 namespace fq::FQ_ISA {
 extern const Kernels kernels;

@@ -160,14 +160,18 @@ static inline int encode_run(const FqCode& code, int num_subvecs, const float* y
   return num_subvecs * kDim;
 }
 
-// Encodes a key x [head_dim] (overwritten) of one head into a zeroed index field and a norm.
-// Returns false, storing the zero vector, when x holds a NaN or infinity.
-static inline bool encode_mapped(const FqCodec& codec, const FqKeyMap& map, int head,
-                                 int64_t position, float* x, uint8_t* field, uint16_t* norm) {
-  const int head_dim = codec.head_dim;
+// Subtracts the mean of a head's keys from x [head_dim].
+static inline void subtract_mean(const FqKeyMap& map, int head, int head_dim, int64_t position,
+                                 float* x) {
   subtract(x, map.mean + (int64_t)head * head_dim, head_dim);
   if (map.turn_fine) subtract_turning(map, head, position, x);
-  if (!map.num_coded) return encode_vector(codec, codec.key, x, field, norm);
+}
+
+// Encodes a key x [head_dim] (overwritten) of one head, without its mean, through the transform
+// into a zeroed index field and a norm. Returns false, storing the zero vector, when x holds a NaN
+// or infinity.
+static inline bool encode_transformed(const FqKeyMap& map, int head, int head_dim, float* x,
+                                      uint8_t* field, uint16_t* norm) {
   *norm = 0;
   const float largest = peak(x, head_dim);
   if (largest == __builtin_inff()) return false;

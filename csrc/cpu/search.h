@@ -82,6 +82,7 @@ template <int kDim, int kCount>
 static inline void best_in_tiles(const float* tiles, int count, int any_dim,
                                  const vf (*coords)[kDim ? kDim : 64], int32_t* best_at, float* top,
                                  float* scores = nullptr) {
+  constexpr int kVectors = kLanes < kTileRows ? 2 : 1;  // scored together
   const int dim = kDim ? kDim : any_dim;
   vf best[kCount];
   vi at[kCount];
@@ -91,18 +92,28 @@ static inline void best_in_tiles(const float* tiles, int count, int any_dim,
   }
   vi position = lane_numbers();
   for (int t = 0; t < count; ++t, tiles += (dim + 1) * kTileRows) {
-    for (int v = 0; v < kTileRows; v += kLanes, position += kLanes) {
-      vf score[kCount];
-      for (int s = 0; s < kCount; ++s) score[s] = load(tiles + v);
-      for (int j = 0; j < dim; ++j) {
-        const vf c = load(tiles + (j + 1) * kTileRows + v);
-        for (int s = 0; s < kCount; ++s) score[s] = madd(c, coords[s][j], score[s]);
+    for (int first = 0; first < kTileRows; first += kVectors * kLanes) {
+      vf score[kCount][kVectors];
+      for (int v = 0; v < kVectors; ++v) {
+        const vf minus_half_sq = load(tiles + first + v * kLanes);
+        for (int s = 0; s < kCount; ++s) score[s][v] = minus_half_sq;
       }
-      for (int s = 0; s < kCount; ++s) {
-        const vi better = score[s] > best[s];
-        best[s] = vmax(score[s], best[s]);
-        at[s] = better ? position : at[s];
-        if (scores) store(scores + s * kMaxCells + t * kTileRows + v, score[s]);
+      for (int j = 0; j < dim; ++j) {
+        const float* row = tiles + (j + 1) * kTileRows + first;
+        for (int s = 0; s < kCount; ++s) {
+          for (int v = 0; v < kVectors; ++v) {
+            score[s][v] = madd(load(row + v * kLanes), coords[s][j], score[s][v]);
+          }
+        }
+      }
+      for (int v = 0; v < kVectors; ++v, position += kLanes) {
+        for (int s = 0; s < kCount; ++s) {
+          const vi better = score[s][v] > best[s];
+          best[s] = vmax(score[s][v], best[s]);
+          at[s] = better ? position : at[s];
+          if (scores)
+            store(scores + s * kMaxCells + t * kTileRows + first + v * kLanes, score[s][v]);
+        }
       }
     }
   }
@@ -123,44 +134,106 @@ static inline int32_t best_of(const float* scores, int count) {
   return best_lane(best, best_at, &top);
 }
 
-// The nearest rows of kCount subvectors y among the lists of their code.num_lists nearest cells.
-// A list's rows ascend, so the first of equals in it has the lowest index.
 template <int kDim, int kCount>
-static inline void nearest_listed(const FqCode& code, const float* y, uint32_t* index) {
-  const int dim = kDim ? kDim : code.subvec_dim;
-  const int64_t tile_size = (dim + 1) * kTileRows;
-  const int num_cell_tiles = (code.num_cells + kTileRows - 1) / kTileRows;
-  vf coords[kCount][kDim ? kDim : 64];
+static inline void splat_coords(const float* const* y, int dim, vf (*coords)[kDim ? kDim : 64]) {
   for (int s = 0; s < kCount; ++s) {
-    for (int j = 0; j < dim; ++j) coords[s][j] = splat(y[s * dim + j]);
-  }
-  alignas(64) float cell_scores[kCount][kMaxCells];
-  int32_t cell[kCount];
-  float top[kCount];
-  best_in_tiles<kDim, kCount>(code.cell_tiles, num_cell_tiles, dim, coords, cell, top,
-                              code.num_lists > 1 ? cell_scores[0] : nullptr);
-  for (int s = 0; s < kCount; ++s) {
-    float best = kMinusInf;
-    int32_t winner = INT32_MAX;
-    for (int n = 0;;) {
-      const int begin = code.list_begin[cell[s]], end = code.list_begin[cell[s] + 1];
-      int32_t at;
-      best_in_tiles<kDim, 1>(code.list_tiles + begin * tile_size, end - begin, dim, coords + s, &at,
-                             top);
-      const int32_t row = code.list_index[(int64_t)begin * kTileRows + at];
-      if (top[0] > best || (top[0] == best && row < winner)) {
-        best = top[0];
-        winner = row;
-      }
-      if (++n == code.num_lists) break;
-      cell_scores[s][cell[s]] = kMinusInf;
-      cell[s] = best_of(cell_scores[s], num_cell_tiles * kTileRows);
-    }
-    index[s] = (uint32_t)winner;
+    for (int j = 0; j < dim; ++j) coords[s][j] = splat(y[s][j]);
   }
 }
 
-// ---- all subvectors of a vector -----------------------------------------------------------------
+// What subvectors, and which of their nearest cells, are searched together.
+constexpr int kMaxPairs = 4096;
+struct Pairs {
+  int count = 0;
+  uint16_t subvec[kMaxPairs];
+  uint8_t cell[kMaxPairs];
+};
+
+// Adds the num_lists nearest cells of kCount subvectors y, numbered from `first`, to `pairs`.
+template <int kDim, int kCount>
+static inline void nearest_cells(const FqCode& code, const float* y, int first, Pairs* pairs) {
+  const int dim = kDim ? kDim : code.subvec_dim;
+  const int num_cell_tiles = (code.num_cells + kTileRows - 1) / kTileRows;
+  vf coords[kCount][kDim ? kDim : 64];
+  const float* at[kCount];
+  for (int s = 0; s < kCount; ++s) at[s] = y + s * dim;
+  splat_coords<kDim, kCount>(at, dim, coords);
+  alignas(64) float scores[kCount][kMaxCells];
+  int32_t cell[kCount];
+  float top[kCount];
+  best_in_tiles<kDim, kCount>(code.cell_tiles, num_cell_tiles, dim, coords, cell, top,
+                              code.num_lists > 1 ? scores[0] : nullptr);
+  for (int s = 0; s < kCount; ++s) {
+    for (int n = 0;;) {
+      pairs->subvec[pairs->count] = (uint16_t)(first + s);
+      pairs->cell[pairs->count++] = (uint8_t)cell[s];
+      if (++n == code.num_lists) break;
+      scores[s][cell[s]] = kMinusInf;
+      cell[s] = best_of(scores[s], num_cell_tiles * kTileRows);
+    }
+  }
+}
+
+// Searches one list for kCount subvectors, keeping in score and row the best of all lists. A list's
+// rows ascend, so the first of equals in it has the lowest index.
+template <int kDim, int kCount>
+static inline void search_list(const FqCode& code, int cell, const float* y, const uint16_t* subvec,
+                               float* score, int32_t* row) {
+  const int dim = kDim ? kDim : code.subvec_dim;
+  const int64_t begin = code.list_begin[cell];
+  vf coords[kCount][kDim ? kDim : 64];
+  const float* from[kCount];
+  for (int s = 0; s < kCount; ++s) from[s] = y + subvec[s] * dim;
+  splat_coords<kDim, kCount>(from, dim, coords);
+  int32_t at[kCount];
+  float top[kCount];
+  best_in_tiles<kDim, kCount>(code.list_tiles + begin * (dim + 1) * kTileRows,
+                              code.list_begin[cell + 1] - (int)begin, dim, coords, at, top);
+  for (int s = 0; s < kCount; ++s) {
+    const int32_t found = code.list_index[begin * kTileRows + at[s]];
+    const int i = subvec[s];
+    if (top[s] > score[i] || (top[s] == score[i] && found < row[i])) {
+      score[i] = top[s];
+      row[i] = found;
+    }
+  }
+}
+
+// The nearest rows of `count` subvectors y among the lists of their code.num_lists nearest cells;
+// count * num_lists is at most kMaxPairs. They are searched cell by cell: a list is read once for
+// all subvectors that search it.
+template <int kDim>
+static void nearest_listed(const FqCode& code, int count, const float* y, uint32_t* index) {
+  const int dim = kDim ? kDim : code.subvec_dim;
+  Pairs pairs;
+  int s = 0;
+  for (; s + 4 <= count; s += 4) nearest_cells<kDim, 4>(code, y + s * dim, s, &pairs);
+  for (; s < count; ++s) nearest_cells<kDim, 1>(code, y + s * dim, s, &pairs);
+
+  // Sorts by cell.
+  int end[kMaxCells] = {};
+  for (int i = 0; i < pairs.count; ++i) ++end[pairs.cell[i]];
+  for (int c = 1; c < code.num_cells; ++c) end[c] += end[c - 1];
+  uint16_t sorted[kMaxPairs];
+  for (int i = pairs.count - 1; i >= 0; --i) sorted[--end[pairs.cell[i]]] = pairs.subvec[i];
+
+  float score[kMaxPairs];
+  int32_t row[kMaxPairs];
+  for (int i = 0; i < count; ++i) {
+    score[i] = kMinusInf;
+    row[i] = INT32_MAX;
+  }
+  for (int c = 0; c < code.num_cells; ++c) {
+    int i = end[c];  // by now where the cell's begin
+    const int last = c + 1 < code.num_cells ? end[c + 1] : pairs.count;
+    for (; i + 4 <= last; i += 4) search_list<kDim, 4>(code, c, y, sorted + i, score, row);
+    for (; i + 2 <= last; i += 2) search_list<kDim, 2>(code, c, y, sorted + i, score, row);
+    if (i < last) search_list<kDim, 1>(code, c, y, sorted + i, score, row);
+  }
+  for (int i = 0; i < count; ++i) index[i] = (uint32_t)row[i];
+}
+
+// ---- all subvectors of some vectors -------------------------------------------------------------
 
 template <int kDim>
 static inline void nearest_all(const FqCode& code, int num_subvecs, const float* y,
@@ -168,11 +241,31 @@ static inline void nearest_all(const FqCode& code, int num_subvecs, const float*
   const int dim = kDim ? kDim : code.subvec_dim;
   int s = 0;
   if (code.num_cells) {
-    for (; s + 4 <= num_subvecs; s += 4) nearest_listed<kDim, 4>(code, y + s * dim, index + s);
-    for (; s < num_subvecs; ++s) nearest_listed<kDim, 1>(code, y + s * dim, index + s);
+    const int most = kMaxPairs / code.num_lists;
+    for (; s < num_subvecs; s += most) {
+      nearest_listed<kDim>(code, num_subvecs - s < most ? num_subvecs - s : most, y + s * dim,
+                           index + s);
+    }
+    return;
   }
   for (; s + 4 <= num_subvecs; s += 4) nearest<kDim, 4>(code, y + s * dim, index + s);
   for (; s < num_subvecs; ++s) nearest<kDim, 1>(code, y + s * dim, index + s);
+}
+
+static inline void nearest_all(const FqCode& code, int num_subvecs, const float* y,
+                               uint32_t* index) {
+  switch (code.subvec_dim) {
+    case 2:
+      return nearest_all<2>(code, num_subvecs, y, index);
+    case 4:
+      return nearest_all<4>(code, num_subvecs, y, index);
+    case 8:
+      return nearest_all<8>(code, num_subvecs, y, index);
+    case 16:
+      return nearest_all<16>(code, num_subvecs, y, index);
+    default:
+      return nearest_all<0>(code, num_subvecs, y, index);
+  }
 }
 
 }  // namespace fq::FQ_ISA

@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: Apache-2.0
+// Encodes new tokens into their slots.
+#pragma once
+
+#include "cpu/codec.h"
+#include "cpu/mapped.h"
+#include "cpu/workspace.h"
+#include "page_layout.h"
+
+namespace fq::FQ_ISA {
+
+// Vectors encoded together: many where codewords are in lists, each of which is then read once for
+// all that search it.
+constexpr int kMaxBatch = 256;
+
+struct Batch {
+  int count;
+  int64_t token[kMaxBatch];
+  int head[kMaxBatch];
+  uint8_t* record[kMaxBatch];
+  uint16_t norm[2][kMaxBatch];  // of keys, of values
+  Magnitude size[kMaxBatch];
+  float* x;                    // [count, head_dim], scratch
+  uint32_t *index, *patterns;  // [count, num_subvecs], scratch
+};
+
+static inline Batch make_batch(int head_dim, int most) {
+  const int64_t floats = (int64_t)most * head_dim;
+  float* p = static_cast<float*>(thread_scratch((size_t)floats * 12));
+  Batch b;
+  b.count = 0;
+  b.x = p;
+  b.index = reinterpret_cast<uint32_t*>(p + floats);
+  b.patterns = b.index + floats;
+  return b;
+}
+
+// Encodes b.x. Returns the number of vectors with a NaN or infinity.
+static int64_t encode_vectors(const FqCodec& codec, const FqCode& code, Batch& b, int index_offset,
+                              uint16_t* norm) {
+  const int head_dim = codec.head_dim, num_subvecs = head_dim / code.subvec_dim;
+  int64_t nonfinite = 0;
+  for (int i = 0; i < b.count; ++i) {
+    b.size[i] = to_direction(codec, b.x + (int64_t)i * head_dim);
+    nonfinite += b.size[i].peak == __builtin_inff();
+  }
+  if (code.folded) fold(code, b.count * num_subvecs, b.x, b.patterns);
+  nearest_all(code, b.count * num_subvecs, b.x, b.index);
+  for (int i = 0; i < b.count; ++i) {
+    norm[i] = pack_vector(codec, code, b.x + (int64_t)i * head_dim, b.size[i],
+                          b.index + (int64_t)i * num_subvecs, b.patterns + (int64_t)i * num_subvecs,
+                          b.record[i] + index_offset);
+  }
+  return nonfinite;
+}
+
+// Encodes a batch into its zeroed records. Returns the number of vectors with a NaN or infinity.
+static int64_t encode_batch(const FqCodec& codec, const RecordLayout& layout, const FqEncode& args,
+                            Batch& b) {
+  const int head_dim = codec.head_dim;
+  const FqKeyMap* map = args.key_map;
+  int64_t nonfinite = 0;
+  for (int i = 0; i < b.count; ++i) {
+    float* x = b.x + (int64_t)i * head_dim;
+    load_row(args.key, b.token[i] * args.stride_key_token + b.head[i] * args.stride_key_head,
+             args.dtype, head_dim, x);
+    if (!map) continue;
+    subtract_mean(*map, b.head[i], head_dim, map->turn_fine ? args.positions[b.token[i]] : 0, x);
+    if (map->num_coded > 0) {
+      nonfinite += !encode_transformed(*map, b.head[i], head_dim, x,
+                                       b.record[i] + layout.key_index_offset, &b.norm[0][i]);
+    }
+  }
+  if (!map || map->num_coded == 0) {
+    nonfinite += encode_vectors(codec, codec.key, b, layout.key_index_offset, b.norm[0]);
+  }
+  for (int i = 0; i < b.count; ++i) {
+    load_row(args.value, b.token[i] * args.stride_value_token + b.head[i] * args.stride_value_head,
+             args.dtype, head_dim, b.x + (int64_t)i * head_dim);
+  }
+  nonfinite += encode_vectors(codec, codec.value, b, layout.value_index_offset, b.norm[1]);
+  for (int i = 0; i < b.count; ++i) {
+    store_norm(codec, codec.key, b.norm[0][i], b.record[i] + layout.key_norm_offset);
+    store_norm(codec, codec.value, b.norm[1][i], b.record[i] + layout.value_norm_offset);
+  }
+  return nonfinite;
+}
+
+// Encodes new tokens into their slots. Returns the number of vectors with a NaN or infinity, or -1
+// when a slot lies outside the cache (that token is not written), or -2 when a position lies
+// outside the table of the map of keys (nothing is written).
+static int64_t encode_kv(const FqCodec& codec, const FqPages& pages, const FqEncode& args) {
+  const RecordLayout layout = layout_of(codec.head_dim, codec.key, codec.value);
+  const int64_t num_slots = pages.num_blocks * pages.block_size;
+  for (int64_t token = 0; args.key_map && args.key_map->turn_fine && token < args.num_tokens;
+       ++token) {
+    const int64_t position = args.positions[token];
+    if (position < 0 || position >= args.key_map->num_positions) return -2;
+  }
+  const int64_t num_vectors = args.num_tokens * pages.num_kv_heads;
+  const int64_t share = (num_vectors + args.num_threads - 1) / args.num_threads;
+  const bool has_lists = codec.key.num_cells > 0 || codec.value.num_cells > 0;
+  const int most = !has_lists ? 1 : (int)(share < kMaxBatch ? share : kMaxBatch);
+  int64_t nonfinite = 0, outside = 0;
+#pragma omp parallel num_threads(args.num_threads) \
+    reduction(+ : nonfinite, outside) if (num_vectors >= 8)
+  {
+    Batch batch = make_batch(codec.head_dim, most);
+#pragma omp for schedule(static)
+    for (int64_t first = 0; first < num_vectors; first += most) {
+      batch.count = 0;
+      for (int64_t i = first; i < first + most && i < num_vectors; ++i) {
+        const int64_t token = i / pages.num_kv_heads, head = i % pages.num_kv_heads;
+        const int64_t slot = args.slot_mapping[token];
+        if (slot < 0) continue;
+        if (slot >= num_slots) {
+          ++outside;
+          continue;
+        }
+        uint8_t* record = pages.base + slot / pages.block_size * pages.stride_block +
+                          head * pages.stride_head +
+                          slot % pages.block_size * (int64_t)layout.record_bytes;
+        memset(record, 0, (size_t)layout.record_bytes);
+        batch.token[batch.count] = token;
+        batch.head[batch.count] = (int)head;
+        batch.record[batch.count++] = record;
+      }
+      nonfinite += encode_batch(codec, layout, args, batch);
+    }
+  }
+  return outside ? -1 : nonfinite;
+}
+
+}  // namespace fq::FQ_ISA
