@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.test_encode import check_records, encode_both
+from vllm_fibquant import ops
 from vllm_fibquant.codebook import Codebook, make_codebook
 from vllm_fibquant.codec import KVCodec, VectorCodec
 from vllm_fibquant.config import DEFAULT_NUM_LISTS, CodeSpec
@@ -146,6 +147,27 @@ def test_kernel_equals_the_oracle(isa: str, spec: CodeSpec, num_lists) -> None:
     check_records(codec, got, expected)
     equal = (got == expected).all(-1).float().mean()
     assert equal > 0.99
+
+
+@pytest.mark.parametrize("num_lists", [1, 2, "all"])
+def test_a_vector_has_one_code_whatever_is_encoded_with_it(isa: str, num_lists) -> None:
+    """Subvectors are searched cell by cell, thousands together, in parts of 4096 searches."""
+    spec = CodeSpec(8, 256)
+    num_lists = spec.num_cells if num_lists == "all" else num_lists
+    codec = codec_of(spec, num_lists, random_book(spec))
+    key, value = vectors(1500)
+
+    def encode(size: int) -> torch.Tensor:
+        cache = torch.zeros(1, 2, 1500, codec.layout.record_bytes, dtype=torch.uint8)
+        for begin in range(0, 1500, size):
+            part = slice(begin, min(begin + size, 1500))
+            ops.encode_kv(key[part], value[part], cache, torch.arange(1500)[part], codec)
+        return cache
+
+    alone = encode(1)
+    assert len(alone.flatten(0, 2).unique(dim=0)) > 2900
+    for size in (37, 700, 1500):
+        assert torch.equal(encode(size), alone)
 
 
 @pytest.mark.parametrize("distinct", [None, 40])

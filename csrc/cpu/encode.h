@@ -10,8 +10,8 @@
 namespace fq::FQ_ISA {
 
 // Vectors encoded together: many where codewords are in lists, each of which is then read once for
-// all that search it.
-constexpr int kMaxBatch = 256;
+// all that search it, but no more floats than stay in the L2 cache.
+constexpr int kMaxBatch = 1024, kMaxBatchFloats = 1 << 16;
 
 struct Batch {
   int count;
@@ -100,7 +100,9 @@ static int64_t encode_kv(const FqCodec& codec, const FqPages& pages, const FqEnc
   const int64_t num_vectors = args.num_tokens * pages.num_kv_heads;
   const int64_t share = (num_vectors + args.num_threads - 1) / args.num_threads;
   const bool has_lists = codec.key.num_cells > 0 || codec.value.num_cells > 0;
-  const int most = !has_lists ? 1 : (int)(share < kMaxBatch ? share : kMaxBatch);
+  const int fit =
+      kMaxBatchFloats / codec.head_dim < kMaxBatch ? kMaxBatchFloats / codec.head_dim : kMaxBatch;
+  const int most = !has_lists ? 1 : (int)(share < fit ? share : fit);
   int64_t nonfinite = 0, outside = 0;
 #pragma omp parallel num_threads(args.num_threads) \
     reduction(+ : nonfinite, outside) if (num_vectors >= 8)

@@ -100,10 +100,11 @@ static inline void best_in_tiles(const float* tiles, int count, int any_dim,
       }
       for (int j = 0; j < dim; ++j) {
         const float* row = tiles + (j + 1) * kTileRows + first;
+        vf c[kVectors];
+        for (int v = 0; v < kVectors; ++v) c[v] = load(row + v * kLanes);
         for (int s = 0; s < kCount; ++s) {
-          for (int v = 0; v < kVectors; ++v) {
-            score[s][v] = madd(load(row + v * kLanes), coords[s][j], score[s][v]);
-          }
+          const vf x = in_register(coords[s][j]);
+          for (int v = 0; v < kVectors; ++v) score[s][v] = madd(c[v], x, score[s][v]);
         }
       }
       for (int v = 0; v < kVectors; ++v, position += kLanes) {

@@ -77,6 +77,17 @@ static inline vf madd(vf a, vf b, vf c) {
 #endif
 }
 
+// x, loaded once: compilers read an operand from memory again for every instruction, and loads are
+// what loops over tables run out of first.
+static inline vf in_register(vf x) {
+#if defined(FQ_AVX512)
+  asm("" : "+v"(x));
+#elif defined(FQ_AVX2)
+  asm("" : "+x"(x));
+#endif
+  return x;
+}
+
 static inline vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
 
 static inline vf vmax(vf a, vf b) {
