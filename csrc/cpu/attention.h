@@ -5,10 +5,10 @@
 // head) and a range of splits. A split is kSplit tokens at fixed positions; it is walked tile by
 // tile: scores from the codes of keys, softmax, weighted sum of the codes of values.
 // The first positions may be a leading split: FqAttend::keep_first of them with other queries and
-// no window, or FqKeyMap::num_plain whose keys were coded as they are.
-// Codes of transformed keys are attended in the transform's basis, with transformed queries.
-// Splits are merged in order of position, by the job itself or, when several jobs share a row
-// block, from their stored states in a second pass: the same arithmetic either way.
+// no window, or FqKeyMap::num_plain whose keys were coded as they are, the others being
+// transformed. Codes of transformed keys are attended in the transform's basis, with transformed
+// queries. Splits are merged in order of position, by the job itself or, when several jobs share a
+// row block, from their stored states in a second pass: the same arithmetic either way.
 //
 // Codes are attended in the rotated basis: a job rotates its queries once and un-rotates its output
 // once. Raw new tokens (FqAttend::raw_key) and copies of cached ones (copy_key) form a state of
@@ -42,6 +42,25 @@ static inline Run find_run(Call& call, const RowBlock& b, int position, int end)
           count};
 }
 
+// What the map of keys adds to the scores of a tile that has first tokens: s.first_biases, where
+// `biases` and `bias` are those of its other tokens.
+static void set_first_biases(const FqKeyMap& map, int t0, int rows, const float* bias,
+                             const float* biases, const Scratch& s) {
+  for (int r = 0; r < rows; ++r) {
+    for (int i = 0; i < kMaxTile; ++i) {
+      const int position = t0 + i;
+      float& x = s.first_biases[r * kMaxTile + i];
+      if (position < map.num_first_means) {
+        x = s.first_bias[r * kMaxFirstMeans + position];
+      } else if (position < map.num_plain) {
+        x = 0.0f;
+      } else {
+        x = biases ? biases[r * kMaxTile + i] : bias ? bias[r] : 0.0f;
+      }
+    }
+  }
+}
+
 // Attends positions [begin, end) of one split from codes into `state`, which it clears first.
 static void attend_split(Call& call, const RowBlock& b, int begin, int end, int first_position,
                          const Scratch& s, const State& state) {
@@ -57,8 +76,8 @@ static void attend_split(Call& call, const RowBlock& b, int begin, int end, int 
   const float* bias = map && !turns ? s.bias : nullptr;
   int step = -1;  // whose part of scores s.biases has
   const int num_coded = map ? map->num_coded : 0;
-  const int num_means =
-      is_leading && call.args.key_map ? (int)call.args.key_map->num_first_means : 0;
+  const int num_plain = call.args.key_map ? (int)call.args.key_map->num_plain : 0;
+  const int num_means = call.args.key_map ? call.args.key_map->num_first_means : 0;
   clear(state, rows, head_dim);
   for (int t0 = begin / tile * tile; t0 < end; t0 += tile) {
     const int t1 = t0 + tile < end ? t0 + tile : end;
@@ -116,7 +135,9 @@ static void attend_split(Call& call, const RowBlock& b, int begin, int end, int 
       step = t0 / kStep;
       turning_step(*map, b.kv_head, s.turning, s.bias, rows, step, s.turned, s.biases);
     }
-    const bool has_means = num_means > 0 && t0 == 0;
+    const float* biases = turns ? s.biases + t0 % kStep : nullptr;
+    const bool has_means = num_means > 0 && t0 == 0, has_first = t0 < num_plain;
+    if (has_first) set_first_biases(*call.args.key_map, t0, rows, bias, biases, s);
     const Mask mask = {t0,
                        count,
                        first_position,
@@ -124,10 +145,8 @@ static void attend_split(Call& call, const RowBlock& b, int begin, int end, int 
                        window,
                        oldest,
                        hidden,
-                       bias,
-                       has_means ? s.biases
-                       : turns   ? s.biases + t0 % kStep
-                                 : nullptr};
+                       has_first ? nullptr : bias,
+                       has_first ? s.first_biases : biases};
     softmax_tile(s.scores, rows, s.key_factor, has_means ? s.ones : s.value_factor, mask,
                  call.args.soft_cap, state, s.alpha);
     if (has_means) {
@@ -182,6 +201,9 @@ static void run_job(Call& call, const RowBlock& b, const Job& job, const Scratch
     if (i < leading) begin = b.first_begin, end = b.first_end;
     if (i == job.split_begin || i == leading) {
       load_queries(call, b, i < leading ? Queries::kFirst : Queries::kCodes, s, s.query);
+    }
+    if (call.args.key_map && begin < call.args.key_map->num_first_means) {
+      load_first_means(call, b, s);
     }
     if (b.partial < 0) {
       attend_split(call, b, begin, end, first_position, s, s.split);

@@ -50,6 +50,7 @@ struct Scratch {
   float *query, *query_raw, *tile, *scores, *key_factor, *value_factor, *hidden, *alpha, *bias;
   float *turning, *turned, *biases;  // [rows, 2, columns], [4, 2, columns], [rows, kMaxTile]
   float *first_value, *ones;         // [kMaxFirstMeans, head_dim] and [kMaxTile]
+  float *first_bias, *first_biases;  // [rows, kMaxFirstMeans] and [rows, kMaxTile]
   State split, total, raw;
 };
 
@@ -76,7 +77,9 @@ static inline Scratch make_scratch(int rows, int head_dim) {
   s.turning = s.bias + padded(rows);
   s.turned = s.turning + rows * columns;
   s.biases = s.turned + 4 * columns;
-  s.ones = s.biases + rows * kMaxTile;
+  s.first_biases = s.biases + rows * kMaxTile;
+  s.first_bias = s.first_biases + rows * kMaxTile;
+  s.ones = s.first_bias + rows * kMaxFirstMeans;
   for (int i = 0; i < kMaxTile; ++i) s.ones[i] = 1.0f;
   s.first_value = s.ones + kMaxTile;
   p = s.first_value + kMaxFirstMeans * (int64_t)head_dim;
@@ -100,13 +103,13 @@ enum class Queries { kRaw, kCodes, kFirst };  // for raw keys, for codes, for th
 
 // Positions below this one are the leading split's.
 static inline int64_t num_leading(const FqAttend& a) {
-  return a.key_map ? a.key_map->num_plain : a.keep_first;
+  if (!a.key_map) return a.keep_first;
+  return a.key_map->num_coded > 0 ? a.key_map->num_plain : 0;
 }
 
 // The queries of a row block, [rows, head_dim], rotated unless raw; for codes of transformed keys
 // [rows, num_coded], transformed. For codes of mapped keys also s.bias[r], the part of row r's
-// scores that all of them have in common, and s.turning; for the leading split of such s.biases,
-// what the means of first keys add to their scores, and s.first_value, rotated.
+// scores that all of them have in common, and s.turning.
 static void load_queries(const Call& call, const RowBlock& b, Queries which, const Scratch& s,
                          float* dst) {
   const FqAttend& a = call.args;
@@ -117,26 +120,12 @@ static void load_queries(const Call& call, const RowBlock& b, Queries which, con
   const int64_t stride_head = first ? a.stride_first_query_head : a.stride_query_head;
   const int head_dim = call.codec.head_dim, group = call.group_size;
   const int64_t token = a.query_start_loc[b.req] + b.token;
-  const int num_means = first && a.key_map ? (int)a.key_map->num_first_means : 0;
-  const int64_t means_at = (int64_t)b.kv_head * num_means * head_dim;
-  for (int p = 0; p < num_means; ++p) {
-    float* mean = s.first_value + p * head_dim;
-    memcpy(mean, a.key_map->first_value + means_at + p * head_dim, (size_t)head_dim * 4);
-    rotate(call.codec, mean, false);
-  }
   const bool transforms = map && map->num_coded > 0;
   float* loaded = transforms ? s.query_raw : dst;
   for (int r = 0; r < rows_of(call, b); ++r) {
     const int head = b.kv_head * group + r % group;
     float* q = loaded + (int64_t)r * head_dim;
     load_row(query, (token + r / group) * stride_token + head * stride_head, a.dtype, head_dim, q);
-    if (num_means > 0) {
-      float* biases = s.biases + r * kMaxTile;
-      memset(biases, 0, kMaxTile * 4);
-      for (int p = 0; p < num_means; ++p) {
-        biases[p] = a.scale * dot(q, a.key_map->first_key + means_at + p * head_dim, head_dim);
-      }
-    }
     if (map) s.bias[r] = a.scale * dot(q, map->mean + (int64_t)b.kv_head * head_dim, head_dim);
     if (map && map->turn_fine) {
       turning_weights(*map, b.kv_head, a.scale, q, s.turning + (int64_t)r * map->num_columns * 2);
@@ -146,6 +135,31 @@ static void load_queries(const Call& call, const RowBlock& b, Queries which, con
   if (transforms) {
     multiply_transposed(matrix_of(*map, map->query_matrix_t, b.kv_head, head_dim), head_dim,
                         map->num_coded, rows_of(call, b), loaded, dst);
+  }
+}
+
+// What a row block's first tokens have from the map's means of them: s.first_value, rotated, and
+// s.first_bias, what those of keys add to each row's scores.
+static void load_first_means(const Call& call, const RowBlock& b, const Scratch& s) {
+  const FqAttend& a = call.args;
+  const int head_dim = call.codec.head_dim, group = call.group_size;
+  const int num_means = a.key_map->num_first_means;
+  const int64_t at = (int64_t)b.kv_head * num_means * head_dim;
+  for (int p = 0; p < num_means; ++p) {
+    float* mean = s.first_value + p * head_dim;
+    memcpy(mean, a.key_map->first_value + at + p * head_dim, (size_t)head_dim * 4);
+    rotate(call.codec, mean, false);
+  }
+  const int64_t token = a.query_start_loc[b.req] + b.token;
+  for (int r = 0; r < rows_of(call, b); ++r) {
+    alignas(64) float q[kMaxHeadDim];
+    const int head = b.kv_head * group + r % group;
+    load_row(a.query, (token + r / group) * a.stride_query_token + head * a.stride_query_head,
+             a.dtype, head_dim, q);
+    for (int p = 0; p < num_means; ++p) {
+      s.first_bias[r * kMaxFirstMeans + p] =
+          a.scale * dot(q, a.key_map->first_key + at + p * head_dim, head_dim);
+    }
   }
 }
 
