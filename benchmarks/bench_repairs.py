@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What mode quality and calibration cost in decode attention, beside the same codes without.
 
-As bench_attention: formats in turn, over enough layers that codes do not stay in the caches.
+As bench_attention: formats in turn, over enough layers that codes do not stay in the caches. A
+repair's ratio is the median of those within a turn, whose parts a busy machine slows alike.
 
     python -m benchmarks.bench_repairs --one-thread --out docs/results/repairs.jsonl
 """
@@ -80,7 +81,8 @@ def main() -> None:
         times = case.measure(args.repetitions, clock)
         medians = {name: statistics.median(t) for name, t in times.items()}
         for name, median in medians.items():
-            ratio = median / medians[PLAIN]
+            pairs = zip(times[name], times[PLAIN], strict=True)
+            ratio = statistics.median(mine / plain for mine, plain in pairs)
             tqdm.write(f"| {shape[0]}, {shape[1]} x {shape[2]} | {preset} | {context} | {name} "
                        f"| {median * 1e6:.0f} | {ratio:.2f}x |")  # fmt: skip
             append(
