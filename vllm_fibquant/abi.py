@@ -27,9 +27,7 @@ def pages_of(cache: torch.Tensor) -> Pages:
     """A layer's cache, uint8 [num_blocks, num_kv_heads, block_size, record_bytes], as a library
     reads it."""
     num_blocks, num_kv_heads, block_size, _ = cache.shape
-    return Pages(
-        cache.data_ptr(), num_blocks, cache.stride(0), cache.stride(1), num_kv_heads, block_size
-    )
+    return Pages(cache.data_ptr(), num_blocks, *cache.stride()[:2], num_kv_heads, block_size)
 
 
 def load_library(

@@ -327,7 +327,7 @@ def encode_kv(
     outside the map's table."""
     args = _Encode(
         key.data_ptr(), value.data_ptr(), slot_mapping.data_ptr(), slot_mapping.shape[0],
-        key.stride(0), key.stride(1), value.stride(0), value.stride(1),
+        *key.stride()[:2], *value.stride()[:2],
         DTYPES[key.dtype], torch.get_num_threads(), _key_map_pointer(key_map),
         None if positions is None else positions.data_ptr(),
     )  # fmt: skip
@@ -372,10 +372,10 @@ def paged_attention(
         query.data_ptr(), out.data_ptr(), *raw_pointers,
         query_start_loc.data_ptr(), seq_lens.data_ptr(), block_table.data_ptr(),
         None if sinks is None else sinks.data_ptr(), block_table.stride(0),
-        query.stride(0), query.stride(1), out.stride(0), out.stride(1), *raw_strides,
+        *query.stride()[:2], *out.stride()[:2], *raw_strides,
         seq_lens.shape[0], query.shape[1], DTYPES[query.dtype], window,
         scale, soft_cap, torch.get_num_threads(), *copied,
-        first.data_ptr(), first.stride(0), first.stride(1), keep_first, _key_map_pointer(key_map),
+        first.data_ptr(), *first.stride()[:2], keep_first, _key_map_pointer(key_map),
     )  # fmt: skip
     return library().fq_paged_attention(
         byref(codec_struct(codec)), byref(pages_of(cache)), byref(args)
