@@ -56,36 +56,45 @@ struct Scratch {
 
 static inline int64_t padded(int64_t floats) { return (floats + 15) & ~int64_t{15}; }
 
-static inline Scratch make_scratch(int rows, int head_dim) {
-  const int64_t block = padded((int64_t)rows * head_dim), tile = kMaxTile * (int64_t)head_dim;
-  const int64_t state = padded(state_floats(rows, head_dim));
+// Divides `base`, null to count alone, among a thread's scratch; sets the floats it takes.
+static inline Scratch divide_scratch(float* base, int rows, int head_dim, int64_t* total) {
+  *total = 0;
+  const auto take = [&](int64_t floats) {
+    float* p = base ? base + *total : nullptr;
+    *total += padded(floats);
+    return p;
+  };
   const int64_t columns = padded(head_dim) + 64;  // of cosines and sines
-  const int64_t total = 2 * block + (rows + 4) * columns + tile + 2 * rows * kMaxTile +
-                        4 * kMaxTile + 2 * padded(rows) + 3 * state +
-                        kMaxFirstMeans * (int64_t)head_dim;
-  float* p = static_cast<float*>(thread_scratch((size_t)total * 4));
   Scratch s;
-  s.query = p;
-  s.query_raw = s.query + block;
-  s.tile = s.query_raw + block;
-  s.scores = s.tile + tile;
-  s.key_factor = s.scores + rows * kMaxTile;
-  s.value_factor = s.key_factor + kMaxTile;
-  s.hidden = s.value_factor + kMaxTile;
-  s.alpha = s.hidden + kMaxTile;
-  s.bias = s.alpha + padded(rows);
-  s.turning = s.bias + padded(rows);
-  s.turned = s.turning + rows * columns;
-  s.biases = s.turned + 4 * columns;
-  s.first_biases = s.biases + rows * kMaxTile;
-  s.first_bias = s.first_biases + rows * kMaxTile;
-  s.ones = s.first_bias + rows * kMaxFirstMeans;
+  s.query = take((int64_t)rows * head_dim);
+  s.query_raw = take((int64_t)rows * head_dim);
+  s.tile = take((int64_t)kMaxTile * head_dim);
+  s.scores = take(rows * kMaxTile);
+  s.key_factor = take(kMaxTile);
+  s.value_factor = take(kMaxTile);
+  s.hidden = take(kMaxTile);
+  s.alpha = take(rows);
+  s.bias = take(rows);
+  s.turning = take(rows * columns);
+  s.turned = take(4 * columns);
+  s.biases = take(rows * kMaxTile);
+  s.first_bias = take(rows * kMaxFirstMeans);
+  s.first_biases = take(rows * kMaxTile);
+  s.first_value = take(kMaxFirstMeans * (int64_t)head_dim);
+  s.ones = take(kMaxTile);
+  const int64_t state = state_floats(rows, head_dim);
+  s.split = state_at(take(state), rows, head_dim);
+  s.total = state_at(take(state), rows, head_dim);
+  s.raw = state_at(take(state), rows, head_dim);
+  return s;
+}
+
+static inline Scratch make_scratch(int rows, int head_dim) {
+  int64_t total;
+  divide_scratch(nullptr, rows, head_dim, &total);
+  float* base = static_cast<float*>(thread_scratch((size_t)total * 4));
+  const Scratch s = divide_scratch(base, rows, head_dim, &total);
   for (int i = 0; i < kMaxTile; ++i) s.ones[i] = 1.0f;
-  s.first_value = s.ones + kMaxTile;
-  p = s.first_value + kMaxFirstMeans * (int64_t)head_dim;
-  s.split = state_at(p, rows, head_dim);
-  s.total = state_at(p + state, rows, head_dim);
-  s.raw = state_at(p + 2 * state, rows, head_dim);
   return s;
 }
 
