@@ -29,22 +29,31 @@ namespace fq::avx512 { extern const Kernels kernels; const Kernels kernels = {};
 """
 
 
-@pytest.fixture(scope="module", params=[8, 16])
-def lanes(request, tmp_path_factory):
-    """Loads a library whose portable kernels are that many lanes wide."""
+def find_compiler() -> list[str]:
     compiler = shlex.split(os.environ.get("CXX", "g++"))
     if not shutil.which(compiler[0]):
         pytest.skip("no C++ compiler")
-    folder = tmp_path_factory.mktemp(f"lanes{request.param}")
+    return compiler
+
+
+def build_portable(folder: Path, lanes: int, *flags: str) -> Path:
+    """A library in `folder` with portable kernels alone, that many lanes wide."""
     (folder / "others.cpp").write_text(NO_OTHER_ISA)
     library = folder / "libfibquant_cpu.so"
     subprocess.run(
-        [*compiler, "-std=c++17", "-O1", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=off",
-         "-fno-math-errno", "-fno-trapping-math", "-w", "-I", str(ROOT / "csrc"),
-         "-DFQ_ISA=portable", f"-DFQ_LANES={request.param}", str(ROOT / "csrc/cpu/kernels.cpp"),
+        [*find_compiler(), "-std=c++17", "-O1", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=off",
+         "-fno-math-errno", "-fno-trapping-math", "-w", "-I", str(ROOT / "csrc"), *flags,
+         "-DFQ_ISA=portable", f"-DFQ_LANES={lanes}", str(ROOT / "csrc/cpu/kernels.cpp"),
          str(ROOT / "csrc/cpu/library.cpp"), str(folder / "others.cpp"), "-o", str(library)],
         check=True,
     )  # fmt: skip
+    return library
+
+
+@pytest.fixture(scope="module", params=[8, 16])
+def lanes(request, tmp_path_factory):
+    """Loads a library whose portable kernels are that many lanes wide."""
+    library = build_portable(tmp_path_factory.mktemp(f"lanes{request.param}"), request.param)
     patch = pytest.MonkeyPatch()
     patch.setattr(native, "LIBRARY_PATH", library)
     native.library.cache_clear()
