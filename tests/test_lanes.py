@@ -37,12 +37,13 @@ def find_compiler() -> list[str]:
 
 
 def build_portable(folder: Path, lanes: int, *flags: str) -> Path:
-    """A library in `folder` with portable kernels alone, that many lanes wide."""
+    """A library in `folder` with portable kernels alone, that many lanes wide, whose scratch memory
+    begins as NaN."""
     (folder / "others.cpp").write_text(NO_OTHER_ISA)
     library = folder / "libfibquant_cpu.so"
     subprocess.run(
         [*find_compiler(), "-std=c++17", "-O1", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=off",
-         "-fno-math-errno", "-fno-trapping-math", "-w", "-I", str(ROOT / "csrc"), *flags,
+         "-fno-math-errno", "-fno-trapping-math", "-w", "-I", str(ROOT / "csrc"), "-DFQ_POISON", *flags,
          "-DFQ_ISA=portable", f"-DFQ_LANES={lanes}", str(ROOT / "csrc/cpu/kernels.cpp"),
          str(ROOT / "csrc/cpu/library.cpp"), str(folder / "others.cpp"), "-o", str(library)],
         check=True,

@@ -136,7 +136,7 @@ static void attend_split(Call& call, const RowBlock& b, int begin, int end, int 
       turning_step(*map, b.kv_head, s.turning, s.bias, rows, step, s.turned, s.biases);
     }
     const float* biases = turns ? s.biases + t0 % kStep : nullptr;
-    const bool has_means = num_means > 0 && t0 == 0, has_first = t0 < num_plain;
+    const bool has_first = t0 + lead < num_plain, has_means = t0 + lead < num_means;
     if (has_first) set_first_biases(*call.args.key_map, t0, rows, bias, biases, s);
     const Mask mask = {t0,
                        count,

@@ -87,7 +87,13 @@ const Kernels& kernels() {
 
 }  // namespace
 
-void* thread_scratch(size_t bytes) { return thread_buffer.grow(bytes); }
+void* thread_scratch(size_t bytes) {
+  void* data = thread_buffer.grow(bytes);
+#if defined(FQ_POISON)  // tests: what is read before it is written is NaN
+  memset(data, 0xFF, bytes);
+#endif
+  return data;
+}
 void* call_scratch(size_t bytes) { return call_buffer.grow(bytes); }
 
 }  // namespace fq
