@@ -45,7 +45,8 @@ def build_portable(folder: Path, lanes: int, *flags: str) -> Path:
         [*find_compiler(), "-std=c++17", "-O1", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=off",
          "-fno-math-errno", "-fno-trapping-math", "-w", "-I", str(ROOT / "csrc"), *flags,
          "-DFQ_POISON", "-DFQ_ISA=portable", f"-DFQ_LANES={lanes}",
-         str(ROOT / "csrc/cpu/kernels.cpp"), str(ROOT / "csrc/cpu/library.cpp"), str(folder / "others.cpp"), "-o", str(library)],
+         str(ROOT / "csrc/cpu/kernels.cpp"), str(ROOT / "csrc/cpu/library.cpp"),
+         str(folder / "others.cpp"), "-o", str(library)],
         check=True,
     )  # fmt: skip
     return library
