@@ -44,10 +44,10 @@ static inline Run find_run(Call& call, const RowBlock& b, int position, int end)
 
 // What the map of keys adds to the scores of a tile that has first tokens: s.first_biases, where
 // `biases` and `bias` are those of its other tokens.
-static void set_first_biases(const FqKeyMap& map, int t0, int rows, const float* bias,
+static void set_first_biases(const FqKeyMap& map, int t0, int count, int rows, const float* bias,
                              const float* biases, const Scratch& s) {
   for (int r = 0; r < rows; ++r) {
-    for (int i = 0; i < kMaxTile; ++i) {
+    for (int i = 0; i < count; ++i) {
       const int position = t0 + i;
       float& x = s.first_biases[r * kMaxTile + i];
       if (position < map.num_first_means) {
@@ -137,7 +137,7 @@ static void attend_split(Call& call, const RowBlock& b, int begin, int end, int 
     }
     const float* biases = turns ? s.biases + t0 % kStep : nullptr;
     const bool has_first = t0 + lead < num_plain, has_means = t0 + lead < num_means;
-    if (has_first) set_first_biases(*call.args.key_map, t0, rows, bias, biases, s);
+    if (has_first) set_first_biases(*call.args.key_map, t0, count, rows, bias, biases, s);
     const Mask mask = {t0,
                        count,
                        first_position,

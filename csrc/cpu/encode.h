@@ -92,8 +92,8 @@ static int64_t encode_batch(const FqCodec& codec, const RecordLayout& layout, co
 static int64_t encode_kv(const FqCodec& codec, const FqPages& pages, const FqEncode& args) {
   const RecordLayout layout = layout_of(codec.head_dim, codec.key, codec.value);
   const int64_t num_slots = pages.num_blocks * pages.block_size;
-  for (int64_t token = 0; args.key_map && args.key_map->turn_fine && token < args.num_tokens;
-       ++token) {
+  const bool turns = args.key_map && args.key_map->turn_fine;
+  for (int64_t token = 0; turns && token < args.num_tokens; ++token) {
     const int64_t position = args.positions[token];
     if (position < 0 || position >= args.key_map->num_positions) return -2;
   }

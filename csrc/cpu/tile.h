@@ -82,7 +82,6 @@ struct PartTile {
   const uint8_t* const* fields;
   size_t offset;
   typename C::Word word(int t, size_t i) const { return codes.word(fields[t] + offset, i); }
-  PartTile from(int i) const { return {codes, fields, offset + (i / 8) * C::kHalfBytes}; }
   vf at(const typename C::Word& word, int c) const { return codes.at(word, c); }
 };
 
@@ -136,27 +135,13 @@ static inline void dot_block(const float* q, const Tile& k, int head_dim, int nu
   for (int t = 0; t < num_tokens; t += kTokens) {
     vf acc[kRows][kTokens] = {};
     if constexpr (Tile::kNumParts == 3) {
-      if (head_dim == 64 && k.end2 == 16 && k.end4 == 32) {
-        dot_add<kRows, kTokens>(q, k.part2, 64, 16, t, acc);
-        dot_add<kRows, kTokens>(q + 16, k.part4, 64, 16, t, acc);
-        dot_add<kRows, kTokens>(q + 32, k.part8, 64, 32, t, acc);
-      } else if (head_dim == 128 && k.end2 == 32 && k.end4 == 64) {
-        _Pragma("GCC unroll 4") for (int i = 0; i < 32; i += 16)
-            dot_add<kRows, kTokens>(q + i, k.part2.from(i), 128, 16, t, acc);
-        _Pragma("GCC unroll 4") for (int i = 0; i < 32; i += 16)
-            dot_add<kRows, kTokens>(q + 32 + i, k.part4.from(i), 128, 16, t, acc);
-        _Pragma("GCC unroll 4") for (int i = 0; i < 64; i += 16)
-            dot_add<kRows, kTokens>(q + 64 + i, k.part8.from(i), 128, 16, t, acc);
-      } else {
-        constexpr int kUnits2 = Tile::kUnits[0], kUnits4 = Tile::kUnits[1],
-                      kUnits8 = Tile::kUnits[2];
-        constexpr int kEnd2 = kUnits2 * kUnit, kEnd4 = kEnd2 + kUnits4 * kUnit;
-        const int end2 = kEnd4 ? kEnd2 : k.end2, end4 = kEnd4 ? kEnd4 : k.end4;
-        const int dim = kEnd4 ? kEnd4 + kUnits8 * kUnit : head_dim;
-        dot_add<kRows, kTokens, kUnits2>(q, k.part2, dim, end2, t, acc);
-        dot_add<kRows, kTokens, kUnits4>(q + end2, k.part4, dim, end4 - end2, t, acc);
-        dot_add<kRows, kTokens, kUnits8>(q + end4, k.part8, dim, dim - end4, t, acc);
-      }
+      constexpr int kUnits2 = Tile::kUnits[0], kUnits4 = Tile::kUnits[1], kUnits8 = Tile::kUnits[2];
+      constexpr int kEnd2 = kUnits2 * kUnit, kEnd4 = kEnd2 + kUnits4 * kUnit;
+      const int end2 = kEnd4 ? kEnd2 : k.end2, end4 = kEnd4 ? kEnd4 : k.end4;
+      const int dim = kEnd4 ? kEnd4 + kUnits8 * kUnit : head_dim;
+      dot_add<kRows, kTokens, kUnits2>(q, k.part2, dim, end2, t, acc);
+      dot_add<kRows, kTokens, kUnits4>(q + end2, k.part4, dim, end4 - end2, t, acc);
+      dot_add<kRows, kTokens, kUnits8>(q + end4, k.part8, dim, dim - end4, t, acc);
     } else {
       dot_add<kRows, kTokens>(q, k, head_dim, head_dim, t, acc);
     }
