@@ -30,6 +30,7 @@ from vllm_fibquant.evaluation.simulate import Simulator
 from vllm_fibquant.evaluation.texts import (
     CALIBRATION,
     Sizes,
+    Tokenizer,
     Unit,
     chunks_of,
     greedy_units,
@@ -105,10 +106,14 @@ class Suite:
         given = all_rows(sizes.step) if rows is None else list(rows)
         self.continuations = continuations
         self.rows = [row for row in given if row.quick or not quick]
-        encode = functools.partial(self.simulator.tokenizer.encode, add_special_tokens=False)
+        tokenizer = Tokenizer(model)
+        encode = tokenizer.encode
         self._calibration = chunks_of(CALIBRATION, encode, sizes.calibration, 1)[0]
         prompts = functools.cache(lambda: greedy_units(encode, sizes, self._continue))
-        units = text_units(encode, sizes) + list(passkey_units(encode, sizes)) + prompts()
+        texts = text_units(tokenizer, ["prose"], sizes.chunk, sizes.num_chunks)
+        start = texts[0].tokens[: sizes.fidelity]
+        fidelity = Unit("fidelity", f"fidelity:{sizes.fidelity}", start)
+        units = [fidelity, *texts, *passkey_units(encode, sizes), *prompts()]
         self._base = repr((model_digest(Path(model)), self._calibration, sizes.far))
         self.jobs = [
             Job(row, unit, self._what(row, unit))
@@ -233,7 +238,7 @@ class Suite:
                         engine = Engine(self.model, preset, options, row.step, self.sizes.longest)
                     tokens = list(job.unit.tokens)
                     states = (
-                        engine.hidden(tokens)
+                        engine.hidden([tokens])[0]
                         if engine
                         else self.simulator.hidden(tokens, row.cache_format)
                     )
@@ -246,11 +251,11 @@ class Suite:
 
     def _judge(self, unit: Unit, states: torch.Tensor) -> dict[str, Any]:
         if unit.kind != "text":
-            return measure_spans(self.simulator, unit, states)
+            return measure_spans(self.simulator.logits, unit, states)
         if unit.name not in self._truths:
-            logits = self.simulator.logits(self.simulator.hidden(list(unit.tokens)))
-            self._truths[unit.name] = logits.log_softmax(-1)
-        return measure_text(self.simulator, unit, self._truths[unit.name], states, self.sizes.far)
+            self._truths[unit.name] = self.simulator.hidden(list(unit.tokens))
+        truth = self._truths[unit.name]
+        return measure_text(self.simulator.logits, unit.tokens, truth, states, self.sizes.far)
 
     def _keep(self, job: Job, metrics: dict[str, Any], seconds: float) -> None:
         result = {

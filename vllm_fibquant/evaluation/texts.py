@@ -3,13 +3,15 @@
 
 alice.txt        Lewis Carroll, "Alice's Adventures in Wonderland" (1865): everything measured
 calibration.txt  John Milton, "Paradise Lost" (1667), books I and II: fitting only
+CODE             modules of Python's standard library, of the Python that runs: code as text
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator
+import sysconfig
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,7 +20,33 @@ DATA = Path(__file__).parent.parent / "data"
 EVALUATION = DATA / "alice.txt"
 CALIBRATION = DATA / "calibration.txt"
 
+CODE = ("argparse.py", "ast.py", "tarfile.py", "typing.py")
+"""Modules whose beginnings are code as text; their text is that of the Python that runs, so results
+are filed under a digest of the tokens."""
+
 Encode = Callable[[str], list[int]]
+
+
+class Tokenizer:
+    """A model's tokenizer, told apart from how a text begins.
+
+    Attributes:
+        begin: the tokens that the model expects before any text: its BOS token, or none.
+    """
+
+    def __init__(self, model: str) -> None:
+        from transformers import AutoTokenizer
+
+        self._tokenizer = AutoTokenizer.from_pretrained(model)
+        first = self._tokenizer.bos_token_id
+        begins = self._tokenizer.encode("a")[:1] == [first]
+        self.begin: list[int] = [first] if first is not None and begins else []
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without those of `begin`."""
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+
 Kind = Literal["fidelity", "text", "passkey", "greedy"]
 
 NAMES = ("lion", "ship", "garden", "river", "castle", "candle", "window", "mountain")
@@ -96,28 +124,54 @@ SMOKE = Sizes(
 )  # fmt: skip
 
 
-def chunks_of(path: Path, encode: Encode, length: int, count: int) -> list[list[int]]:
-    """The first `count` runs of `length` tokens of a text.
+def chunks_of(
+    path: Path, encode: Encode, length: int, count: int, begin: Sequence[int] = ()
+) -> list[list[int]]:
+    """The first `count` runs of tokens of a text, each of `length` with `begin` before it.
 
     Raises:
         ValueError: the text is too short.
     """
     tokens = encode(path.read_text(encoding="utf-8"))
-    if len(tokens) < length * count:
+    fresh = length - len(begin)
+    if len(tokens) < fresh * count:
         raise ValueError(
-            f"chunks_of: {path.name} must have {length * count} tokens, got {len(tokens)}; "
+            f"chunks_of: {path.name} must have {fresh * count} tokens, got {len(tokens)}; "
             "ask for fewer or shorter chunks"
         )
-    return [tokens[i * length : (i + 1) * length] for i in range(count)]
+    return [[*begin, *tokens[i * fresh : (i + 1) * fresh]] for i in range(count)]
 
 
-def text_units(encode: Encode, sizes: Sizes) -> list[Unit]:
-    """Text units, and before them the fidelity unit: the beginning of the first of them."""
-    chunks = chunks_of(EVALUATION, encode, sizes.chunk, sizes.num_chunks)
-    fidelity = Unit("fidelity", f"fidelity:{sizes.fidelity}", tuple(chunks[0][: sizes.fidelity]))
-    return [fidelity] + [
-        Unit("text", f"text:{sizes.chunk}:{i}", tuple(chunk)) for i, chunk in enumerate(chunks)
-    ]
+def text_units(tokenizer: Tokenizer, sources: Sequence[str], length: int, count: int) -> list[Unit]:
+    """The first `count` texts of `length` tokens of every source.
+
+    Args:
+        sources: `prose`, the bundled novel; `code`, CODE; or the paths of text files.
+
+    Raises:
+        ValueError: a source is too short, or there is none.
+    """
+    units = []
+    for source in sources:
+        if source == "code":
+            library = Path(sysconfig.get_path("stdlib"))
+            chunks = [
+                (f"code:{name}:{length}", chunks_of(library / name, tokenizer.encode, length, 1,
+                                                    tokenizer.begin)[0])
+                for name in CODE[:count]
+            ]  # fmt: skip
+        else:
+            path = EVALUATION if source == "prose" else Path(source)
+            if not path.is_file():
+                raise ValueError(
+                    f"text_units: a text must be prose, code or the path of a file, got {source!r}"
+                    "; give another one"
+                )
+            label = "text" if source == "prose" else path.name
+            runs = chunks_of(path, tokenizer.encode, length, count, tokenizer.begin)
+            chunks = [(f"{label}:{length}:{i}", run) for i, run in enumerate(runs)]
+        units += [Unit("text", name, tuple(chunk)) for name, chunk in chunks]
+    return units
 
 
 def passkey_units(encode: Encode, sizes: Sizes) -> Iterator[Unit]:
