@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+
+from vllm_fibquant.evaluation.watch import AttentionWatch, attention_layers
 
 UNCOMPRESSED = "auto"
 """The cache dtype of the engine whose distributions are the truth."""
@@ -46,18 +49,37 @@ class Engine:
         )  # fmt: skip
         torch.set_num_threads(threads)
         self._num_texts = num_texts
-        self._llm.apply_model(
-            lambda model: model.register_forward_hook(
-                lambda _, args, given, states: self._keep(given, states), with_kwargs=True
+        self._watch: AttentionWatch | None = None
+        self._llm.apply_model(self._listen)
+
+    def _listen(self, model: torch.nn.Module) -> None:
+        def begin(_module: Any, _args: Any, given: dict[str, Any]) -> None:
+            if self._reading is not None:
+                self._reading.begin(given.get("input_ids"), given["positions"])
+                if self._watch is not None:
+                    self._watch.piece = self._reading.piece_of_first
+
+        def end(_module: Any, _args: Any, states: torch.Tensor) -> None:
+            if self._reading is not None:
+                self._reading.end(states)
+
+        model.register_forward_pre_hook(begin, with_kwargs=True)
+        model.register_forward_hook(end)
+        for name, layer in attention_layers(model):
+            layer.register_forward_hook(
+                lambda module, args, given, output, name=name: (
+                    self._watch.attended(name, module, args, given, output) if self._watch else None
+                ),
+                with_kwargs=True,
             )
-        )
 
-    def _keep(self, given: dict[str, Any], states: torch.Tensor) -> None:
-        if self._reading is not None:
-            self._reading.add(given.get("input_ids"), given["positions"], states)
-
-    def hidden(self, texts: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    def hidden(
+        self, texts: Sequence[Sequence[int]], watch: AttentionWatch | None = None
+    ) -> list[torch.Tensor]:
         """The model's last hidden states of each text, float32 `[num_tokens, hidden_size]`.
+
+        Args:
+            watch: is shown what attention reads and returns of the first text.
 
         Raises:
             RuntimeError: the engine computed other tokens.
@@ -69,10 +91,11 @@ class Engine:
         for begin in range(0, len(texts), self._num_texts):
             batch = [list(tokens) for tokens in texts[begin : begin + self._num_texts]]
             self._reading = _Reading(batch)
+            self._watch = watch if begin == 0 else None
             prompts: Any = [{"prompt_token_ids": tokens} for tokens in batch]
             self._llm.generate(prompts, params, use_tqdm=False)
             states += self._reading.result()
-            self._reading = None
+            self._reading = self._watch = None
         return states
 
     def continuations(self, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
@@ -116,51 +139,59 @@ def _cache_bytes(model: str, longest: int, num_texts: int) -> int:
 
 
 class _Reading:
-    """Hidden states of texts that are read together, put back in the texts' order."""
+    """Hidden states of texts that are read together, put back in the texts' order.
+
+    Attributes:
+        piece_of_first: the rows of the step that belong to the first text; None: none do.
+    """
 
     def __init__(self, texts: Sequence[list[int]]) -> None:
         self._texts = texts
         self._done = [0] * len(texts)
         self._states: list[list[torch.Tensor]] = [[] for _ in texts]
+        self._pieces: list[tuple[int, slice]] = []
 
-    def add(
-        self, token_ids: torch.Tensor | None, positions: torch.Tensor, states: torch.Tensor
-    ) -> None:
-        """One step: each run of consecutive positions is the next piece of one text.
+    @property
+    def piece_of_first(self) -> slice | None:
+        return next((rows for text, rows in self._pieces if text == 0), None)
+
+    def begin(self, token_ids: torch.Tensor | None, positions: torch.Tensor) -> None:
+        """A step: each run of consecutive positions is the next piece of one text.
 
         Args:
-            token_ids, positions: int64 `[num_tokens]`, what the model was called with.
-            states: `[num_tokens, hidden_size]`.
+            token_ids, positions: int64 `[num_tokens]`, what the model is called with.
         """
-        if token_ids is None or positions.dim() > 1 or len(states) != len(positions):
+        if token_ids is None or positions.dim() > 1 or len(token_ids) != len(positions):
             raise RuntimeError(
                 "Engine: the model must be called with token ids and one position each, got "
                 "others; its hidden states cannot be told apart, and it cannot be measured"
             )
         ids, at = token_ids.tolist(), positions.tolist()
         bounds = [i for i in range(len(at)) if i == 0 or at[i] != at[i - 1] + 1] + [len(at)]
-        taken: set[int] = set()
-        for begin, end in zip(bounds, bounds[1:], strict=False):
-            piece = ids[begin:end]
-            text = next(
-                (
-                    i
-                    for i, tokens in enumerate(self._texts)
-                    if i not in taken
-                    and self._done[i] == at[begin]
-                    and tokens[at[begin] : at[begin] + len(piece)] == piece
-                ),
-                None,
-            )
-            if text is None:
-                raise RuntimeError(
-                    f"Engine: every step must go on with a text, got {len(piece)} other tokens at "
-                    f"position {at[begin]}; the engine pads or repeats steps, which this "
-                    "measurement cannot see through"
-                )
-            taken.add(text)
-            self._done[text] += len(piece)
-            self._states[text].append(states[begin:end].float())
+        self._pieces = []
+        for begin, end in itertools.pairwise(bounds):
+            text = self._text_of(ids[begin:end], at[begin])
+            self._done[text] += end - begin
+            self._pieces.append((text, slice(begin, end)))
+
+    def _text_of(self, piece: list[int], position: int) -> int:
+        """The text that goes on with these tokens. Two that do have said the same so far, but for
+        texts whose earlier pieces differ: of these the one that comes first in the step."""
+        taken = {text for text, _ in self._pieces}
+        for i, tokens in enumerate(self._texts):
+            goes_on = tokens[position : position + len(piece)] == piece
+            if i not in taken and self._done[i] == position and goes_on:
+                return i
+        raise RuntimeError(
+            f"Engine: every step must go on with a text, got {len(piece)} other tokens at position "
+            f"{position}; the engine pads or repeats steps, which this measurement cannot see "
+            "through"
+        )
+
+    def end(self, states: torch.Tensor) -> None:
+        """The step's result, `[num_tokens, hidden_size]`."""
+        for text, rows in self._pieces:
+            self._states[text].append(states[rows].float())
 
     def result(self) -> list[torch.Tensor]:
         for tokens, done in zip(self._texts, self._done, strict=True):

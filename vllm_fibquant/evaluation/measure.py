@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from vllm_fibquant.evaluation.formats import Format
-from vllm_fibquant.evaluation.simulate import Simulator, attend
+from vllm_fibquant.evaluation.simulate import Simulator
 from vllm_fibquant.evaluation.texts import Unit
 
 _ROWS = 64  # positions whose whole vocabulary is held at once: 67 MB of 262,144 words, a few times
@@ -107,10 +107,9 @@ def measure_fidelity(simulator: Simulator, unit: Unit, cache_format: Format) -> 
     errors = torch.zeros(3, dtype=torch.float64)
     layers = simulator.capture(unit.tokens)
     for index, (query, key, value) in enumerate(layers):
-        coded = cache_format.roundtrip(index, key, value, simulator.rotate)
-        scale = simulator.head_dim**-0.5
-        want = attend(query, (key, value), (key, value), scale)
-        got = attend(query, (key, value), coded, scale, cache_format)
+        coded = cache_format.roundtrip(index, key, value, simulator.rotations[index])
+        want = simulator.attend(index, query, (key, value), (key, value))
+        got = simulator.attend(index, query, (key, value), coded, cache_format)
         relative = [
             (x - y).square().sum() / x.square().sum()
             for x, y in zip((key, value), coded, strict=True)
