@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vllm_fibquant.config import PRESETS
-from vllm_fibquant.evaluation import report, rivals, texts
+from vllm_fibquant.evaluation import report, rivals, suite, texts
 from vllm_fibquant.evaluation.formats import FibQuant, Format, Rounded
 from vllm_fibquant.evaluation.rows import all_rows
 from vllm_fibquant.evaluation.simulate import attend, rotary
@@ -256,3 +256,29 @@ def test_summary_of_known_numbers():
     assert summary.passkey == {2: (1, 2)}
     assert summary.get("greedy") == 7
     assert summary.num_tokens == 20
+
+
+def test_digest_of_code(tmp_path, monkeypatch):
+    """It follows statements, not their place: what moves is current, what changes is not."""
+
+    def digest(**modules):
+        for path in tmp_path.rglob("*.py"):
+            path.unlink()
+        for name, text in modules.items():
+            path = tmp_path / f"{name.replace('__', '/')}.py"
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+        suite.code_digest.cache_clear()
+        return suite.code_digest(False)
+
+    monkeypatch.setattr(suite, "PACKAGE_DIR", tmp_path)
+    monkeypatch.setattr(suite, "_DECIDING", ("codec", "one.py"))
+    try:
+        here = digest(one="import a\ndef f():\n    return 1\nX = 2\n", codec__x="Y = 3\n")
+        text = '"""Words."""\nY = 3\ndef f():\n    """Say."""\n    from b import c\n    return 1\n'
+        assert digest(one="from c import d\nX = 2\n", codec__y=text) == here
+        assert digest(one="X = 2\n", codec__y=text.replace("1", "2")) != here
+        assert digest(one="X = 2\n", codec__y=text, other="Z = 4\n") == here
+        assert digest(one="X = 2\n", codec__y=text, codec__z="Z = 4\n") != here
+    finally:
+        suite.code_digest.cache_clear()

@@ -38,13 +38,14 @@ from vllm_fibquant.calibration import (
 from vllm_fibquant.codebook import write_atomically
 from vllm_fibquant.key_map import Turns
 from vllm_fibquant.options import DEFAULT_FIRST
+from vllm_fibquant.sealed import PACKAGE_DIR
 
 if TYPE_CHECKING:
     from vllm_fibquant.attention import FibQuantImpl
 
 logger = init_logger(f"vllm.{__name__}")
 
-TEXT = Path(__file__).parent / "data" / "calibration.txt"
+TEXT = PACKAGE_DIR / "data" / "calibration.txt"
 NUM_SEQUENCES = 8
 SEQUENCE_LEN = 1024
 NUM_STARTS = 64

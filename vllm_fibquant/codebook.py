@@ -30,11 +30,11 @@ import numpy as np
 import torch
 
 from vllm_fibquant.config import HEAD_DIMS, PRESETS, CodeSpec
-from vllm_fibquant.sealed import seal, unseal
+from vllm_fibquant.sealed import PACKAGE_DIR, seal, unseal
 
 MAGIC = b"FIBQBOOK"
 FORMAT_VERSION = 1
-SHIPPED_DIR = Path(__file__).parent / "codebooks"
+SHIPPED_DIR = PACKAGE_DIR / "codebooks"
 
 _DTYPES: dict[str, np.dtype[Any]] = {"int8": np.dtype("i1"), "float16": np.dtype("<f2")}
 

@@ -23,7 +23,6 @@ from ctypes import (
     pointer,
 )
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,8 +35,9 @@ from vllm_fibquant.gain import level_of_half, levels
 from vllm_fibquant.key_map import STEP, KeyMap, Turns
 from vllm_fibquant.list_search import CodewordLists
 from vllm_fibquant.reference import TokenCopies
+from vllm_fibquant.sealed import PACKAGE_DIR
 
-LIBRARY_PATH = Path(__file__).parent / "lib" / "libfibquant_cpu.so"
+LIBRARY_PATH = PACKAGE_DIR / "lib" / "libfibquant_cpu.so"
 MAX_HEAD_DIM = 512
 HEAD_DIM_MULTIPLE = 16
 _ALIGNMENT = 64

@@ -21,8 +21,9 @@ from vllm_fibquant import splits
 from vllm_fibquant.abi import DTYPES, Pages, load_library, pages_of
 from vllm_fibquant.codec import KVCodec, VectorCodec
 from vllm_fibquant.config import GAIN_NUMBERS
+from vllm_fibquant.sealed import PACKAGE_DIR
 
-LIBRARY_PATH = Path(__file__).parent / "lib" / "libfibquant_cuda.so"
+LIBRARY_PATH = PACKAGE_DIR / "lib" / "libfibquant_cuda.so"
 NARROW_COLUMNS = 8
 MIN_SPLIT = 512
 """Tokens below which another split costs more in merging than it saves."""

@@ -17,7 +17,11 @@ import json
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+PACKAGE_DIR = Path(__file__).parent
+"""Where what ships with the package is found, wherever the module that asks is."""
 
 _PREFIX = struct.Struct("<8sII")
 _DIGEST_BYTES = 32
