@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from vllm_fibquant.sealed import PACKAGE_DIR
+from vllm_fibquant.files import PACKAGE_DIR
 
 DATA = PACKAGE_DIR / "data"
 EVALUATION = DATA / "alice.txt"
