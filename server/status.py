@@ -7,11 +7,12 @@ import logging
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from vllm_fibquant import compat, info
-from vllm_fibquant.config import PRESETS
-from vllm_fibquant.counters import Counters
+from vllm_fibquant.cli import info
+from vllm_fibquant.codec.config import PRESETS
+from vllm_fibquant.engine import compat
+from vllm_fibquant.engine.plugin import REPORT_METHOD
+from vllm_fibquant.observe.counters import Counters
 from vllm_fibquant.options import Options, parse_options
-from vllm_fibquant.plugin import REPORT_METHOD
 
 logger = logging.getLogger(f"vllm.{__name__}")
 

@@ -34,7 +34,7 @@ def default_directory() -> Path:
     checkout = Path(__file__).resolve().parent.parent
     if (checkout / "setup.py").exists() and (checkout / "pyproject.toml").exists():
         return checkout / ".models" / MODEL_NAME
-    from vllm_fibquant.codebook import cache_dir
+    from vllm_fibquant.codec.codebook import cache_dir
 
     return cache_dir().parent / "models" / MODEL_NAME
 
