@@ -27,9 +27,9 @@ class RandomTextWorker(CPUWorker):
     """For models without a tokenizer."""
 
     def init_device(self) -> None:
-        from vllm_fibquant import calibrate
+        from vllm_fibquant import measure
 
         from .harness import random_text
 
-        calibrate.text_sequences = random_text
+        measure.text_sequences = random_text
         super().init_device()

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_fibquant import attention, calibrate
+from vllm_fibquant import attention
+from vllm_fibquant import measure as measuring
 from vllm_fibquant.calibration import KeyStatistics, pack_calibration, parse_calibration
 from vllm_fibquant.key_map import Turns
 
@@ -23,7 +24,7 @@ from .test_refusals import refusal_of
 @pytest.fixture(autouse=True)
 def short_text(monkeypatch):
     """A few random tokens: the models here know no words."""
-    monkeypatch.setattr(calibrate, "text_sequences", random_text)
+    monkeypatch.setattr(measuring, "text_sequences", random_text)
 
 
 def measure(model: str, path: Path) -> None:
@@ -71,9 +72,9 @@ def test_what_is_measured_is_what_the_model_computes(model_folder, tmp_path, sha
     )
     keys: dict[int, list[torch.Tensor]] = {}
     first: dict[int, list[torch.Tensor]] = {}
-    sequences, starts = calibrate.text_sequences(None)
+    texts = random_text(None)
     with torch.inference_mode():
-        for tokens in sequences + starts:
+        for tokens in texts.sequences + texts.starts:
             cache = DynamicCache()
             model(torch.tensor([tokens]), past_key_values=cache)
             for number, layer in enumerate(cache.layers):
@@ -109,7 +110,7 @@ def test_measured_once_and_then_read(model_folder, tmp_path, monkeypatch):
     with engine(model, "fibquant_2bit", fibquant=calibrated(path)) as llm:
         first = in_batches(llm, prompts)
     written = path.read_bytes()
-    monkeypatch.setattr(calibrate, "text_sequences", None)  # measuring again would fail
+    monkeypatch.setattr(measuring, "text_sequences", None)  # measuring again would fail
     with engine(model, "fibquant_2bit", fibquant=calibrated(path)) as llm:
         again = in_batches(llm, prompts)
     with engine(model, "fibquant_2bit") as llm:
@@ -173,8 +174,6 @@ def test_a_window_over_everything_is_stock_attention(model_folder, tmp_path, mon
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size must be 1"),
-        ({"kv_cache_dtype_skip_layers": ["0"]}, "skip-layers must be empty"),
         ({"kv_offloading_size": 1.0}, "calibration must be an existing file"),
         ({"kv_offloading_size": 1.0, "calibrate": "transform"}, 'it must be "means" with KV'),
         ({"kv_cache_dtype": "fibquant_k5v3", "calibrate": "transform"}, "at most 4 bits per"),

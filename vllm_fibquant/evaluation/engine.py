@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 
+from vllm_fibquant.config import is_fibquant
+from vllm_fibquant.evaluation.rows import PLAIN
+
 
 class Engine:
     """A vLLM engine whose model's last hidden states can be had: what its head reads.
@@ -26,11 +29,12 @@ class Engine:
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override kv_cache_memory_bytes
         from vllm import LLM
 
+        is_ours = is_fibquant(kv_cache_dtype)
         threads = torch.get_num_threads()
         self._states: list[torch.Tensor] = []
         self._llm = LLM(
             model, dtype="float32", enforce_eager=True, kv_cache_dtype=kv_cache_dtype,
-            additional_config={"fibquant": fibquant} if fibquant else {},
+            additional_config={"fibquant": {**PLAIN, **fibquant}} if is_ours else {},
             max_model_len=longest + 1, max_num_batched_tokens=step, max_num_seqs=1,
             kv_cache_memory_bytes=512 << 20, block_size=32, enable_prefix_caching=False,
             skip_tokenizer_init=True, seed=0,
