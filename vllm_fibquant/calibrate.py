@@ -25,17 +25,16 @@ from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.tokenizers import cached_get_tokenizer
 
-from vllm_fibquant import ops, rotary
+from vllm_fibquant import files, ops, rotary
 from vllm_fibquant.calibration import (
     KeyStatistics,
     StatisticsCollector,
+    cache_name,
     check_calibration,
-    default_path,
     join_heads,
     pack_calibration,
     parse_calibration,
 )
-from vllm_fibquant.codebook import write_atomically
 from vllm_fibquant.key_map import Turns
 from vllm_fibquant.options import DEFAULT_FIRST
 
@@ -72,21 +71,25 @@ def calibrate_layers(
         return
     group = get_tp_group()
     fingerprint = group.broadcast_object(model_fingerprint(model, vllm_config.model_config), src=0)
-    path = Path(options.calibration) if options.calibration else default_path(fingerprint)
+    path = Path(options.calibration) if options.calibration else files.find(cache_name(fingerprint))
     replicas = max(1, group.world_size // vllm_config.model_config.get_total_num_kv_heads())
     # Rank 0 alone looks at the file: the others may be on other machines.
-    content = path.read_bytes() if group.rank_in_group == 0 and path.is_file() else None
+    content = None
+    if group.rank_in_group == 0 and path is not None and path.is_file():
+        content = path.read_bytes()
     content = group.broadcast_object(content, src=0)
     if content is None:
+        if path is not None and group.rank_in_group == 0:
+            _require_writable(path)
         content = _measure(model, vllm_config, layers, fingerprint, replicas)
         if group.rank_in_group == 0:
-            write_atomically(path, content)
-            logger.info("FibQuant measured this model's keys and keeps the result in %s", path)
-    calibration = parse_calibration(content, str(path))
+            path = _keep(path, fingerprint, content)
+    source = "this start's measurement" if path is None else str(path)
+    calibration = parse_calibration(content, source)
     is_transformed = options.calibrate == "transform"
     num_parts, part = group.world_size // replicas, group.rank_in_group // replicas
     shapes = [(n, (i.num_kv_heads * num_parts, i.head_size)) for n, i in layers.items()]
-    check_calibration(calibration, str(path), fingerprint, shapes)
+    check_calibration(calibration, source, fingerprint, shapes)
     num_positions = vllm_config.model_config.max_model_len
     for name, impl in layers.items():
         begin = part * impl.num_kv_heads
@@ -98,7 +101,31 @@ def calibrate_layers(
             impl.codec.layout.key_index_bytes if is_transformed else 0,
             _turns(impl, num_positions, vllm_config.model_config.dtype),
         )
-    logger.info("FibQuant keys are coded by calibration %s of %s", calibration.digest[:8], path)
+    logger.info("FibQuant keys are coded by calibration %s of %s", calibration.digest[:8], source)
+
+
+def _require_writable(path: Path) -> None:
+    """Refuses, before a minute of measuring, to measure what could not be written.
+
+    Raises:
+        ValueError: a file cannot be created at the path the user gave.
+    """
+    if not files.is_writable(path.parent):
+        raise ValueError(
+            f"calibrate: calibration must be a file or a path that can be written, got {path}; "
+            "leave calibration out to keep the result in the cache, or give another path"
+        )
+
+
+def _keep(path: Path | None, fingerprint: str, content: bytes) -> Path | None:
+    """Writes what was measured: where the user said, else into the cache if there is one."""
+    if path is not None:
+        files.write_atomically(path, content)
+    else:
+        path = files.keep(cache_name(fingerprint), content)
+    if path is not None:
+        logger.info("FibQuant measured this model's keys and keeps the result in %s", path)
+    return path
 
 
 def _turns(impl: FibQuantImpl, num_positions: int, dtype: torch.dtype) -> Turns | None:
