@@ -11,7 +11,6 @@ A file that cannot be kept costs the next start another measurement, and nothing
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,15 +20,14 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.distributed import get_tp_group, get_world_group
 from vllm.logger import init_logger
 
-from vllm_fibquant import key_bias, measure, rotary
+from vllm_fibquant import files, key_bias, measure, rotary
 from vllm_fibquant.calibration import (
     Calibration,
+    cache_name,
     check_calibration,
-    default_path,
     pack_calibration,
     parse_calibration,
 )
-from vllm_fibquant.codebook import write_atomically
 from vllm_fibquant.key_map import Turns
 from vllm_fibquant.options import Options
 from vllm_fibquant.support import run_options
@@ -111,7 +109,7 @@ def _layers_in(model: torch.nn.Module, layers: dict[str, FibQuantImpl]) -> dict[
 def _calibrate(subject: _Subject, vllm_config: VllmConfig, options: Options) -> None:
     world, tensor_parallel = get_world_group(), get_tp_group()
     fingerprint = measure.model_fingerprint(subject.model, subject.config)
-    path = Path(subject.path) if subject.path else default_path(fingerprint)
+    path = Path(subject.path) if subject.path else files.find(cache_name(fingerprint))
     replicas = measure.kv_replicas(subject.config)
     num_parts = tensor_parallel.world_size // replicas
     part = tensor_parallel.rank_in_group // replicas
@@ -120,12 +118,15 @@ def _calibrate(subject: _Subject, vllm_config: VllmConfig, options: Options) -> 
         for name, impl in subject.layers.items()
     ]
     # The first rank alone looks at the file: the others may be on other machines.
-    content = _read(path) if world.rank_in_group == 0 else None
+    content = None
+    if world.rank_in_group == 0 and path is not None and path.is_file():
+        content = path.read_bytes()
     content = world.broadcast_object(content, src=0)
     known = None if content is None else parse_calibration(content, str(path))
     if known is None or (subject.path is None and not _covers(known, shapes)):
-        known = _measure(subject, vllm_config, fingerprint, path, known)
-    check_calibration(known, str(path), fingerprint, shapes)
+        known, path = _measure(subject, vllm_config, fingerprint, known)
+    source = "this start's measurement" if path is None else str(path)
+    check_calibration(known, source, fingerprint, shapes)
     num_positions = subject.config.max_model_len
     for name, impl in subject.layers.items():
         begin = part * impl.num_kv_heads
@@ -139,15 +140,7 @@ def _calibrate(subject: _Subject, vllm_config: VllmConfig, options: Options) -> 
             _turns(impl, num_positions, subject.config.dtype),
         )
         impl.calibration = known.digest
-    logger.info("FibQuant codes keys by calibration %s of %s", known.digest[:8], path)
-
-
-def _read(path: Path) -> bytes | None:
-    """The content of the file, or None where there is none that can be read."""
-    try:
-        return path.read_bytes()
-    except OSError:
-        return None
+    logger.info("FibQuant codes keys by calibration %s of %s", known.digest[:8], source)
 
 
 def _covers(calibration: Calibration, shapes: list[tuple[str, tuple[int, int]]]) -> bool:
@@ -159,32 +152,31 @@ def _covers(calibration: Calibration, shapes: list[tuple[str, tuple[int, int]]])
 
 
 def _measure(
-    subject: _Subject,
-    vllm_config: VllmConfig,
-    fingerprint: str,
-    path: Path,
-    known: Calibration | None,
-) -> Calibration:
-    """Measures the model, and keeps the result if it can.
+    subject: _Subject, vllm_config: VllmConfig, fingerprint: str, known: Calibration | None
+) -> tuple[Calibration, Path | None]:
+    """Measures the model, and keeps the result if it can. Returns it, and where it is kept.
 
     Raises:
         _NotMeasured: see `measure.measure`.
+        ValueError: the path that the user gave cannot be written.
     """
-    is_first = get_world_group().rank_in_group == 0
-    problem = keeping_problem(path) if is_first else None
-    if is_first:
+    world = get_world_group()
+    if world.rank_in_group == 0:
+        path = Path(subject.path) if subject.path else files.place(cache_name(fingerprint))
+        if subject.path and not files.is_writable(Path(subject.path).parent):
+            raise ValueError(
+                "calibrate: calibration must be a file or a path that can be written, got "
+                f"{subject.path}; leave calibration out to keep the result in the cache, or give "
+                "another path"
+            )
         logger.info(
-            "FibQuant measures this model's keys on %d texts of %d tokens, for at most %d s%s",
+            "FibQuant measures this model's keys on %d texts of %d tokens, for at most %d s; %s",
             measure.NUM_SEQUENCES,
             measure.SEQUENCE_LEN,
             measure.MAX_SECONDS,
-            f"; the result is kept in {path}" if problem is None else "",
-        )
-    if problem:
-        logger.warning(
-            "FibQuant cannot keep what it measures, and will measure at every start: %s; "
-            "mount a folder that can be written and name it in FIBQUANT_CACHE_DIR",
-            problem,
+            "nowhere to keep the result: the next start measures again"
+            if path is None
+            else f"the result is kept in {path}",
         )
 
     def turns_of(impl: FibQuantImpl, num_positions: int) -> Turns | None:
@@ -198,27 +190,25 @@ def _measure(
         raise _NotMeasured(str(error)) from error
     if known is not None and known.model == fingerprint:
         layers = {**known.layers, **layers}
-    content = pack_calibration(fingerprint, num_tokens, layers)
-    if is_first and problem is None:
-        try:
-            write_atomically(path, content)
-            logger.info("FibQuant measured %d tokens and keeps the result in %s", num_tokens, path)
-        except OSError as error:
-            logger.warning("FibQuant uses what it measured but could not keep it: %s", error)
+    content, kept = pack_calibration(fingerprint, num_tokens, layers), None
+    if world.rank_in_group == 0:
+        kept = _keep(subject.path, fingerprint, content)
+        logger.info("FibQuant measured %d tokens of this model", num_tokens)
     # Ranks have gathered the same statistics, and floats of theirs may still differ: one decides.
-    return parse_calibration(get_world_group().broadcast_object(content, src=0), str(path))
+    content, kept = world.broadcast_object((content, kept), src=0)
+    return parse_calibration(content, "this start's measurement"), kept
 
 
-def keeping_problem(path: Path) -> str | None:
-    """Why a file cannot be written at `path`, or None. Leaves nothing behind but folders."""
+def _keep(given: str | None, fingerprint: str, content: bytes) -> Path | None:
+    """Writes what was measured: where the user said, else into the cache if there is one."""
+    if given is None:
+        return files.keep(cache_name(fingerprint), content)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        probe = path.parent / f".{path.name}.{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        files.write_atomically(Path(given), content)
     except OSError as error:
-        return f"{path.parent}: {error.strerror or error}"
-    return None
+        logger.warning("FibQuant uses what it measured and could not keep it: %s", error)
+        return None
+    return Path(given)
 
 
 def _subtract_biases(

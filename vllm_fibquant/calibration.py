@@ -22,12 +22,10 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from vllm_fibquant.codebook import cache_dir
 from vllm_fibquant.key_map import FirstMeans, KeyMap, TurningMean, Turns
 from vllm_fibquant.key_transform import make_transform
 from vllm_fibquant.sealed import seal, unseal
@@ -231,9 +229,9 @@ def check_calibration(
         )
 
 
-def default_path(model: str) -> Path:
-    """Where the calibration of a model is, unless another path is given."""
-    return cache_dir().parent / "calibrations" / f"{model}-{FORMAT_VERSION}.fqcal"
+def cache_name(model: str) -> str:
+    """The file of a model, by its fingerprint, among those of the user's cache: see `files`."""
+    return f"calibrations/{model}-{FORMAT_VERSION}.fqcal"
 
 
 class StatisticsCollector:

@@ -129,6 +129,33 @@ def test_kept_in_the_cache_when_no_path_is_given(model_folder, tmp_path, monkeyp
     assert path.stem == parse_calibration(path.read_bytes(), "file").model + "-3"
 
 
+def test_without_a_place_to_keep_it_the_measurement_serves_all_the_same(
+    model_folder, tmp_path, monkeypatch
+):
+    (tmp_path / "file").touch()  # no folder can be made below a file, by nobody
+    monkeypatch.setenv("FIBQUANT_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    model, kept = make_model("llama", model_folder), tmp_path / "a.fqcal"
+    prompts = varied_prompts(6, VOCAB_SIZE)
+    with engine(model, "fibquant_2bit", fibquant={"calibrate": "means"}) as llm:
+        answers = in_batches(llm, prompts)
+    with engine(model, "fibquant_2bit", fibquant=calibrated(kept)) as llm:
+        expected = in_batches(llm, prompts)
+    assert [a.bits for a in answers] == [a.bits for a in expected]
+
+
+def test_a_path_that_cannot_be_written_is_refused_before_measuring(
+    model_folder, tmp_path, monkeypatch
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(measuring, "text_sequences", None)  # measuring would fail
+    path = tmp_path / "file" / "a.fqcal"
+    with (
+        pytest.raises(ValueError, match="calibration must be a file or a path that can be written"),
+        engine(make_model("llama", model_folder), "fibquant_2bit", fibquant=calibrated(path)),
+    ):
+        pass
+
+
 def test_another_models_file_is_refused(model_folder, tmp_path):
     path = tmp_path / "a.fqcal"
     measure(make_model("llama", model_folder), path)

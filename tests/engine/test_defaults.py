@@ -86,7 +86,7 @@ def test_a_folder_that_cannot_be_written_costs_nothing_but_the_file(
     model = make_model("llama", model_folder)
     with caplog.at_level(logging.WARNING), engine(model, "fibquant", fibquant=DEFAULTS) as llm:
         assert all(impl.key_map.transform is not None for impl in impls_of(llm).values())
-    assert "FibQuant cannot keep what it measures" in caplog.text
+    assert "FibQuant keeps nothing for the next start" in caplog.text
 
 
 def test_a_bias_is_never_coded(model_folder):
