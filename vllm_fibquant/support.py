@@ -8,6 +8,7 @@ ALiBi slopes) is refused by `attention.py` when the layer is built.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,11 +53,14 @@ GPU_CONNECTORS = ("OffloadingConnector", "SimpleCPUOffloadConnector")
 
 def run_options(vllm_config: VllmConfig) -> Options:
     """The options of a run whose --kv-cache-dtype is ours: defaults are those it can have."""
-    return parse_options(
+    options = parse_options(
         vllm_config.cache_config.cache_dtype,
         vllm_config.additional_config,
         lacking_parts(vllm_config),
     )
+    if options.calibrate == "auto" and _moves_pages(vllm_config):
+        return replace(options, calibrate="means")  # a transform is not the same on two machines
+    return options
 
 
 def lacking_parts(vllm_config: VllmConfig) -> dict[Part, str]:
