@@ -13,7 +13,9 @@ support = pytest.importorskip("vllm_fibquant.support", reason="reads vLLM's conf
 def run(device="cpu", connector=None, offloading=None, is_hybrid=False, **given):
     """As much of vLLM's configuration as decides the defaults."""
     return SimpleNamespace(
-        model_config=SimpleNamespace(is_hybrid=is_hybrid, architecture="A", use_mla=False),
+        model_config=SimpleNamespace(
+            is_hybrid=is_hybrid, architecture="A", use_mla=False, get_head_size=lambda: 64
+        ),
         device_config=SimpleNamespace(device_type=device),
         cache_config=SimpleNamespace(cache_dtype="fibquant", kv_offloading_size=offloading),
         kv_transfer_config=connector,
