@@ -269,7 +269,8 @@ class StatisticsCollector:
         """
         num_kv_heads, head_dim = self._key_sum.shape
         keys = key.double().transpose(0, 1)
-        queries = query.double().view(len(query), num_kv_heads, -1, head_dim).transpose(0, 1)
+        # Nothing is taken out of queries' moments, so float32 serves, as it would not for keys.
+        queries = query.float().view(len(query), num_kv_heads, -1, head_dim).transpose(0, 1)
         queries = queries.flatten(1, 2)
         self.num_tokens += keys.shape[1]
         self._num_queries += queries.shape[1]

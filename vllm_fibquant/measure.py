@@ -50,7 +50,7 @@ MAX_SECONDS = 60.0
 NUM_STARTS = 64
 """Places of the text that a request could begin at: what first tokens have in common."""
 HORIZON = 8192
-"""Positions over which a mean is judged to turn: what hardly turns in a text may in a long one."""
+"""Positions that texts are taken to stand at: what hardly turns in one may in a longer one."""
 BLOCK_SIZE = 16
 RANKS_TIMEOUT_S = 600.0
 
@@ -311,7 +311,8 @@ class LayerCollector:
     num_seqs = 1
 
     def __init__(self, impl: FibQuantImpl, turns: Turns | None) -> None:
-        self._impl = impl
+        self._impl, self._turns = impl, turns
+        self._num_read = 0
         self.statistics = StatisticsCollector(
             impl.num_kv_heads, impl.head_size, turns, DEFAULT_FIRST
         )
@@ -329,7 +330,7 @@ class LayerCollector:
         for q, k, v in zip(*(x.split(length) for x in (query, key, value)), strict=True):
             self.statistics.add_start(k[:DEFAULT_FIRST], v[:DEFAULT_FIRST])
             if length > DEFAULT_FIRST:
-                self.statistics.add(q[rest], k[rest], torch.arange(length)[rest])
+                self._add(q[rest].float(), k[rest].float(), torch.arange(length)[rest])
         ops.paged_attention(
             query,
             self._no_cache,
@@ -346,6 +347,26 @@ class LayerCollector:
             raw_value=value,
         )
         return output
+
+    def _add(self, query: torch.Tensor, key: torch.Tensor, positions: torch.Tensor) -> None:
+        """Adds tokens, as where they stand so where else they could."""
+        for distance in distances(self._num_read) if self._turns is not None else (0,):
+            q, k = query, key
+            if self._turns is not None and distance:
+                q, k = self._turns.shift(query, distance), self._turns.shift(key, distance)
+            self.statistics.add(q, k, positions + distance)
+        self._num_read += 1
+
+
+def distances(number: int) -> tuple[int, ...]:
+    """How far the text of this number is moved: not at all, a little, and within the horizon.
+
+    A text that stands elsewhere has the same scores and other keys and queries, turned together.
+    A few thousand tokens, each at several positions, tell as much of keys as many more would, and
+    of positions that no text of theirs reaches.
+    """
+    share = (number + 0.5) * 0.6180339887 % 1.0  # evenly spread, however many there are
+    return 0, int(share * SEQUENCE_LEN), int(share * (HORIZON - SEQUENCE_LEN))
 
 
 def _stock_attention(impl: Any, collectors: dict[str, LayerCollector]) -> Callable[..., Any]:
