@@ -35,7 +35,7 @@ test-slow: $(VENV)/.dev $(LIBRARY) $(EMULATED)  ## run the slow tests as well
 	$(BIN)/python -m pytest $(ARGS)
 
 test-next: $(VENV)/.dev $(LIBRARY)  ## run plugin and engine tests on vLLM 0.33.0's Python sources
-	$(BIN)/python -m tests.other_vllm 0.33.0 -m "not slow" tests/test_plugin.py \
+	$(BIN)/python -m tests.other_vllm 0.33.0 -m "not slow" tests/engine/test_plugin.py \
 	  tests/engine/test_features.py tests/engine/test_recent_window.py $(ARGS)
 
 lint: $(VENV)/.dev docker-lint  ## ruff, mypy, clang-format, and docker-lint

@@ -7,12 +7,13 @@ import logging
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from vllm_fibquant import compat, info
-from vllm_fibquant.config import PRESETS
-from vllm_fibquant.counters import Counters
+from vllm_fibquant.cli.main import info
+from vllm_fibquant.codec.config import PRESETS
+from vllm_fibquant.engine import compat
+from vllm_fibquant.engine.plugin import REPORT_METHOD
+from vllm_fibquant.engine.support import run_options
+from vllm_fibquant.observe.counters import Counters
 from vllm_fibquant.options import Options
-from vllm_fibquant.plugin import REPORT_METHOD
-from vllm_fibquant.support import run_options
 
 logger = logging.getLogger(f"vllm.{__name__}")
 

@@ -121,7 +121,7 @@ HOMES = pytest.mark.parametrize(
 @needs_root
 @HOMES
 def test_info_needs_no_home(environ):
-    code = "from vllm_fibquant.cli import main; raise SystemExit(main(['info', '--json']))"
+    code = "from vllm_fibquant.cli.main import main; raise SystemExit(main(['info', '--json']))"
     result = as_nobody(code, **environ)
     assert result.returncode == 0, result.stderr
     digests = json.loads(result.stdout)["codebooks"].values()
@@ -131,8 +131,8 @@ def test_info_needs_no_home(environ):
 @needs_root
 def test_a_missing_codebook_is_told_without_a_home():
     code = (
-        "from vllm_fibquant.codebook import load_codebook\n"
-        "from vllm_fibquant.config import CodeSpec\n"
+        "from vllm_fibquant.codec.codebook import load_codebook\n"
+        "from vllm_fibquant.codec.config import CodeSpec\n"
         "load_codebook(CodeSpec(4, 32), 64)"
     )
     result = as_nobody(code)
@@ -143,7 +143,7 @@ def test_a_missing_codebook_is_told_without_a_home():
 @needs_root
 def test_commands_that_write_say_so_before_they_work():
     code = (
-        "from vllm_fibquant.cli import main\n"
+        "from vllm_fibquant.cli.main import main\n"
         "main(['codebook', 'build', '--head-dim', '64', '--subvec-dim', '4', '--num-codewords',"
         " '32'])\n"
         "main(['calibrate', 'model'])"

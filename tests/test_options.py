@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from vllm_fibquant.config import PRESETS
+from vllm_fibquant.codec.config import PRESETS
 from vllm_fibquant.options import MonitorOptions, Options, Retain, parse_options
 
 

@@ -37,7 +37,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from vllm_fibquant.config import PRESETS, PrefillMode, Preset, get_preset, is_fibquant
+from vllm_fibquant.codec.config import PRESETS, PrefillMode, Preset, get_preset, is_fibquant
 
 SECTION = "fibquant"
 Mode = Literal["exact", "quality"]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_fibquant.measure import Texts
+from vllm_fibquant.engine.measure import Texts
 
 from .models import VOCAB_SIZE
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_fibquant import attention
-from vllm_fibquant import measure as measuring
-from vllm_fibquant.calibration import KeyStatistics, pack_calibration, parse_calibration
-from vllm_fibquant.key_map import Turns
+from vllm_fibquant.engine import attention
+from vllm_fibquant.engine import measure as measuring
+from vllm_fibquant.keys.calibration import KeyStatistics, pack_calibration, parse_calibration
+from vllm_fibquant.keys.key_map import Turns
 
 from .harness import engine, generate, in_batches, largest_difference, random_text, varied_prompts
 from .models import VOCAB_SIZE, make_model

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_fibquant import attention, measure
-from vllm_fibquant.calibration import parse_calibration
-from vllm_fibquant.measure import Texts, attend_dense
-from vllm_fibquant.reference import paged_attention
+from vllm_fibquant.engine import attention, measure
+from vllm_fibquant.engine.measure import Texts, attend_dense
+from vllm_fibquant.keys.calibration import parse_calibration
+from vllm_fibquant.ops.reference import paged_attention
 
 from .harness import DEFAULTS, engine, generate, largest_difference, random_text, varied_prompts
 from .models import VOCAB_SIZE, make_model
@@ -177,8 +177,8 @@ def test_a_draft_model_has_its_own_calibration(model_folder, tmp_path, short_tex
 @pytest.mark.parametrize("window", [0, 7])
 @pytest.mark.parametrize("soft_cap", [0.0, 3.0])
 def test_dense_attention_is_the_oracles(window, soft_cap):
-    from vllm_fibquant.codec import KVCodec
-    from vllm_fibquant.config import get_preset
+    from vllm_fibquant.codec.codec import KVCodec
+    from vllm_fibquant.codec.config import get_preset
 
     torch.manual_seed(0)
     codec = KVCodec.from_preset(get_preset("fibquant"), 64)

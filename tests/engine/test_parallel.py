@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from vllm_fibquant.calibration import parse_calibration
+from vllm_fibquant.keys.calibration import parse_calibration
 
 from . import odd_rank
 from .harness import PLAIN, Answer, largest_difference, varied_prompts
@@ -188,7 +188,7 @@ def test_calibration_and_layers(model_folder, prompts, tmp_path, shape, calibrat
 
 def test_ranks_with_other_codebooks(model_folder, tmp_path, monkeypatch):
     """One value of one codebook differs on rank 1: nobody serves, and the message says why."""
-    from vllm_fibquant import codebook
+    from vllm_fibquant.codec import codebook
 
     (path,) = codebook.SHIPPED_DIR.glob("d64-k4n256-int8.fqcb")
     book = codebook.read_codebook(path)

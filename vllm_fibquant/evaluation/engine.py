@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vllm_fibquant.config import is_fibquant
+from vllm_fibquant.codec.config import is_fibquant
 from vllm_fibquant.evaluation.rows import PLAIN
 
 

@@ -13,8 +13,8 @@ from typing import ClassVar
 
 import torch
 
+from vllm_fibquant.codec.rotation import make_rotation
 from vllm_fibquant.evaluation.formats import Format
-from vllm_fibquant.rotation import make_rotation
 
 SCALE_BITS = 16
 LLOYD_STEPS = 40

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-DATA = Path(__file__).parent.parent / "data"
+from vllm_fibquant.files import PACKAGE_DIR
+
+DATA = PACKAGE_DIR / "data"
 EVALUATION = DATA / "alice.txt"
 CALIBRATION = DATA / "calibration.txt"
 
