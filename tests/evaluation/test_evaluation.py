@@ -176,7 +176,8 @@ def test_our_window_lies_before_the_step():
     ours = FibQuant.from_options(options, step=16)
     assert ours.key_start(torch.tensor([0, 63, 80, 95, 96])).tolist() == [0, 0, 16, 16, 32]
     assert ours.num_first == 4
-    exact = FibQuant.from_options(parse_options("fibquant_2bit"), step=16)
+    options = parse_options("fibquant_2bit", {"fibquant": {"mode": "exact"}})
+    exact = FibQuant.from_options(options, step=16)
     assert exact.key_start(torch.tensor([0, 95])).tolist() == [1, 96]
 
 

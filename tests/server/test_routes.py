@@ -32,8 +32,14 @@ class Engines:
     def __init__(self, kv_cache_dtype="fibquant_2bit", num_engines=1, additional_config=None):
         self.counters = [[Counters.create() for _ in range(2)] for _ in range(num_engines)]
         self.vllm_config = SimpleNamespace(
-            model_config=SimpleNamespace(served_model_name="model", dtype=torch.bfloat16),
-            cache_config=SimpleNamespace(cache_dtype=kv_cache_dtype, kv_cache_size_tokens=1000),
+            model_config=SimpleNamespace(
+                served_model_name="model", dtype=torch.bfloat16, is_hybrid=False
+            ),
+            device_config=SimpleNamespace(device_type="cpu"),
+            kv_transfer_config=None,
+            cache_config=SimpleNamespace(
+                cache_dtype=kv_cache_dtype, kv_cache_size_tokens=1000, kv_offloading_size=None
+            ),
             additional_config=additional_config or {},
         )
         self.engine_core = SimpleNamespace(
