@@ -32,33 +32,40 @@ def test_the_suite(tmp_path, words, monkeypatch):
     monkeypatch.setattr(attention, "copy_dtype", lambda model_dtype: model_dtype)
     monkeypatch.setattr(texts, "EVALUATION", words)
     monkeypatch.setattr(suite, "CALIBRATION", words)
-    wanted = {"float32 through vLLM", "2bit, exact", "2bit, quality", "2bit, exact, simulated",
-              "2bit, quality, simulated", "KIVI 2 bits, residual 32"}  # fmt: skip
+    wanted = {"uncompressed, simulated", "2bit, exact, uncalibrated", "2bit, quality, uncalibrated",
+              "2bit, exact, uncalibrated, simulated", "2bit, quality, uncalibrated, simulated",
+              "KIVI 2 bits, residual 64", "2bit, quality"}  # fmt: skip
     sizes = texts.SMOKE
     rows = [row for row in all_rows(sizes.step) if row.name in wanted]
     rows.append(Row("KVQuant", "rival", KVQuant(3), main=True))
     model, path = make_model("llama", tmp_path), tmp_path / "out" / "results.jsonl"
 
-    first = suite.Suite(model, sizes, path, rows=rows)
-    assert len(first.missing) == len(first.jobs) > 3 * len(rows)
+    given = {"rows": rows, "sources": ["prose"]}
+    first = suite.Suite(model, sizes, path, **given)
+    assert len(first.missing) == len(first.jobs) >= 2 * len(rows)
+    first.prepare()
     first.run()
     numbers = {s.row.name: s.numbers for s in report.summarise_all(first)}
-    assert numbers["float32 through vLLM"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert numbers["uncompressed, simulated"]["kl"] == pytest.approx(0, abs=1e-6)
     for mode in ("exact", "quality"):
-        engine, simulated = numbers[f"2bit, {mode}"], numbers[f"2bit, {mode}, simulated"]
+        engine = numbers[f"2bit, {mode}, uncalibrated"]
+        simulated = numbers[f"2bit, {mode}, uncalibrated, simulated"]
         assert engine["kl"] > 1e-3, "two bits must show"
         assert engine["kl"] == pytest.approx(simulated["kl"], rel=0.01)
+        assert engine["cosine"] == pytest.approx(simulated["cosine"], abs=0.02)
+        assert engine["worst_cosine"] <= engine["cosine"] < 1
         assert engine["delta"] == pytest.approx(simulated["delta"], abs=2e-3)
-    assert numbers["2bit, quality"]["kl"] < numbers["2bit, exact"]["kl"]
+    assert numbers["2bit, quality, uncalibrated"]["kl"] < numbers["2bit, exact, uncalibrated"]["kl"]
 
     lines = path.read_text().splitlines()
     assert len(lines) == len(first.jobs)
     path.write_text("\n".join(lines[:-3]) + "\n")
-    again = suite.Suite(model, sizes, path, rows=rows)
+    again = suite.Suite(model, sizes, path, **given)
     lost = [json.loads(line) for line in lines[-3:]]
     assert {(job.row.name, job.unit.name) for job in again.missing} == {
         (line["row"], line["unit"]) for line in lost
     }
+    again.prepare()
     again.run()
     again.prune()
     assert len(path.read_text().splitlines()) == len(first.jobs)
@@ -66,5 +73,5 @@ def test_the_suite(tmp_path, words, monkeypatch):
     assert "## Engine against simulation" in text and "| 2bit, quality |" in text
 
     monkeypatch.setattr(suite, "code_digest", lambda is_calibrated: "other code")
-    assert len(suite.Suite(model, sizes, path, rows=rows).missing) == len(first.jobs)
-    assert not suite.Suite(model, sizes, path, rows=rows, any_code=True).missing
+    assert len(suite.Suite(model, sizes, path, **given).missing) == len(first.jobs)
+    assert not suite.Suite(model, sizes, path, **given, any_code=True).missing
