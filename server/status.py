@@ -7,7 +7,7 @@ import logging
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from vllm_fibquant.cli.main import info
+from vllm_fibquant.cli import info
 from vllm_fibquant.codec.config import PRESETS
 from vllm_fibquant.engine import compat
 from vllm_fibquant.engine.plugin import REPORT_METHOD
