@@ -16,7 +16,7 @@ EMULATED := build/libfibquant_cuda_emulated.so
 COMPOSE := docker/compose.yaml docker/compose.gpu.yaml
 CSRC    := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help serve cuda test test-slow test-next lint docker-lint docker-test format bench eval load wheel clean
+.PHONY: help serve cuda check test test-slow test-next lint docker-lint docker-test format bench eval load wheel clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -27,6 +27,9 @@ serve: $(LIBRARY)  ## install, build, fetch the demo model, serve on port 8000 (
 
 cuda: $(VENV)/.deps  ## build the CUDA kernels with nvcc (FIBQUANT_CUDA_ARCHS=)
 	$(BIN)/python setup.py --quiet build_cuda
+
+check: lint $(LIBRARY)  ## lint, and the tests that need neither an engine nor minutes: before every commit
+	$(BIN)/python -m pytest -q -m "not slow and not engine and not long" $(ARGS)
 
 test: $(VENV)/.dev $(LIBRARY) $(EMULATED)  ## run the tests (ARGS= goes to pytest)
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
@@ -75,7 +78,7 @@ wheel: $(VENV)/.deps  ## build a wheel into dist/
 	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
 
 clean:  ## remove everything built here, the environment and the demo model
-	rm -rf $(VENV) .models .vllm-* build dist $(LIBRARY) *.egg-info
+	rm -rf $(VENV) .models .vllm-* build dist vllm_fibquant/lib *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
