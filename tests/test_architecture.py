@@ -42,8 +42,9 @@ LAYERS = {
         "selfcheck",
         "fidelity",
         "monitor",
+        "loss",
     ],
-    3: ["support", "metadata", "retention", "rotary", "attention", "report", "calibrate"],
+    3: ["support", "metadata", "retention", "rotary", "attention", "report", "calibrate", "gate"],
     4: ["compat", "plugin"],
     5: [
         "__init__",

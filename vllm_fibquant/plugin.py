@@ -111,17 +111,21 @@ def _prepare(worker: Any, available_bytes: int) -> int:
     """What is done in a worker once its model is loaded. Returns the bytes left for pages.
 
     Raises:
-        ValueError: ranks of this engine would encode or read pages differently.
+        ValueError: ranks of this engine would encode or read pages differently, or codes cost this
+            model too much.
         RuntimeError: a rank does not use our cache.
     """
     vllm_config = worker.vllm_config
     if not support.is_ours(vllm_config.cache_config.cache_dtype):
         return available_bytes
-    from vllm_fibquant import attention, calibrate
+    from vllm_fibquant import attention, calibrate, gate
 
     layers = attention.our_layers(vllm_config)
     _compare_ranks(vllm_config, list(layers.values()))
-    calibrate.calibrate_layers(worker.model_runner.get_model(), vllm_config, layers)
+    model, options = worker.model_runner.get_model(), support.run_options(vllm_config)
+    calibrate.calibrate_layers(model, vllm_config, layers)
+    gather = functools.partial(compat.gather_from_ranks, timeout_s=RANKS_TIMEOUT_S)
+    gate.check_fidelity(model, vllm_config, layers, options, gather)
     return available_bytes - attention.allocate_copies(vllm_config, available_bytes)
 
 

@@ -14,6 +14,7 @@ from vllm_fibquant import ops
 from vllm_fibquant.attention import FibQuantImpl
 from vllm_fibquant.codec import KVCodec, VectorCodec
 from vllm_fibquant.counters import own_counters
+from vllm_fibquant.gate import outcome_of
 from vllm_fibquant.metadata import passed_self_checks
 
 
@@ -30,6 +31,7 @@ def worker_report(vllm_config: VllmConfig) -> dict[str, Any]:
         codes: of keys and of values: code, rate, codebook digest; one entry per head_dim and
             preset.
         self_checks: those passed.
+        fidelity: what codes cost this model, measured at start (`loss.Outcome.facts`).
     """
     layers = get_layers_from_vllm_config(vllm_config, Attention)
     itemsize = vllm_config.model_config.dtype.itemsize
@@ -74,6 +76,7 @@ def worker_report(vllm_config: VllmConfig) -> dict[str, Any]:
             for (head_dim, preset), codec in sorted(coded.items())
         ],
         "self_checks": [asdict(result) for result in passed_self_checks()],
+        "fidelity": outcome_of(vllm_config).facts(),
     }
 
 

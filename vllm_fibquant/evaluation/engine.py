@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from vllm_fibquant.config import is_fibquant
+
 
 class Engine:
     """A vLLM engine whose model's last hidden states can be had: what its head reads.
@@ -30,7 +32,9 @@ class Engine:
         self._states: list[torch.Tensor] = []
         self._llm = LLM(
             model, dtype="float32", enforce_eager=True, kv_cache_dtype=kv_cache_dtype,
-            additional_config={"fibquant": fibquant} if fibquant else {},
+            # What codes cost is what is measured here, however much it is.
+            additional_config={"fibquant": {**fibquant, "fidelity_gate": False}}
+            if is_fibquant(kv_cache_dtype) else {},
             max_model_len=longest + 1, max_num_batched_tokens=step, max_num_seqs=1,
             kv_cache_memory_bytes=512 << 20, block_size=32, enable_prefix_caching=False,
             skip_tokenizer_init=True, seed=0,
