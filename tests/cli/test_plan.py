@@ -266,7 +266,7 @@ def test_command(tmp_path, capsys):
     pytest.importorskip("transformers", reason="reads the model's configuration")
     config = {**LLAMA, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    arguments = ["plan", str(tmp_path), "--memory", "1GiB", "--context", "8k"]
+    arguments = ["plan", str(tmp_path), "--memory", "1GiB", "--context", "8k", "--mode", "exact"]
     assert main.main(arguments) == 0
     table = capsys.readouterr().out
     assert "331,392" in table and "7.11x" in table
@@ -275,7 +275,10 @@ def test_command(tmp_path, capsys):
     assert {c["kv_cache_dtype"] for c in report["capacities"]} == {"bf16", "fp8", *PRESETS}
     assert main.main([*arguments, "--mode", "quality", "--max-num-seqs", "4"]) == 0
     assert "MiB of it are for copies in 16 bits" in capsys.readouterr().out
-    assert main.main([*arguments, "--json", "--layers", "0-1,29=fibquant_4bit", "2=fibquant"]) == 0
+    assert (
+        main.main([*arguments, "--json", "--layers", "0-1,29=fibquant_4bit", "2=fibquant_k5v3"])
+        == 0
+    )
     report = json.loads(capsys.readouterr().out)
     found = {c["kv_cache_dtype"]: c["bytes_per_token"] for c in report["capacities"]}
     assert found["fibquant_2bit"] == 3 * (26 * 36 + 4 * 68)

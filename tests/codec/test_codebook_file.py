@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from vllm_fibquant import files
 from vllm_fibquant.cli.main import main
-from vllm_fibquant.codec import codebook as codebook_module
 from vllm_fibquant.codec.codebook import (
     MAGIC,
     SHIPPED_DIR,
@@ -23,7 +23,6 @@ from vllm_fibquant.codec.codebook import (
     parse_codebook,
     read_codebook,
     shipped_codes,
-    write_atomically,
 )
 from vllm_fibquant.codec.codebook_build import (
     BuildOptions,
@@ -35,6 +34,7 @@ from vllm_fibquant.codec.source_law import (
     distortion_bound,
     scalar_mse,
 )
+from vllm_fibquant.files import write_atomically
 
 QUICK = BuildOptions(restarts=1, samples=4096, iterations=3)
 
@@ -180,7 +180,7 @@ def test_writes_are_atomic(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("no space")
 
-    monkeypatch.setattr(codebook_module.os, "replace", fail)
+    monkeypatch.setattr(files.os, "replace", fail)
     with pytest.raises(OSError, match="no space"):
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old" and os.listdir(path.parent) == ["book"]

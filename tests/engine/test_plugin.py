@@ -110,7 +110,7 @@ def test_backends_have_names_vllm_can_tell_apart():
 
     plain = attention.backend_for(parse_options("fibquant_2bit"))
     assert plain is attention.fibquant_2bit
-    raw = attention.backend_for(parse_options("fibquant_2bit", {"fibquant": {"prefill": "raw"}}))
+    raw = attention.backend_for(parse_options("fibquant_2bit", {"fibquant": {"mode": "exact"}}))
     assert plain.full_cls_name() != raw.full_cls_name()
     with pytest.raises(AttributeError, match="fibquant_5bit"):
         _ = attention.fibquant_5bit

@@ -15,22 +15,35 @@ NEEDS_ENGINE = False
 HEAD_DIM = 64
 
 
-def rank(preset="fibquant_2bit", head_dim=HEAD_DIM, **given):
+def rank(preset="fibquant_2bit", head_dim=HEAD_DIM, calibrated="none", **given):
     """The facts of a rank whose layers have one codec."""
-    options = parse_options(preset, {"fibquant": given})
-    return facts_of([(options, KVCodec.from_preset(options.preset, head_dim))])
+    options = parse_options(preset, {"fibquant": {"mode": "exact", **given}})
+    return facts_of([(options, KVCodec.from_preset(options.preset, head_dim), calibrated)])
 
 
 def rank_with_another_codebook():
     """As `rank()`, but a value of the keys' codebook is another."""
-    options = parse_options("fibquant_2bit")
+    options = parse_options("fibquant_2bit", {"fibquant": {"mode": "exact"}})
     codec = KVCodec.from_preset(options.preset, HEAD_DIM)
     book = codec.key.codebook
     table = book.table.numpy().copy()
     table[7, 1] ^= 1
     other, _ = make_codebook(book.spec, HEAD_DIM, table, book.scale, book.provenance)
     key = VectorCodec(codec.key.spec, HEAD_DIM, other, codec.key.rotation)
-    return facts_of([(options, KVCodec(key, codec.value))])
+    return facts_of([(options, KVCodec(key, codec.value), "none")])
+
+
+def test_ranks_compare_what_their_keys_are_coded_by_and_not_where_it_is():
+    first, second = 64 * "a", 64 * "b"
+    here = rank(calibrated=first, calibrate="means", calibration="/here/a.fqcal")
+    there = rank(calibrated=first, calibrate="means", calibration="/there/b.fqcal")
+    assert differences([here, there]) == []
+    assert digest_of(here) == digest_of(there)
+    other = rank(calibrated=second, calibrate="means", calibration="/here/a.fqcal")
+    assert [line.split(":")[0] for line in differences([here, other])] == [
+        "digest of the calibration"
+    ]
+    assert digest_of(here) != digest_of(other)
 
 
 def test_equal_ranks_agree():

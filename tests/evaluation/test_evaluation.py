@@ -36,7 +36,7 @@ def layer(seed=0, num_tokens=TOKENS):
 
 
 def fitted(cache_format):
-    cache_format.fit([layer(seed=1)], rotate)
+    cache_format.fit([layer(seed=1)], [rotate])
     return cache_format
 
 
@@ -46,6 +46,7 @@ FORMATS = [
     Rounded("float8_e4m3fn"),
     rivals.Int4PerToken(),
     rivals.GgmlQ4(),
+    rivals.GgmlQ4(rotated=True),
     rivals.TurboQuant(3),
     rivals.TurboQuant(2, corrected=True),
     *(rivals.Kivi(bits, residual) for bits in (4, 2) for residual in (0, 32, 128)),
@@ -163,7 +164,7 @@ def test_kvquant_keeps_outliers_and_refuses_to_run_unfitted():
     kvquant = rivals.KVQuant(3)
     with pytest.raises(ValueError, match="must be fitted first"):
         kvquant.roundtrip(0, key, value, rotate)
-    kvquant.fit([layer(seed=1, num_tokens=400)], rotate)
+    kvquant.fit([layer(seed=1, num_tokens=400)], [rotate])
     coded_key, coded_value = kvquant.roundtrip(0, key, value, rotate)
     assert coded_value[0, 200, 5] == 100.0
     exact = ((rotate(coded_key, True) - rotate(key, True)).abs() < 1e-5).float().mean()
@@ -175,7 +176,8 @@ def test_our_window_lies_before_the_step():
     ours = FibQuant.from_options(options, step=16)
     assert ours.key_start(torch.tensor([0, 63, 80, 95, 96])).tolist() == [0, 0, 16, 16, 32]
     assert ours.num_first == 4
-    exact = FibQuant.from_options(parse_options("fibquant_2bit"), step=16)
+    options = parse_options("fibquant_2bit", {"fibquant": {"mode": "exact"}})
+    exact = FibQuant.from_options(options, step=16)
     assert exact.key_start(torch.tensor([0, 95])).tolist() == [1, 96]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from vllm_fibquant import files
+
 CACHE_BYTES = 64 << 20
 """Enough for one short request: nothing is generated."""
 
@@ -28,9 +30,15 @@ def calibrate(model: str, output: str | None, dtype: str) -> str:
             f"calibrate: --output must be a new file, got {output}, which exists; delete it to "
             "measure the model again"
         )
+    if not files.is_writable(Path(output).absolute().parent) if output else not files.cache_dir():
+        raise ValueError(
+            f"calibrate: --output must be a file that can be written, got {output or 'no cache'}; "
+            f"give another, or set {files.CACHE_VARIABLE} to a folder that can be written"
+        )
     from vllm import LLM
 
-    options = {"calibrate": "means"} | ({"calibration": output} if output else {})
+    options = {"calibrate": "means", "fidelity_gate": False}
+    options |= {"calibration": output} if output else {}
     llm = LLM(
         model, dtype=dtype, kv_cache_dtype="fibquant", enforce_eager=True, max_model_len=512,
         max_num_seqs=1, kv_cache_memory_bytes=CACHE_BYTES, additional_config={"fibquant": options},

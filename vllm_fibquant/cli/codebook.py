@@ -6,14 +6,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from vllm_fibquant import files
 from vllm_fibquant.codec.codebook import (
     SHIPPED_DIR,
     Codebook,
-    cache_dir,
+    cache_name,
     codebook_filename,
     read_codebook,
     shipped_codes,
-    write_atomically,
 )
 from vllm_fibquant.codec.codebook_build import (
     SHIPPED_OPTIONS,
@@ -69,7 +69,12 @@ def run_build(args: argparse.Namespace) -> int:
     spec = CodeSpec(args.subvec_dim, args.num_codewords, args.folded, storage=args.storage)
     spec.num_subvecs(args.head_dim)
     options = BuildOptions(args.seed, args.restarts, args.samples, args.iterations)
-    path = args.out or cache_dir() / codebook_filename(spec, args.head_dim)
+    path = args.out or files.place(cache_name(spec, args.head_dim))
+    if path is None or not files.is_writable(path.parent):
+        raise ValueError(
+            f"codebook build: --out must be a file that can be written, got {path or 'no cache'}; "
+            f"give another, or set {files.CACHE_VARIABLE} to a folder that can be written"
+        )
     book = _build(spec, args.head_dim, options, path)
     print(f"{path}\n{describe(book)}")
     return 0
@@ -169,5 +174,5 @@ def _build(spec: CodeSpec, head_dim: int, options: BuildOptions, path: Path) -> 
 
         book, content = build_codebook(spec, head_dim, options, progress)
         bar.update(bar.total - bar.n)
-    write_atomically(path, content)
+    files.write_atomically(path, content)
     return book

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from vllm_fibquant import __version__
 from vllm_fibquant.evaluation import command as evaluation
+from vllm_fibquant.options import DEFAULT_MODE
 
 CODEBOOK_HELP = "build, show or verify codebook files"
 SERVE_HELP = "serve a model with vLLM's OpenAI-compatible server and a FibQuant KV cache"
@@ -100,9 +101,9 @@ def make_parser(with_codebook: bool = True) -> argparse.ArgumentParser:
     plan.add_argument(
         "--mode",
         choices=("exact", "quality"),
-        default="exact",
+        default=DEFAULT_MODE,
         help="as in the fibquant options: quality counts what its copies in 16 bits take; "
-        "default: exact",
+        f"default: {DEFAULT_MODE}",
     )
     plan.add_argument(
         "--max-num-seqs",

@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,12 +27,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from vllm_fibquant import files
 from vllm_fibquant.codec.config import HEAD_DIMS, PRESETS, CodeSpec
-from vllm_fibquant.files import PACKAGE_DIR, seal, unseal
+from vllm_fibquant.files import seal, unseal
 
 MAGIC = b"FIBQBOOK"
 FORMAT_VERSION = 1
-SHIPPED_DIR = PACKAGE_DIR / "codebooks"
+SHIPPED_DIR = files.PACKAGE_DIR / "codebooks"
 
 _DTYPES: dict[str, np.dtype[Any]] = {"int8": np.dtype("i1"), "float16": np.dtype("<f2")}
 
@@ -179,10 +178,9 @@ def codebook_filename(spec: CodeSpec, head_dim: int) -> str:
     return f"d{head_dim}-{spec.name}-{spec.storage}.fqcb"
 
 
-def cache_dir() -> Path:
-    """Where codebooks built by the user are: $FIBQUANT_CACHE_DIR, else ~/.cache/vllm-fibquant."""
-    root = os.environ.get("FIBQUANT_CACHE_DIR")
-    return (Path(root) if root else Path.home() / ".cache" / "vllm-fibquant") / "codebooks"
+def cache_name(spec: CodeSpec, head_dim: int) -> str:
+    """The file of this code among those of the user's cache: see `files`."""
+    return f"codebooks/{codebook_filename(spec, head_dim)}"
 
 
 def build_command(spec: CodeSpec, head_dim: int) -> str:
@@ -195,30 +193,30 @@ def build_command(spec: CodeSpec, head_dim: int) -> str:
 
 
 def load_codebook(spec: CodeSpec, head_dim: int) -> Codebook:
-    """The codebook of `spec` at `head_dim`: shipped with the package, else from the user's cache.
+    """The codebook of `spec` at `head_dim`: shipped with the package, else from a user's cache.
 
     Raises:
         ValueError: subvec_dim does not divide head_dim; there is no such file (the message has the
             command that builds it); or the file is damaged or of another code.
     """
     spec.num_subvecs(head_dim)
-    name = codebook_filename(spec, head_dim)
-    for folder in (SHIPPED_DIR, cache_dir()):
-        path = folder / name
-        if path.is_file():
-            book = read_codebook(path)
-            if not book.serves(spec) or book.head_dim != head_dim:
-                raise ValueError(
-                    f"load_codebook: {path} must be of code {spec.name} in {spec.storage} for "
-                    f"head_dim {head_dim}, got {book.spec.name} in {book.spec.storage} for "
-                    f"head_dim {book.head_dim}; delete it and run: {build_command(spec, head_dim)}"
-                )
-            return book
-    raise ValueError(
-        f"load_codebook: the codebook of code {spec.name} in {spec.storage} for head_dim "
-        f"{head_dim} must be shipped or built, got none in {SHIPPED_DIR} or {cache_dir()}; "
-        f"run: {build_command(spec, head_dim)}"
-    )
+    shipped = SHIPPED_DIR / codebook_filename(spec, head_dim)
+    path = shipped if shipped.is_file() else files.find(cache_name(spec, head_dim))
+    if path is None:
+        folders = [SHIPPED_DIR, *(root / "codebooks" for root in files.cache_candidates())]
+        raise ValueError(
+            f"load_codebook: the codebook of code {spec.name} in {spec.storage} for head_dim "
+            f"{head_dim} must be shipped or built, got none in {' or '.join(map(str, folders))}; "
+            f"run: {build_command(spec, head_dim)}"
+        )
+    book = read_codebook(path)
+    if not book.serves(spec) or book.head_dim != head_dim:
+        raise ValueError(
+            f"load_codebook: {path} must be of code {spec.name} in {spec.storage} for "
+            f"head_dim {head_dim}, got {book.spec.name} in {book.spec.storage} for "
+            f"head_dim {book.head_dim}; delete it and run: {build_command(spec, head_dim)}"
+        )
+    return book
 
 
 def read_codebook(path: Path) -> Codebook:
@@ -229,20 +227,6 @@ def read_codebook(path: Path) -> Codebook:
         OSError: the file cannot be read.
     """
     return parse_codebook(path.read_bytes(), str(path))
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that readers see the old one or all of the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)  # mkstemp makes it private
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def shipped_codes() -> list[tuple[CodeSpec, int]]:

@@ -221,7 +221,7 @@ PRESETS: dict[str, Preset] = {
     )
 }
 
-DEFAULT_PRESET = "fibquant_k5v3"
+DEFAULT_PRESET = "fibquant_3bit"
 PRESETS["fibquant"] = replace(PRESETS[DEFAULT_PRESET], name="fibquant")
 
 

@@ -191,9 +191,10 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
         self.key_map: KeyMap | None = None
         # What stands in for attention before there is a cache: calibrate.LayerCollector.
         self.without_cache: Callable[..., torch.Tensor] | None = None
-        if self.keep_first or self.options.calibrate != "none":
-            self._max_model_len = get_current_vllm_config().model_config.max_model_len
-            rotary.watch(self)
+        # What `key_map` was made from: agreement.facts_of compares it between ranks.
+        self.calibration = "none"
+        self._max_model_len = get_current_vllm_config().model_config.max_model_len
+        rotary.watch(self)
 
     @property
     def num_copy_rows(self) -> int:

@@ -64,12 +64,12 @@ def _check(problem: str | None, vllm_config: VllmConfig) -> None:
     Raises:
         ValueError: with every reason.
     """
+    from vllm.logger import init_logger
+
     cache_config = vllm_config.cache_config
     if cache_config is None or not support.is_ours(cache_config.cache_dtype):
         options = vllm_config.additional_config
         if isinstance(options, dict) and SECTION in options:
-            from vllm.logger import init_logger
-
             init_logger(f"vllm.{__name__}").warning_once(
                 'additional_config["%s"] has no effect without --kv-cache-dtype fibquant', SECTION
             )
@@ -77,6 +77,8 @@ def _check(problem: str | None, vllm_config: VllmConfig) -> None:
     problems = [problem] if problem else support.config_problems(vllm_config)
     if problems:
         raise ValueError(support.refusal(cache_config.cache_dtype, problems))
+    for told in support.told_defaults(vllm_config):
+        init_logger(f"vllm.{__name__}").warning_once("FibQuant goes without a default: %s", told)
 
 
 def _choose_backend(vllm_config: VllmConfig, layer: dict[str, Any]) -> type:
@@ -112,43 +114,47 @@ def _prepare(worker: Any, available_bytes: int) -> int:
     """What is done in a worker once its model is loaded. Returns the bytes left for pages.
 
     Raises:
-        ValueError: ranks of this engine would encode or read pages differently.
+        ValueError: ranks of this engine would encode or read pages differently, or codes cost this
+            model too much.
         RuntimeError: a rank does not use our cache.
     """
     vllm_config = worker.vllm_config
     if not support.is_ours(vllm_config.cache_config.cache_dtype):
         return available_bytes
-    from vllm_fibquant.engine import attention, calibrate
+    from vllm.logger import init_logger
+
+    from vllm_fibquant.engine import attention, calibrate, gate
 
     layers = attention.our_layers(vllm_config)
+    # Settings first: ranks calibrate together, or not at all.
     _compare_ranks(vllm_config, list(layers.values()))
-    calibrate.calibrate_layers(worker.model_runner.get_model(), vllm_config, layers)
+    calibrate.calibrate_layers(worker.model_runner, vllm_config, layers)
+    gather = functools.partial(compat.gather_from_ranks, timeout_s=RANKS_TIMEOUT_S)
+    model, options = worker.model_runner.get_model(), support.run_options(vllm_config)
+    gate.check_fidelity(model, vllm_config, layers, options, gather)
+    facts = _compare_ranks(vllm_config, list(layers.values()))
+    init_logger(f"vllm.{__name__}").info(
+        "FibQuant settings, codebooks and calibration have digest %s", agreement.digest_of(facts)
+    )
     return available_bytes - attention.allocate_copies(vllm_config, available_bytes)
 
 
-def _compare_ranks(vllm_config: VllmConfig, layers: list[Any]) -> None:
-    """Refuses to serve with ranks that differ.
+def _compare_ranks(vllm_config: VllmConfig, layers: list[Any]) -> dict[str, str]:
+    """Refuses to serve with ranks that differ. Returns what they have in common.
 
     Raises:
         ValueError: naming what differs, and the ranks.
         RuntimeError: naming the ranks that say nothing.
     """
-    from vllm.logger import init_logger
-
     # Not each layer's own options: other pipeline stages have layers with other presets.
     options = support.run_options(vllm_config)
-    facts = agreement.facts_of((options, layer.codec) for layer in layers)
+    facts = agreement.facts_of((options, layer.codec, layer.calibration) for layer in layers)
     # Every rank takes part, also one of whose layers none is ours.
-    facts_of_ranks = compat.gather_from_ranks(facts, RANKS_TIMEOUT_S)
-    problems = agreement.differences(facts_of_ranks)
+    problems = agreement.differences(compat.gather_from_ranks(facts, RANKS_TIMEOUT_S))
     if problems:
         problems[-1] += "; give every node the same installation, codebooks and command line"
         raise ValueError(support.refusal(vllm_config.cache_config.cache_dtype, problems))
-    init_logger(f"vllm.{__name__}").info(
-        "FibQuant settings and codebooks have digest %s, rank(s): %d",
-        agreement.digest_of(facts),
-        len(facts_of_ranks),
-    )
+    return facts
 
 
 def _report(worker: Any) -> dict[str, Any]:

@@ -20,17 +20,31 @@ SHOWN_DIGITS = 16
 """Hexadecimal digits of a digest that are compared and shown."""
 
 
-def facts_of(layers: Iterable[tuple[Options, KVCodec]]) -> dict[str, str]:
+NO_FILE = ("none", "bias")
+"""What a layer's keys are coded by where no calibration file says it: nothing, or what the model's
+own weights say."""
+
+_NOT_COMPARED = ("calibration",)
+"""Options that say where something is, not what it is: its digest is compared."""
+
+
+def facts_of(layers: Iterable[tuple[Options, KVCodec, str]]) -> dict[str, str]:
     """What decides the bytes of a rank's pages and how they are read, by name.
 
     Args:
-        layers: options and codec of each of the rank's attention layers; none gives no facts.
+        layers: options and codec of each of the rank's attention layers, and the digest of the
+            calibration its keys are coded by; none gives no facts.
     """
     facts: dict[str, str] = {}
-    for options, codec in layers:
+    calibrations = set()
+    for options, codec, calibration in layers:
         facts["vllm-fibquant"] = __version__
+        if calibration not in NO_FILE:
+            calibrations.add(calibration[:SHOWN_DIGITS])
+            facts["digest of the calibration"] = " and ".join(sorted(calibrations))
         for field in fields(options):
-            facts[field.name] = str(getattr(options, field.name))
+            if field.name not in _NOT_COMPARED:
+                facts[field.name] = str(getattr(options, field.name))
         for side, half in (("keys'", codec.key), ("values'", codec.value)):
             spec = half.codebook.spec
             name = f"{side} codebook {spec.name} in {spec.storage} for head_dim {half.head_dim}"

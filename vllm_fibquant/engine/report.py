@@ -13,7 +13,9 @@ from vllm.model_executor.layers.attention import Attention
 from vllm_fibquant import ops
 from vllm_fibquant.codec.codec import KVCodec, VectorCodec
 from vllm_fibquant.engine.attention import FibQuantImpl
+from vllm_fibquant.engine.gate import outcome_of
 from vllm_fibquant.engine.metadata import passed_self_checks
+from vllm_fibquant.engine.ranks import NO_FILE
 from vllm_fibquant.observe.counters import own_counters
 
 
@@ -29,7 +31,11 @@ def worker_report(vllm_config: VllmConfig) -> dict[str, Any]:
         cache_bytes: memory of all pages.
         codes: of keys and of values: code, rate, codebook digest; one entry per head_dim and
             preset.
+        calibration: how keys of how many layers are coded: "measured", of these "transformed",
+            "bias" where the model's weights alone say what is subtracted, "none"; and the digests
+            of the calibrations.
         self_checks: those passed.
+        fidelity: what codes cost this model, measured at start (`loss.Outcome.facts`).
     """
     layers = get_layers_from_vllm_config(vllm_config, Attention)
     itemsize = vllm_config.model_config.dtype.itemsize
@@ -73,7 +79,21 @@ def worker_report(vllm_config: VllmConfig) -> dict[str, Any]:
             }
             for (head_dim, preset), codec in sorted(coded.items())
         ],
+        "calibration": _calibration(
+            [layer.impl for layer in layers.values() if isinstance(layer.impl, FibQuantImpl)]
+        ),
         "self_checks": [asdict(result) for result in passed_self_checks()],
+        "fidelity": outcome_of(vllm_config).facts(),
+    }
+
+
+def _calibration(impls: list[FibQuantImpl]) -> dict[str, Any]:
+    kinds = [impl.calibration if impl.calibration in NO_FILE else "measured" for impl in impls]
+    maps = [impl.key_map for impl in impls if impl.key_map is not None]
+    return {
+        **{kind: kinds.count(kind) for kind in ("measured", *reversed(NO_FILE))},
+        "transformed": sum(key_map.transform is not None for key_map in maps),
+        "digests": sorted({impl.calibration for impl in impls} - set(NO_FILE)),
     }
 
 

@@ -84,6 +84,12 @@ def watch(impl: Any) -> None:
     _watched.add(impl)
 
 
+def parent_of(impl: Any) -> torch.nn.Module | None:
+    """The module that the layer with this `impl` is a child of, once `watch` was told of it."""
+    reference = _parents.get(impl)
+    return None if reference is None else reference()
+
+
 @functools.cache
 def _install_hook() -> None:
     register_module_module_registration_hook(_remember_parent)
@@ -114,8 +120,7 @@ def _rotary_of(impl: Any, num_positions: int) -> Any:
     Raises:
         ValueError: there is none, or it knows fewer positions.
     """
-    reference = _parents.get(impl)
-    parent = None if reference is None else reference()
+    parent = parent_of(impl)
     siblings = [] if parent is None else [m for m in parent.children() if m is not impl]
     found = [m for m in siblings if hasattr(m, "rotary_dim") and hasattr(m, "is_neox_style")]
     if len(found) != 1:

@@ -8,6 +8,7 @@ ALiBi slopes) is refused by `attention.py` when the layer is built.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +17,15 @@ from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.codec.config import PRESETS, Preset
 from vllm_fibquant.keys.transform import transform_problem
 from vllm_fibquant.ops.checks import DTYPES
-from vllm_fibquant.options import Options, parse_options
+from vllm_fibquant.options import Options, Part, given_options, parse_options
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+UNMEASURED_HYBRID = (
+    "layers beside attention (Mamba, linear attention) have their state only once there are pages, "
+    "and keys are measured before"
+)
 
 BACKEND_NAME = "FIBQUANT"
 """vLLM's name for our attention backend."""
@@ -46,8 +52,51 @@ GPU_CONNECTORS = ("OffloadingConnector", "SimpleCPUOffloadConnector")
 
 
 def run_options(vllm_config: VllmConfig) -> Options:
-    """The options of a run whose --kv-cache-dtype is ours."""
-    return parse_options(vllm_config.cache_config.cache_dtype, vllm_config.additional_config)
+    """The options of a run whose --kv-cache-dtype is ours: defaults are those it can have."""
+    options = parse_options(
+        vllm_config.cache_config.cache_dtype,
+        vllm_config.additional_config,
+        lacking_parts(vllm_config),
+    )
+    if options.calibrate == "auto" and _moves_pages(vllm_config):
+        return replace(options, calibrate="means")  # a transform is not the same on two machines
+    return options
+
+
+def lacking_parts(vllm_config: VllmConfig) -> dict[Part, str]:
+    """Which parts of the defaults this run goes without, and why."""
+    reasons: dict[Part, str] = {}
+    model, device = vllm_config.model_config, vllm_config.device_config.device_type
+    given = given_options(vllm_config.additional_config)
+    given = given if isinstance(given, dict) else {}
+    if device != "cpu":
+        reasons["copies"] = reasons["calibration"] = f"kernels of {device} devices have it not yet"
+    elif given.get("retain") is not None:
+        reasons["copies"] = reasons["calibration"] = "retain bounds what is kept"
+    elif _moves_pages(vllm_config):
+        reasons["copies"] = "KV connectors and offloading move pages, not what is kept beside them"
+        reasons["calibration"] = (
+            "pages that move mean the same only to those who read the same file: give it as "
+            "calibration"
+        )
+    if model is not None and model.is_hybrid and "calibration" not in reasons:
+        reasons["calibration"] = UNMEASURED_HYBRID
+    return reasons
+
+
+def told_defaults(vllm_config: VllmConfig) -> list[str]:
+    """A sentence for each part of the defaults that this run goes without."""
+    named = {
+        "copies": ("mode", 'mode is "exact"', "recent_window"),
+        "calibration": ("calibrate", "keys are not calibrated", "calibration"),
+    }
+    given = given_options(vllm_config.additional_config)
+    return [
+        f"{told}: {reason}"
+        for part, reason in lacking_parts(vllm_config).items()
+        for option, told, other in [named[part]]
+        if option not in given and other not in given
+    ]
 
 
 def head_dim_problem(preset: Preset, head_dim: int, device_type: str = "cpu") -> str | None:
@@ -237,31 +286,20 @@ def _moves_pages(vllm_config: VllmConfig) -> bool:
 def calibrate_problems(vllm_config: VllmConfig, options: Options) -> list[str]:
     """Every reason why this configuration's keys cannot be coded by a calibration."""
     problems = []
-    model, cache = vllm_config.model_config, vllm_config.cache_config
-    if model is not None and (model.is_multimodal_model or model.is_hybrid):
+    model = vllm_config.model_config
+    if model is not None and model.is_hybrid:
         problems.append(
-            f"model must read text alone, with attention alone, got {model.architecture}; "
-            "leave calibrate out for this model"
+            f"layers must all be attention, got {model.architecture}: {UNMEASURED_HYBRID}; leave "
+            "calibrate out for this model"
         )
-    if vllm_config.parallel_config.pipeline_parallel_size > 1:
-        problems.append(
-            "--pipeline-parallel-size must be 1, got "
-            f"{vllm_config.parallel_config.pipeline_parallel_size}; use tensor parallel"
-        )
-    if cache.kv_cache_dtype_skip_layers:
-        problems.append(
-            "--kv-cache-dtype-skip-layers must be empty, got "
-            f"{', '.join(cache.kv_cache_dtype_skip_layers)}; leave the flag out"
-        )
-    problems += _draft_problems(vllm_config, "model is not measured")
     if model is not None and options.calibrate == "transform" and not model.use_mla:
         found = (transform_problem(p.key, model.get_head_size()) for p in options.presets)
         problems += [problem for problem in found if problem]
     moves_pages = _moves_pages(vllm_config)
-    if moves_pages and options.calibrate == "transform":
+    if moves_pages and options.transforms_keys:
         problems.append(
-            'it must be "means" with KV connectors and offloading, got "transform", which two '
-            "machines may compute with other last digits"
+            f'it must be "means" with KV connectors and offloading, got "{options.calibrate}": a '
+            "transform may come out with other last digits on two machines"
         )
     if moves_pages and not (options.calibration and Path(options.calibration).is_file()):
         problems.append(

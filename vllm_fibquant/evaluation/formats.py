@@ -43,8 +43,9 @@ class Format:
         `context` tokens."""
         return 32.0
 
-    def fit(self, layers: Sequence[Layer], rotate: Rotate) -> None:
-        """Sees keys and values of the calibration text, one entry per layer; by default unused."""
+    def fit(self, layers: Sequence[Layer], rotations: Sequence[Rotate]) -> None:
+        """Sees keys and values of the calibration text, and how each layer turns keys; by default
+        unused."""
 
     def roundtrip(
         self, layer: int, keys: torch.Tensor, values: torch.Tensor, rotate: Rotate

@@ -22,12 +22,10 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from vllm_fibquant.codec.codebook import cache_dir
 from vllm_fibquant.files import seal, unseal
 from vllm_fibquant.keys.key_map import FirstMeans, KeyMap, TurningMean, Turns
 from vllm_fibquant.keys.transform import make_transform
@@ -231,9 +229,9 @@ def check_calibration(
         )
 
 
-def default_path(model: str) -> Path:
-    """Where the calibration of a model is, unless another path is given."""
-    return cache_dir().parent / "calibrations" / f"{model}-{FORMAT_VERSION}.fqcal"
+def cache_name(model: str) -> str:
+    """The file of a model, by its fingerprint, among those of the user's cache: see `files`."""
+    return f"calibrations/{model}-{FORMAT_VERSION}.fqcal"
 
 
 class StatisticsCollector:
@@ -271,7 +269,8 @@ class StatisticsCollector:
         """
         num_kv_heads, head_dim = self._key_sum.shape
         keys = key.double().transpose(0, 1)
-        queries = query.double().view(len(query), num_kv_heads, -1, head_dim).transpose(0, 1)
+        # Nothing is taken out of queries' moments, so float32 serves, as it would not for keys.
+        queries = query.float().view(len(query), num_kv_heads, -1, head_dim).transpose(0, 1)
         queries = queries.flatten(1, 2)
         self.num_tokens += keys.shape[1]
         self._num_queries += queries.shape[1]

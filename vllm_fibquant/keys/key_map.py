@@ -69,6 +69,17 @@ class Turns:
         angle = position * self.frequency
         return torch.cat((angle.cos(), angle.sin()), -1)
 
+    def shift(self, x: torch.Tensor, distance: int) -> torch.Tensor:
+        """Rotated vectors as they would be `distance` positions further: float [..., head_dim]."""
+        angle = distance * self.frequency
+        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        first, second = self.pairs.long().unbind(-1)
+        a, b = x[..., first], x[..., second]
+        shifted = x.clone()
+        shifted[..., first] = a * cos - b * sin
+        shifted[..., second] = b * cos + a * sin
+        return shifted
+
     def turn(
         self, x: torch.Tensor, positions: torch.Tensor, back: bool = False, stepped: bool = False
     ) -> torch.Tensor:
