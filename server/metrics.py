@@ -20,9 +20,9 @@ from prometheus_client.metrics_core import (
 from prometheus_client.utils import floatToGoString
 
 from vllm_fibquant import __version__
-from vllm_fibquant.counters import AGES_S, HISTOGRAMS, Counters, Distribution
-from vllm_fibquant.info import code_text
-from vllm_fibquant.loss import State
+from vllm_fibquant.cli.info import code_text
+from vllm_fibquant.observe.counters import AGES_S, HISTOGRAMS, Counters, Distribution
+from vllm_fibquant.observe.loss import State
 from vllm_fibquant.options import Options
 from vllm_fibquant.server.status import HEALTH, Engine, Status
 

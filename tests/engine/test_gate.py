@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from vllm_fibquant.report import worker_report
 
 from vllm_fibquant import calibrate, gate
-from vllm_fibquant.report import worker_report
 
 from .harness import engine, generate, random_text, varied_prompts
 from .models import VOCAB_SIZE, make_model
