@@ -192,7 +192,7 @@ def test_a_model_that_cannot_be_read_like_this_is_served(biased, biases_are_code
     def fail(*args):
         raise TypeError("forward() missing 1 required argument: 'pixels'")
 
-    monkeypatch.setattr(measure, "read_texts", fail)
+    monkeypatch.setattr(measure, "read", fail)
     with engine(biased, PRESET) as llm:
         found = outcome(llm)
         assert len(generate(llm, [prompt(40)])[0].tokens) == 8

@@ -25,6 +25,7 @@ from vllm.tokenizers import cached_get_tokenizer
 from vllm_fibquant.engine import measure, support
 from vllm_fibquant.files import PACKAGE_DIR
 from vllm_fibquant.observe.loss import LayerReading, Loss, NextTokens, Outcome, RankLoss, refusal_of
+from vllm_fibquant.options import Options
 
 if TYPE_CHECKING:
     from vllm_fibquant.engine.attention import FibQuantImpl
@@ -44,6 +45,7 @@ def check_fidelity(
     model: torch.nn.Module,
     vllm_config: VllmConfig,
     layers: dict[str, FibQuantImpl],
+    options: Options,
     gather: Callable[[Any], list[Any]],
 ) -> None:
     """Measures what codes cost and remembers it (`outcome_of`); a collective call.
@@ -51,13 +53,14 @@ def check_fidelity(
     Args:
         model: the model, loaded.
         layers: our layers of this process by name, with the maps of their keys.
+        options: of the run.
         gather: gives a value of every rank of the engine, in order of rank; a collective call.
 
     Raises:
         ValueError: codes cost more than is served without "accept_loss".
     """
     global _latest
-    options, began = support.run_options(vllm_config), time.monotonic()
+    began = time.monotonic()
     if not options.fidelity_gate:
         _latest = vllm_config, Outcome("skipped", reason='"fidelity_gate" is false')
         return
@@ -109,10 +112,10 @@ class _Unmeasured(Exception):
     """Why a model cannot be measured, in words for its user."""
 
 
-def _or_reason(measure: Callable[[], Any]) -> Any:
-    """What `measure` returns, or why it cannot: such a model can still be served."""
+def _or_reason(ask: Callable[[], Any]) -> Any:
+    """What `ask` returns, or why it cannot: such a model can still be served."""
     try:
-        return measure()
+        return ask()
     except _Unmeasured as error:
         return str(error)
     except Exception as error:
@@ -161,22 +164,19 @@ def _measure(
     judged_from: int,
 ) -> RankLoss:
     """Reads the text twice; positions from `judged_from` on count. Raises what the model raises."""
+    tokens = torch.tensor(text, device=next(model.parameters()).device)
     readings = {name: LayerReading(impl, judged_from) for name, impl in layers.items()}
-    model = measure.language_model(model)
-    with (
-        measure.all_attending(layers, readings, vllm_config),
-        measure.without_adapters(model),
-        torch.inference_mode(),
-    ):
-        passes = []
-        for reads_codes in (False, True):
-            for reading in readings.values():
-                reading.reads_codes = reads_codes
-            states = measure.read_texts(model, vllm_config, vllm_config.model_config, [text])
-            passes.append(states)
+    stand_ins = {impl: readings[name] for name, impl in layers.items()}
+    reader = measure.language_model(model)
+    asked = reader, vllm_config, vllm_config.model_config, tokens[None]
+    with measure.attending(model, vllm_config, stand_ins), torch.inference_mode():
+        exact = measure.read(*asked)
+        for reading in readings.values():
+            reading.reads_codes = True
+        found = measure.read(*asked)
         next_tokens = None
-        if passes[0] is not None and passes[1] is not None:
-            next_tokens = _compare(model, passes[0], passes[1], text, judged_from)
+        if exact is not None and found is not None:
+            next_tokens = _compare(model, exact, found, tokens, judged_from)
     sums = {}
     for name, reading in readings.items():
         if reading.sums[0]:  # a draft model's layers have not been read
@@ -185,10 +185,10 @@ def _measure(
 
 
 def _compare(
-    model: Any, exact: torch.Tensor, found: torch.Tensor, text: list[int], begin: int
+    model: Any, exact: torch.Tensor, found: torch.Tensor, tokens: torch.Tensor, begin: int
 ) -> NextTokens | None:
     """What both passes' last hidden states say of the tokens that follow, from `begin` on."""
-    result, tokens = NextTokens(), torch.tensor(text, device=exact.device)
+    result = NextTokens()
     for start in range(begin, len(tokens) - 1, LOGITS_ROWS):
         rows = slice(start, min(start + LOGITS_ROWS, len(tokens) - 1))
         both = [model.compute_logits(states[rows]) for states in (exact, found)]

@@ -129,12 +129,13 @@ def _prepare(worker: Any, available_bytes: int) -> int:
     # Settings first: ranks calibrate together, or not at all.
     _compare_ranks(vllm_config, list(layers.values()))
     calibrate.calibrate_layers(worker.model_runner, vllm_config, layers)
+    gather = functools.partial(compat.gather_from_ranks, timeout_s=RANKS_TIMEOUT_S)
+    model, options = worker.model_runner.get_model(), support.run_options(vllm_config)
+    gate.check_fidelity(model, vllm_config, layers, options, gather)
     facts = _compare_ranks(vllm_config, list(layers.values()))
     init_logger(f"vllm.{__name__}").info(
         "FibQuant settings, codebooks and calibration have digest %s", agreement.digest_of(facts)
     )
-    gather = functools.partial(compat.gather_from_ranks, timeout_s=RANKS_TIMEOUT_S)
-    gate.check_fidelity(worker.model_runner.get_model(), vllm_config, layers, gather)
     return available_bytes - attention.allocate_copies(vllm_config, available_bytes)
 
 
