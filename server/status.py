@@ -7,7 +7,7 @@ import logging
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from vllm_fibquant.cli.main import info
+from vllm_fibquant.cli import info
 from vllm_fibquant.codec.config import PRESETS
 from vllm_fibquant.engine import compat
 from vllm_fibquant.engine.plugin import REPORT_METHOD
@@ -58,6 +58,11 @@ class Engine:
     def health(self) -> int:
         """The worst health of the monitors, as an index of HEALTH."""
         return max((int(c["monitor_health"]) for c in self.counters()), default=0)
+
+    @property
+    def fidelity(self) -> dict[str, Any]:
+        """What its start found that codes cost the model: all its workers know the same."""
+        return self.workers[0].report["fidelity"]
 
     def counters(self) -> list[Counters]:
         return [worker.counters for worker in self.workers if worker.counters]
@@ -118,6 +123,7 @@ class Status:
                 "largest_error": max((check["error"] for check in checks), default=None),
                 "tolerance": max((check["tolerance"] for check in checks), default=None),
             },
+            "fidelity": max((e.fidelity for e in self.engines), key=lambda f: f["kl"] or 0.0),
             "num_engines": len(self.engines),
             "num_workers": len(workers),
             "num_workers_readable": sum(worker.counters is not None for worker in workers),

@@ -14,6 +14,8 @@
     layers          {"0-1,29": "fibquant_k5v3"}      other presets for some layers, by number
     rotation_seed   integer of at least 0            seed of the rotation
     self_check      true (default) or false          compare kernel and oracle at start
+    fidelity_gate   true (default) or false          measure at start what codes cost the model
+    accept_loss     true or false (default)          serve even if that is very much
     unproven_gpu    true or false (default)          serve on a GPU, where no kernel has run yet
     retain          {"first": 4, "recent": 1024}     keep a request's first and newest tokens alone;
                                                      "first" may be left out; default: keep all
@@ -64,6 +66,8 @@ _OWN_NAMES = (
     "recent_window",
     "first_tokens",
     "self_check",
+    "fidelity_gate",
+    "accept_loss",
     "retain",
     "unproven_gpu",
     "monitor",
@@ -124,6 +128,8 @@ class Options:
     calibrate: Calibrate = DEFAULT_CALIBRATE
     calibration: str | None = None
     layers: tuple[tuple[int, str], ...] = ()
+    fidelity_gate: bool = True
+    accept_loss: bool = False
 
     def for_layer(self, preset_name: str) -> Options:
         """The options of a layer with this preset."""
@@ -216,7 +222,13 @@ def parse_options(
             'not depend on what was cached, "raw" for better text at low rates'
         )
     self_check, unproven_gpu = given.get("self_check", True), given.get("unproven_gpu", False)
-    for name, switch in (("self_check", self_check), ("unproven_gpu", unproven_gpu)):
+    gate, accept_loss = given.get("fidelity_gate", True), given.get("accept_loss", False)
+    for name, switch in (
+        ("self_check", self_check),
+        ("unproven_gpu", unproven_gpu),
+        ("fidelity_gate", gate),
+        ("accept_loss", accept_loss),
+    ):
         if not isinstance(switch, bool):
             problems.append(f"{name} must be true or false, got {switch!r}; leave it out")
     recent_window = given.get("recent_window", recent_window)
@@ -297,6 +309,8 @@ def parse_options(
         calibrate=calibrate,
         calibration=calibration,
         layers=layers,
+        fidelity_gate=gate,
+        accept_loss=accept_loss,
     )
 
 

@@ -8,8 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_fibquant.cli.main import main as cli
-from vllm_fibquant.cli.main import plan
+from vllm_fibquant.cli import main, plan
 from vllm_fibquant.codec.config import PRESETS
 
 GIB = 1 << 30
@@ -268,26 +267,27 @@ def test_command(tmp_path, capsys):
     config = {**LLAMA, "model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     arguments = ["plan", str(tmp_path), "--memory", "1GiB", "--context", "8k", "--mode", "exact"]
-    assert cli.main(arguments) == 0
+    assert main.main(arguments) == 0
     table = capsys.readouterr().out
     assert "331,392" in table and "7.11x" in table
-    assert cli.main([*arguments, "--json"]) == 0
+    assert main.main([*arguments, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert {c["kv_cache_dtype"] for c in report["capacities"]} == {"bf16", "fp8", *PRESETS}
-    assert cli.main([*arguments, "--mode", "quality", "--max-num-seqs", "4"]) == 0
+    assert main.main([*arguments, "--mode", "quality", "--max-num-seqs", "4"]) == 0
     assert "MiB of it are for copies in 16 bits" in capsys.readouterr().out
     assert (
-        cli.main([*arguments, "--json", "--layers", "0-1,29=fibquant_4bit", "2=fibquant_k5v3"]) == 0
+        main.main([*arguments, "--json", "--layers", "0-1,29=fibquant_4bit", "2=fibquant_k5v3"])
+        == 0
     )
     report = json.loads(capsys.readouterr().out)
     found = {c["kv_cache_dtype"]: c["bytes_per_token"] for c in report["capacities"]}
     assert found["fibquant_2bit"] == 3 * (26 * 36 + 4 * 68)
     assert found["bf16"] == 3 * 30 * 256
-    assert cli.main([*arguments, "--layers", "0-1"]) == 1
+    assert main.main([*arguments, "--layers", "0-1"]) == 1
     assert "layers must have presets among" in capsys.readouterr().err
 
 
 def test_command_refuses_what_is_no_model(tmp_path, capsys):
     pytest.importorskip("transformers", reason="reads the model's configuration")
-    assert cli.main(["plan", str(tmp_path / "missing"), "--memory", "1GiB"]) == 1
+    assert main.main(["plan", str(tmp_path / "missing"), "--memory", "1GiB"]) == 1
     assert "model must be a directory with a config.json" in capsys.readouterr().err

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 from types import SimpleNamespace
 
@@ -20,9 +21,13 @@ from prometheus_client.parser import text_string_to_metric_families
 from vllm_fibquant.cli.serve import plugins_to_load
 from vllm_fibquant.engine import compat
 from vllm_fibquant.observe.counters import Counters
+from vllm_fibquant.observe.loss import LayerLoss, Loss, Outcome
 from vllm_fibquant.server.metrics import FibQuantCollector, usage_in
 from vllm_fibquant.server.routes import FibQuantRoutes
 
+OUTCOME = Outcome(
+    "warned", Loss({0: LayerLoss(0.99, 0.1), 7: LayerLoss(0.9, 0.4)}, 191, 0.06, 12.0, 0.08)
+)
 KEY = {"Authorization": "Bearer secret"}
 
 
@@ -31,6 +36,7 @@ class Engines:
 
     def __init__(self, kv_cache_dtype="fibquant_2bit", num_engines=1, additional_config=None):
         self.counters = [[Counters.create() for _ in range(2)] for _ in range(num_engines)]
+        self.outcomes = [OUTCOME] * num_engines
         self.vllm_config = SimpleNamespace(
             model_config=SimpleNamespace(
                 served_model_name="model", dtype=torch.bfloat16, is_hybrid=False
@@ -58,6 +64,7 @@ class Engines:
                 "cache_bytes": 1 << 20,
                 "codes": [{"head_dim": 64}],
                 "self_checks": [{"error": 1e-6, "tolerance": 1e-5}],
+                "fidelity": self.outcomes[engine].facts(),
             }
             for counters in self.counters[engine]
         ]
@@ -199,6 +206,41 @@ def test_the_page_needs_nothing_from_elsewhere(serve):
         assert "://" not in answer.text.replace("http://www.w3.org/2000/svg", "")
     assert not re.search(r"<script>|style=|onclick=|://", page.text)
     assert client.get("/fibquant/routes.py").status_code == 404
+
+
+def test_what_the_start_found_that_codes_cost(serve):
+    engines = Engines(num_engines=2)
+    engines.outcomes[1] = Outcome("accepted", Loss({0: LayerLoss(0.4, 1.0)}, 191, 3.5, 12.0, 20.0))
+    client = serve(engines)
+    worst = client.get("/fibquant/info").json()["fidelity"]
+    assert (worst["state"], worst["kl"], worst["worst_layer_cosine"]) == ("accepted", 3.5, 0.4)
+    found = metrics_of(client)
+    assert found["fibquant:expected_kl"] == {("0",): 0.06, ("1",): 3.5}
+    assert found["fibquant:expected_perplexity_increase"] == {("0",): 0.08, ("1",): 20.0}
+    cosines = {("0", "0"): 0.99, ("0", "7"): 0.9, ("1", "0"): 0.4}
+    assert found["fibquant:expected_cosine"] == cosines
+    states = {key for key, value in found["fibquant:fidelity_gate"].items() if value}
+    assert states == {("0", "warned"), ("1", "accepted")}
+
+
+@pytest.mark.parametrize(
+    ("outcome", "figures"),
+    [
+        (Outcome("skipped", reason="switched off"), 0),
+        (Outcome("accepted", Loss({0: LayerLoss(math.nan, 1.0)}, 191, math.nan, 9.0, math.inf)), 0),
+        (Outcome("unmeasured", Loss({0: LayerLoss(0.9, 1.0)}, 0, 0.0, 1.0, 0.0)), 0),
+        (OUTCOME, 1),
+    ],
+)
+def test_figures_that_are_not_known_are_not_shown(serve, outcome, figures):
+    """Among them NaN, which JSON does not have."""
+    engines = Engines()
+    engines.outcomes = [outcome]
+    client = serve(engines)
+    assert client.get("/fibquant/info").json()["fidelity"]["state"] == outcome.state
+    found = metrics_of(client)
+    assert len(found.get("fibquant:expected_kl", {})) == figures
+    assert sum(found["fibquant:fidelity_gate"].values()) == 1
 
 
 def test_metrics_of_several_engines(serve):

@@ -37,7 +37,8 @@ def calibrate(model: str, output: str | None, dtype: str) -> str:
         )
     from vllm import LLM
 
-    options = {"calibrate": "means"} | ({"calibration": output} if output else {})
+    options = {"calibrate": "means", "fidelity_gate": False}
+    options |= {"calibration": output} if output else {}
     llm = LLM(
         model, dtype=dtype, kv_cache_dtype="fibquant", enforce_eager=True, max_model_len=512,
         max_num_seqs=1, kv_cache_memory_bytes=CACHE_BYTES, additional_config={"fibquant": options},

@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -90,9 +90,14 @@ def measure(
     texts = _texts_of_first_rank(model_config)
     passes = [texts.starts, *([tokens] for tokens in texts.sequences)]
     began, num_read = time.perf_counter(), 0
+    num_positions = min(_known_positions(model_config), HORIZON)
+    collectors = {
+        name: LayerCollector(impl, turns_of(impl, num_positions)) for name, impl in layers.items()
+    }
+    stand_ins = {impl: collectors[name] for name, impl in layers.items()}
+    num_seqs = 1
     with (
-        _reading(layers, model_config, vllm_config, turns_of) as collectors,
-        without_adapters(model),
+        attending(model, vllm_config, stand_ins, lambda: num_seqs),
         torch.inference_mode(),
         tqdm(
             total=sum(len(batch) * len(batch[0]) for batch in passes),
@@ -102,9 +107,10 @@ def measure(
         ) as progress,
     ):
         for number, batch in enumerate(passes):
+            num_seqs = len(batch)
             for collector in collectors.values():
-                collector.num_seqs = len(batch)
-            _read(model, vllm_config, model_config, batch)
+                collector.num_seqs = num_seqs
+            read(model, vllm_config, model_config, torch.tensor(batch))
             progress.update(len(batch) * len(batch[0]))
             num_read = number
             spent = time.perf_counter() - began
@@ -226,27 +232,37 @@ def _known_positions(model_config: ModelConfig) -> int:
     return getattr(model_config.hf_text_config, "max_position_embeddings", SEQUENCE_LEN)
 
 
-def _read(
+def read(
     model: torch.nn.Module,
     vllm_config: VllmConfig,
     model_config: ModelConfig,
-    batch: list[list[int]],
-) -> None:
-    """Lets the model read sequences of one length, one after the other in one step."""
-    tokens = torch.tensor(batch)  # [num_seqs, length]
-    positions = torch.arange(tokens.shape[1]).repeat(len(tokens))
+    tokens: torch.Tensor,
+) -> torch.Tensor | None:
+    """Lets the model read sequences of one length, one after the other in one step.
+
+    A collective call of all ranks, within `attending`.
+
+    Args:
+        tokens: int64 [num_seqs, length].
+
+    Returns:
+        The last hidden states [num_seqs * length, hidden_size]; None on all pipeline stages but
+        the last.
+    """
+    positions = torch.arange(tokens.shape[1], device=tokens.device).repeat(len(tokens))
     if model_config.uses_mrope:
         positions = positions.expand(3, -1)
-    pipeline, intermediate = get_pp_group(), None
+    pipeline, given = get_pp_group(), {}
     if not pipeline.is_first_rank:
-        intermediate = IntermediateTensors(pipeline.recv_tensor_dict())
-    given = {} if intermediate is None else {"intermediate_tensors": intermediate}
+        given["intermediate_tensors"] = IntermediateTensors(pipeline.recv_tensor_dict())
     with set_forward_context(
         None, vllm_config, num_tokens=tokens.numel(), slot_mapping={}, skip_compiled=True
     ):
         output = model(input_ids=tokens.flatten(), positions=positions, **given)
-    if not pipeline.is_last_rank:
-        pipeline.send_tensor_dict(output.tensors)
+    if pipeline.is_last_rank:
+        return output
+    pipeline.send_tensor_dict(output.tensors)
+    return None
 
 
 def _of_all_ranks(
@@ -270,39 +286,33 @@ def kv_replicas(model_config: ModelConfig) -> int:
 
 
 @contextmanager
-def _reading(
-    layers: dict[str, FibQuantImpl],
-    model_config: ModelConfig,
+def attending(
+    model: torch.nn.Module,
     vllm_config: VllmConfig,
-    turns_of: Callable[[FibQuantImpl, int], Turns | None],
-) -> Iterator[dict[str, LayerCollector]]:
-    """Within this context layers attend without a cache, and ours collect statistics."""
-    num_positions = min(_known_positions(model_config), HORIZON)
-    collectors = {
-        name: LayerCollector(impl, turns_of(impl, num_positions)) for name, impl in layers.items()
-    }
+    stand_ins: Mapping[FibQuantImpl, Callable[..., torch.Tensor]],
+    num_seqs: Callable[[], int] = lambda: 1,
+) -> Iterator[None]:
+    """Within this context the base model reads without a cache.
+
+    Args:
+        stand_ins: what attends in the place of our layers: called with query, key, value and
+            output, which it fills and returns.
+        num_seqs: how many sequences of one length a step has.
+    """
     others = [
         layer.impl
         for layer in get_layers_from_vllm_config(vllm_config, Attention).values()
         if not hasattr(layer.impl, "without_cache")
     ]
     with ExitStack() as stack:
-        for name, impl in layers.items():
-            stack.enter_context(attending_with(impl, collectors[name]))
+        stack.enter_context(without_adapters(model))
+        for impl, stand_in in stand_ins.items():
+            impl.without_cache = stand_in
+            stack.callback(setattr, impl, "without_cache", None)
         for impl in others:
-            impl.forward = _stock_attention(impl, collectors)
+            impl.forward = _stock_attention(impl, num_seqs)
             stack.callback(delattr, impl, "forward")
-        yield collectors
-
-
-@contextmanager
-def attending_with(impl: FibQuantImpl, attend: Callable[..., torch.Tensor]) -> Iterator[None]:
-    """Within this context `attend` stands in for a layer of ours that has no cache yet."""
-    impl.without_cache = attend
-    try:
         yield
-    finally:
-        impl.without_cache = None
 
 
 class LayerCollector:
@@ -370,7 +380,7 @@ def distances(number: int) -> tuple[int, ...]:
     return 0, int(share * SEQUENCE_LEN), int(share * (HORIZON - SEQUENCE_LEN))
 
 
-def _stock_attention(impl: Any, collectors: dict[str, LayerCollector]) -> Callable[..., Any]:
+def _stock_attention(impl: Any, num_seqs: Callable[[], int]) -> Callable[..., Any]:
     """What stands in for `forward` of a layer that is not ours, over the same sequences."""
     window = getattr(impl, "sliding_window", None) or 0
     window = window[0] + 1 if isinstance(window, tuple) else window
@@ -378,8 +388,7 @@ def _stock_attention(impl: Any, collectors: dict[str, LayerCollector]) -> Callab
     def forward(
         layer: Any, query: Any, key: Any, value: Any, *args: Any, output: Any, **kwargs: Any
     ) -> torch.Tensor:
-        num_seqs = next(iter(collectors.values())).num_seqs if collectors else 1
-        length = len(query) // num_seqs
+        length = len(query) // num_seqs()
         heads = (-1, impl.num_heads, impl.head_size), (-1, impl.num_kv_heads, impl.head_size)
         shaped = query.view(heads[0]), key.view(heads[1]), value.view(heads[1])
         parts = [

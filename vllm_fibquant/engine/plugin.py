@@ -114,7 +114,8 @@ def _prepare(worker: Any, available_bytes: int) -> int:
     """What is done in a worker once its model is loaded. Returns the bytes left for pages.
 
     Raises:
-        ValueError: ranks of this engine would encode or read pages differently.
+        ValueError: ranks of this engine would encode or read pages differently, or codes cost this
+            model too much.
         RuntimeError: a rank does not use our cache.
     """
     vllm_config = worker.vllm_config
@@ -122,12 +123,15 @@ def _prepare(worker: Any, available_bytes: int) -> int:
         return available_bytes
     from vllm.logger import init_logger
 
-    from vllm_fibquant.engine import attention, calibrate
+    from vllm_fibquant.engine import attention, calibrate, gate
 
     layers = attention.our_layers(vllm_config)
     # Settings first: ranks calibrate together, or not at all.
     _compare_ranks(vllm_config, list(layers.values()))
     calibrate.calibrate_layers(worker.model_runner, vllm_config, layers)
+    gather = functools.partial(compat.gather_from_ranks, timeout_s=RANKS_TIMEOUT_S)
+    model, options = worker.model_runner.get_model(), support.run_options(vllm_config)
+    gate.check_fidelity(model, vllm_config, layers, options, gather)
     facts = _compare_ranks(vllm_config, list(layers.values()))
     init_logger(f"vllm.{__name__}").info(
         "FibQuant settings, codebooks and calibration have digest %s", agreement.digest_of(facts)

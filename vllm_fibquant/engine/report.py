@@ -13,6 +13,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm_fibquant import ops
 from vllm_fibquant.codec.codec import KVCodec, VectorCodec
 from vllm_fibquant.engine.attention import FibQuantImpl
+from vllm_fibquant.engine.gate import outcome_of
 from vllm_fibquant.engine.metadata import passed_self_checks
 from vllm_fibquant.engine.ranks import NO_FILE
 from vllm_fibquant.observe.counters import own_counters
@@ -34,6 +35,7 @@ def worker_report(vllm_config: VllmConfig) -> dict[str, Any]:
             "bias" where the model's weights alone say what is subtracted, "none"; and the digests
             of the calibrations.
         self_checks: those passed.
+        fidelity: what codes cost this model, measured at start (`loss.Outcome.facts`).
     """
     layers = get_layers_from_vllm_config(vllm_config, Attention)
     itemsize = vllm_config.model_config.dtype.itemsize
@@ -81,6 +83,7 @@ def worker_report(vllm_config: VllmConfig) -> dict[str, Any]:
             [layer.impl for layer in layers.values() if isinstance(layer.impl, FibQuantImpl)]
         ),
         "self_checks": [asdict(result) for result in passed_self_checks()],
+        "fidelity": outcome_of(vllm_config).facts(),
     }
 
 

@@ -16,6 +16,10 @@ LEAST, RECENT = 8, 32
 
 UNKNOWN, HEALTHY, DEGRADED, DAMAGED = range(4)
 
+DAMAGED_COSINE = 0.6
+"""Mean cosine below which a layer's codes damage the model, whatever their rate: every model that
+the fidelity gate refuses for its keys has such a layer, and none that passes (docs/serving.md)."""
+
 _FIRST_COST_S = 1e-3
 
 
@@ -44,7 +48,7 @@ def floor_cosine(codec: KVCodec) -> float:
     Chosen below what the worst layer of a small model gives, whose keys are hard to code; measured
     in docs/serving.md.
     """
-    return max(0.2, 1.0 - 2.0 * 0.5**codec.layout.effective_rate)
+    return max(0.65, 1.0 - 2.0 * 0.5**codec.layout.effective_rate)
 
 
 class Ledger:
@@ -108,7 +112,7 @@ class Ledger:
         health = HEALTHY if means else UNKNOWN
         if any(mean < self._floor[layer] for layer, mean in means.items()):
             health = DEGRADED
-        if self._num_changed:
+        if self._num_changed or any(mean < DAMAGED_COSINE for mean in means.values()):
             health = DAMAGED
         self.counters["monitor_health"] = health
         self.counters["monitor_worst_cosine"] = min(means.values(), default=0.0)
