@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from vllm_fibquant.codec.config import is_fibquant
 from vllm_fibquant.evaluation.watch import AttentionWatch, attention_layers
 
 UNCOMPRESSED = "auto"
@@ -41,7 +42,9 @@ class Engine:
         step = min(step, longest)
         self._llm = LLM(
             model, dtype=dtype, enforce_eager=True, kv_cache_dtype=kv_cache_dtype,
-            additional_config={"fibquant": fibquant} if fibquant else {},
+            # What codes cost is what is measured here, however much it is.
+            additional_config={"fibquant": {**fibquant, "fidelity_gate": False}}
+            if is_fibquant(kv_cache_dtype) else {},
             max_model_len=longest + 1, max_num_batched_tokens=step * num_texts,
             max_num_seqs=num_texts, long_prefill_token_threshold=step,
             kv_cache_memory_bytes=_cache_bytes(model, longest, num_texts), block_size=32,
