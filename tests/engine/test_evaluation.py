@@ -7,6 +7,7 @@ import json
 import random
 
 import pytest
+import torch
 
 from tests.engine.models import VOCAB_SIZE, make_model
 
@@ -75,3 +76,61 @@ def test_the_suite(tmp_path, words, monkeypatch):
     monkeypatch.setattr(suite, "code_digest", lambda is_calibrated: "other code")
     assert len(suite.Suite(model, sizes, path, **given).missing) == len(first.jobs)
     assert not suite.Suite(model, sizes, path, **given, any_code=True).missing
+
+
+def test_texts_read_together_are_read_as_alone(tmp_path):
+    """Of different lengths, two with one beginning, in mode quality: windows are each one's."""
+    from vllm_fibquant.evaluation.engine import Engine
+    from vllm_fibquant.evaluation.watch import AttentionWatch
+
+    draw = random.Random(1)
+    first, second, third = (
+        [draw.randrange(2, VOCAB_SIZE) for _ in range(n)] for n in (150, 97, 131)
+    )
+    texts = [first, first[:40] + second, third]
+    model, options = make_model("gemma2", tmp_path), {"calibrate": "none"}
+    read = []
+    for together in (1, 3):
+        engine = Engine(model, "fibquant_2bit", options, 16, 150, together)
+        try:
+            watch = AttentionWatch()
+            states = engine.hidden(texts, watch)
+            read.append((states, watch.summary(), engine.logits(states[0][-2:])))
+        finally:
+            engine.close()
+    for alone, beside in zip(read[0][0], read[1][0], strict=True):
+        torch.testing.assert_close(beside, alone, rtol=1e-3, atol=1e-3)
+    assert [len(states) for states in read[0][0]] == [150, 137, 131]
+    assert read[0][1] == pytest.approx(read[1][1], abs=1e-4)
+    assert 0.5 < read[0][1]["worst_cosine"] < 0.9999, "two bits must show"
+    assert read[0][2].shape == (2, VOCAB_SIZE)
+
+
+def test_uncompressed_attention_is_exact(tmp_path):
+    """Sliding windows and soft caps are the watch's too: nothing is lost where nothing is coded."""
+    from vllm_fibquant.evaluation.engine import UNCOMPRESSED, Engine
+    from vllm_fibquant.evaluation.watch import AttentionWatch
+
+    draw = random.Random(2)
+    text = [draw.randrange(2, VOCAB_SIZE) for _ in range(150)]
+    engine = Engine(make_model("gemma2", tmp_path), UNCOMPRESSED, {}, 64, 150)
+    try:
+        watch = AttentionWatch()
+        engine.hidden([text], watch)
+    finally:
+        engine.close()
+    assert watch.summary()["worst_cosine"] == pytest.approx(1, abs=1e-5)
+
+
+def test_a_step_that_is_no_text_is_refused():
+    from vllm_fibquant.evaluation.engine import _Reading
+
+    reading = _Reading([[5, 6, 7]])
+    positions = torch.arange(3)
+    with pytest.raises(RuntimeError, match="every step must go on with a text"):
+        reading.begin(torch.tensor([5, 9, 7]), positions)
+    reading = _Reading([[5, 6, 7]])
+    reading.begin(torch.tensor([5, 6]), positions[:2])
+    reading.end(torch.zeros(2, 4))
+    with pytest.raises(RuntimeError, match="must be of 3 tokens, got 2"):
+        reading.result()

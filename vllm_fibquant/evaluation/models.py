@@ -178,7 +178,7 @@ def draw(models: Sequence[Model], folder: Path) -> Path:
     from vllm_fibquant.evaluation.plots import models_frontier
 
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "evaluation-models.png"
+    path = folder / "evaluation-frontier.png"
     series = {m.name: [s for s in m.summaries.values() if s.num_texts] for m in models}
     models_frontier(series).savefig(path, dpi=110, bbox_inches="tight")
     return path
