@@ -135,7 +135,7 @@ def test_random_models_are_not_judged(model_folder, shape, preset, options):
     assert found["state"] == "unmeasured"
     assert "predicts nothing" in found["reason"]
     assert found["num_tokens"] == 127
-    assert all(0.9 < cosine < 1 for cosine in found["layer_cosines"].values())
+    assert all(0.6 < cosine < 1 for cosine in found["layer_cosines"].values())
 
 
 def test_measuring_leaves_no_trace(model_folder):
