@@ -28,7 +28,7 @@ serve: $(LIBRARY)  ## install, build, fetch the demo model, serve on port 8000 (
 cuda: $(VENV)/.deps  ## build the CUDA kernels with nvcc (FIBQUANT_CUDA_ARCHS=)
 	$(BIN)/python setup.py --quiet build_cuda
 
-check: lint $(LIBRARY)  ## lint, and the tests that need neither an engine nor minutes: before every commit
+check: lint $(LIBRARY) $(EMULATED)  ## lint, and the tests that need neither an engine nor minutes: before every commit
 	$(BIN)/python -m pytest -q -m "not slow and not engine and not long" $(ARGS)
 
 test: $(VENV)/.dev $(LIBRARY) $(EMULATED)  ## run the tests (ARGS= goes to pytest)

@@ -120,12 +120,12 @@ def test_who_asks_for_it_is_served(biased, biases_are_coded, options):
 @pytest.mark.parametrize(
     ("shape", "preset", "options"),
     [
-        ("llama", "fibquant", {}),
+        ("llama", "fibquant_k5v3", {}),
         ("gemma2", "fibquant_3bit", {"mode": "quality"}),
-        ("gpt-oss", "fibquant", {"mode": "quality"}),
-        ("gemma3", "fibquant", {"prefill": "raw"}),
-        ("llama", "fibquant", {"retain": {"recent": 64}}),
-        pytest.param("mistral", "fibquant", {}, marks=pytest.mark.slow),
+        ("gpt-oss", "fibquant_k5v3", {"mode": "quality"}),
+        ("gemma3", "fibquant_k5v3", {"prefill": "raw"}),
+        ("llama", "fibquant_k5v3", {"retain": {"recent": 64}}),
+        pytest.param("mistral", "fibquant_k5v3", {}, marks=pytest.mark.slow),
     ],
 )
 def test_random_models_are_not_judged(model_folder, shape, preset, options):
