@@ -203,7 +203,7 @@ def test_a_model_that_cannot_be_read_like_this_is_served(biased, biases_are_code
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "is_refused"),
-    [({"calibrate": "none"}, True), ({"calibrate": "means"}, False)],
+    [({"calibrate": "none"}, True), ({"mode": "quality", "calibrate": "auto"}, False)],
     ids=["nothing measured", "measured"],
 )
 def test_qwen(monkeypatch, request, options, is_refused):
