@@ -136,8 +136,7 @@ def run_self_check(
     error = _largest(out.cpu() - expected)
     largest = _largest(expected)
     tolerance = 2 * _largest(plain - expected) + NUM_ULP * torch.finfo(dtype).eps * largest
-    if key_map is not None:
-        tolerance += _mean_rounding(query, key_map, scale) * largest
+    tolerance += _score_rounding(query, key, scale) * largest
 
     result = SelfCheckResult(ops.kernel_name(cache, codec), mismatch, error, tolerance)
     if not (mismatch <= MAX_RECORD_MISMATCH and error <= tolerance):
@@ -155,15 +154,13 @@ def _largest(x: torch.Tensor) -> float:
     return float(x.double().abs().max())
 
 
-def _mean_rounding(query: torch.Tensor, key_map: KeyMap, scale: float) -> float:
-    """What rounding the means' part of a score to float32 may change in a weight, as a share.
+def _score_rounding(query: torch.Tensor, key: torch.Tensor, scale: float) -> float:
+    """What rounding the largest possible score to float32 may change in a weight, as a share.
 
-    Kernels add that part, <q, mean>, as one number to the scores of all mapped keys. So its
-    rounding, half a unit in the last place, is common to them and stands against the first tokens,
-    which are coded without it. Plain PyTorch rounds every key's score by itself, which averages.
+    Kernels sum a score's parts in another order than plain PyTorch, and add what all keys have in
+    common, <q, mean>, as one number to the scores of mapped keys. Its rounding, half a unit in the
+    last place, is common to them and stands against the first tokens, which are coded without it;
+    plain PyTorch rounds every key's score by itself, which averages.
     """
-    positions = torch.arange(max(_SEQ_LENS))
-    mean = key_map.mean_at(positions, torch.float64).expand(len(positions), *key_map.mean.shape)
-    grouped = query.double().unflatten(1, (mean.shape[1], -1))  # [num_tokens, kv heads, group, d]
-    scores = torch.einsum("qhgd,shd->qhgs", grouped, mean) * scale
-    return torch.finfo(torch.float32).eps / 2 * _largest(scores)
+    largest = query.double().norm(dim=-1).max() * key.double().norm(dim=-1).max() * scale
+    return torch.finfo(torch.float32).eps / 2 * float(largest)
