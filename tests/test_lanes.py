@@ -26,6 +26,7 @@ NO_OTHER_ISA = """
 #include "cpu/dispatch.h"
 namespace fq::avx2 { extern const Kernels kernels; const Kernels kernels = {}; }
 namespace fq::avx512 { extern const Kernels kernels; const Kernels kernels = {}; }
+namespace fq::avx512_vnni { extern const Kernels kernels; const Kernels kernels = {}; }
 """
 
 

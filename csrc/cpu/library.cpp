@@ -21,6 +21,9 @@ extern const Kernels kernels;
 namespace avx512 {
 extern const Kernels kernels;
 }
+namespace avx512_vnni {
+extern const Kernels kernels;
+}
 #endif
 
 namespace {
@@ -44,8 +47,8 @@ struct Buffer {
 
 thread_local Buffer thread_buffer, call_buffer;
 
-enum Isa { kPortable, kAvx2, kAvx512, kNumIsas };
-const char* const kIsaNames[kNumIsas] = {"portable", "avx2", "avx512"};
+enum Isa { kPortable, kAvx2, kAvx512, kAvx512Vnni, kNumIsas };
+const char* const kIsaNames[kNumIsas] = {"portable", "avx2", "avx512", "avx512-vnni"};
 
 bool supported(int isa) {
 #if defined(__x86_64__)
@@ -53,9 +56,12 @@ bool supported(int isa) {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
   if (isa == kAvx2) return avx2;
-  if (isa == kAvx512) {
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512dq");
+  if (isa == kAvx512) return avx512;
+  if (isa == kAvx512Vnni) {
+    return avx512 && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
   }
 #endif
   return isa == kPortable;
@@ -70,10 +76,10 @@ int best_isa() {
 
 const Kernels* const* table() {
 #if defined(__x86_64__)
-  static const Kernels* const all[kNumIsas] = {&portable::kernels, &avx2::kernels,
-                                               &avx512::kernels};
+  static const Kernels* const all[kNumIsas] = {&portable::kernels, &avx2::kernels, &avx512::kernels,
+                                               &avx512_vnni::kernels};
 #else
-  static const Kernels* const all[kNumIsas] = {&portable::kernels, nullptr, nullptr};
+  static const Kernels* const all[kNumIsas] = {&portable::kernels, nullptr, nullptr, nullptr};
 #endif
   return all;
 }

@@ -8,6 +8,8 @@
 
 #include <cstdint>
 #include <cstring>
+
+#include "abi.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
