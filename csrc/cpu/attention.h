@@ -42,7 +42,7 @@ static void set_first_biases(const FqKeyMap& map, int t0, int count, int rows, c
 
 // Attends positions [begin, end) of one split from codes into `state`, which it clears first.
 static void attend_split(Call& call, const RowBlock& b, int begin, int end, int first_position,
-                         const Scratch& s, const State& state) {
+                         bool is_first, const Scratch& s, const State& state) {
   const FqCodec& codec = call.codec;
   const RecordLayout& layout = call.layout;
   const int head_dim = codec.head_dim, rows = rows_of(call, b), tile = tile_tokens(head_dim);
@@ -56,7 +56,7 @@ static void attend_split(Call& call, const RowBlock& b, int begin, int end, int 
   const bool has_plain =
       map && begin / kSplit * kSplit < map->num_plain && num_leading(call.args) == 0;
   if (call.byte_keys.num_runs > 0 && !is_leading && !has_plain) {
-    return attend_split_bytes(call, b, begin, end, first_position, s, state);
+    return attend_split_bytes(call, b, begin, end, first_position, is_first, s, state);
   }
 #endif
   const bool turns = map && map->turn_fine;
@@ -199,12 +199,13 @@ static void run_job(Call& call, const RowBlock& b, const Job& job, const Scratch
     if (call.args.key_map && begin < call.args.key_map->num_first_means) {
       load_first_means(call, b, s);
     }
+    const bool is_first = i == job.split_begin || i == leading;
     if (b.partial < 0) {
-      attend_split(call, b, begin, end, first_position, s, s.split);
+      attend_split(call, b, begin, end, first_position, is_first, s, s.split);
       merge(s.total, s.split, rows, head_dim);
     } else {
       float* at = call.partials + b.partial + i * state_floats(rows, head_dim);
-      attend_split(call, b, begin, end, first_position, s, state_at(at, rows, head_dim));
+      attend_split(call, b, begin, end, first_position, is_first, s, state_at(at, rows, head_dim));
     }
   }
   if (b.partial < 0) finish(call, b, s);

@@ -159,81 +159,144 @@ static void weigh_row(int row, const SplitRange& at, int oldest, int newest, flo
 
 // ---- records ------------------------------------------------------------------------------------
 
-// The records of the 16 tokens from t on: in their page, or where they are not consecutive or not
-// all of [begin, end) in `copy`, zeros in place of those outside. `at` is null for a bad block.
-static inline Records find_group(Call& call, const RowBlock& b, int t, const SplitRange& range,
-                                 uint8_t* copy) {
+// Copies the records of the 16 tokens from t on, zeros in place of those outside the range.
+// Returns false for a bad block.
+static bool copy_group(Call& call, const RowBlock& b, int t, const SplitRange& range,
+                       uint8_t* copy) {
   const int64_t stride = call.layout.record_bytes;
-  if (t >= range.begin && t + kGroup <= range.end) {
-    const Run run = find_run(call, b, t, t + kGroup);
-    if (!run.record || run.count == kGroup) return {run.record, stride};
-  }
   memset(copy, 0, (size_t)(kGroup * stride));
   const int end = t + kGroup < range.end ? t + kGroup : range.end;
   for (int i = t > range.begin ? t : range.begin; i < end;) {
     const Run run = find_run(call, b, i, end);
-    if (!run.record) return {nullptr, stride};
+    if (!run.record) return false;
     memcpy(copy + (i - t) * stride, run.record, (size_t)(run.count * stride));
     i += run.count;
   }
-  return {copy, stride};
+  return true;
 }
 
-// Norms of a group, times `scale`.
-static inline void load_norms(const FqCodec& codec, const FqCode& code, const Records& r,
-                              int offset, float scale, float* out) {
-  alignas(32) uint16_t half[kGroup];
-  const uint8_t* p = r.at + offset;
-  if (code.norm_bytes == 1) {
-    for (int i = 0; i < kGroup; ++i) out[i] = codec.levels[p[i * r.stride]] * scale;
-    return;
-  }
-  for (int i = 0; i < kGroup; ++i) memcpy(half + i, p + i * r.stride, 2);
-  alignas(64) float norm[kGroup];
-  load_row(half, 0, kFqFloat16, kGroup, norm);
-  for (int i = 0; i < kGroup; i += kLanes) store(out + i, load(norm + i) * splat(scale));
-}
-
-// The groups of a chunk that begins at t. Returns their number, 0 for a bad block.
+// The groups of a chunk that begins at t: in their page, or copies of those that are not
+// consecutive or reach outside the range. Returns their number, 0 for a bad block.
 static inline int find_groups(Call& call, const RowBlock& b, int t, const SplitRange& range,
                               const ByteScratch& s, Records* groups) {
+  const int64_t stride = call.layout.record_bytes;
+  const int to = t + kChunkTokens < range.to ? t + kChunkTokens : range.to;
   int n = 0;
-  for (; n < kChunkGroups && t < range.to; ++n, t += kGroup) {
-    uint8_t* copy = s.records + (int64_t)n * kGroup * call.layout.record_bytes;
-    groups[n] = find_group(call, b, t, range, copy);
-    if (!groups[n].at) return 0;
+  while (t < to) {
+    if (t >= range.begin && t + kGroup <= range.end) {
+      const Run run = find_run(call, b, t, to < range.end ? to : range.end);
+      if (!run.record) return 0;
+      const uint8_t* record = run.record;
+      for (int left = run.count; left >= kGroup; left -= kGroup, t += kGroup) {
+        groups[n++] = {record, stride};
+        record += kGroup * stride;
+      }
+      if (run.count >= kGroup) continue;
+    }
+    uint8_t* copy = s.records + n * kGroup * stride;
+    if (!copy_group(call, b, t, range, copy)) return 0;
+    groups[n++] = {copy, stride};
+    t += kGroup;
   }
   return n;
 }
 
+// Norms of a chunk. Read apart from being converted, which would wait for the stores.
+struct ChunkNorms {
+  alignas(64) uint16_t key[kChunkTokens];
+  alignas(64) uint16_t value[kChunkTokens];
+};
+
+static inline void read_norms(const Call& call, const Records* groups, int num_groups,
+                              ChunkNorms* norms) {
+  const auto read = [&](int offset, int bytes, uint16_t* out) {
+    for (int g = 0; g < num_groups; ++g) {
+      const uint8_t* p = groups[g].at + offset;
+      for (int i = 0; i < kGroup; ++i, p += groups[g].stride) {
+        if (bytes == 1) {
+          out[g * kGroup + i] = *p;
+        } else {
+          memcpy(out + g * kGroup + i, p, 2);
+        }
+      }
+    }
+  };
+  read(call.layout.key_norm_offset, call.codec.key.norm_bytes, norms->key);
+  read(call.layout.value_norm_offset, call.codec.value.norm_bytes, norms->value);
+}
+
+// Factors of a chunk's tokens from its norms, times `scale`.
+static inline void load_factors(const FqCodec& codec, const FqCode& code, const uint16_t* norms,
+                                int count, float scale, float* out) {
+  if (code.norm_bytes == 1) {
+    for (int i = 0; i < count; ++i) out[i] = codec.levels[norms[i]] * scale;
+    return;
+  }
+  load_row(norms, 0, kFqFloat16, count, out);
+  for (int i = 0; i < count; i += kLanes) store(out + i, load(out + i) * splat(scale));
+}
+
+// Asks for the records of [t, end) to be in the cache soon, a few at a time: more requests than a
+// core can have under way make it wait.
+struct Prefetcher {
+  Call& call;
+  const RowBlock& b;
+  int t, end;
+  const uint8_t* record;
+  int64_t left;  // bytes of consecutive records
+
+  void next(int num_tokens) {
+    for (int64_t i = num_tokens * (int64_t)call.layout.record_bytes; i > 0; i -= 64) {
+      if (left <= 0) {
+        if (t >= end) return;
+        const Run run = find_run(call, b, t, end);
+        if (!run.record) return;
+        record = run.record;
+        left = (int64_t)run.count * call.layout.record_bytes;
+        t += run.count;
+      }
+      __builtin_prefetch(record);
+      record += 64;
+      left -= 64;
+    }
+  }
+};
+
 // ---- a split ------------------------------------------------------------------------------------
 
-// Products of all rows with all keys, and the norms. Returns false for a bad block.
-static bool score_split(Call& call, const RowBlock& b, const SplitRange& range, int rows,
-                        const ByteScratch& s) {
+constexpr int kDecoded = 2;  // groups decoded between requests to memory
+
+// Products of all rows with all keys, and the norms. Returns false for a bad block. `pace` halves
+// of a token's records are asked for with each token.
+static bool score_split(Call& call, const RowBlock& b, const SplitRange& range, int rows, int pace,
+                        Prefetcher* ahead, const ByteScratch& s) {
   const ByteKeys& keys = call.byte_keys;
   const FqCodec& codec = call.codec;
   const RecordLayout& layout = call.layout;
   const int64_t group_bytes = (keys.num_high + keys.num_low) * 64;
   for (int t = range.from; t < range.to; t += kChunkTokens) {
-    Records groups[kChunkGroups], run_groups[kChunkGroups];
+    Records groups[kChunkGroups];
     const int n = find_groups(call, b, t, range, s, groups);
     if (n == 0) return false;
-    const int i = t - range.start;
-    for (int g = 0; g < n; ++g) {
-      float *key_factor = s.key_factor + i + g * kGroup,
-            *value_factor = s.value_factor + i + g * kGroup;
-      load_norms(codec, codec.key, groups[g], layout.key_norm_offset, call.args.scale, key_factor);
-      load_norms(codec, codec.value, groups[g], layout.value_norm_offset, 1.0f, value_factor);
-    }
-    for (int r = 0; r < keys.num_runs; ++r) {
-      const ByteRun& run = keys.runs[r];
-      for (int g = 0; g < n; ++g) {
-        run_groups[g] = {groups[g].at + layout.key_index_offset + run.offset, groups[g].stride};
+    ChunkNorms norms;
+    read_norms(call, groups, n, &norms);
+    for (int g = 0; g < n; g += kDecoded) {
+      ahead->next(pace * kDecoded * kGroup / 2);
+      for (int r = 0; r < keys.num_runs; ++r) {
+        const ByteRun& run = keys.runs[r];
+        const int count = n - g < kDecoded ? n - g : kDecoded;
+        Records part[kDecoded];
+        for (int i = 0; i < count; ++i) {
+          part[i] = groups[g + i];
+          part[i].at += layout.key_index_offset + run.offset;
+        }
+        run.kernels.decode_keys(*run.code, run.num_subvecs, part, count, group_bytes, run.high,
+                                keys.num_high + run.high, s.tile + g * group_bytes);
       }
-      run.kernels.decode_keys(*run.code, run.num_subvecs, run_groups, n, group_bytes, run.high,
-                              keys.num_high + run.high, s.tile);
     }
+    const int i = t - range.start, count = n * kGroup;
+    load_factors(codec, codec.key, norms.key, count, call.args.scale, s.key_factor + i);
+    load_factors(codec, codec.value, norms.value, count, 1.0f, s.value_factor + i);
     dot_chunk(keys, rows, n, group_bytes, s, i);
   }
   return true;
@@ -241,18 +304,23 @@ static bool score_split(Call& call, const RowBlock& b, const SplitRange& range, 
 
 // Sums of the values of all tokens by their weights' digits. Returns false for a bad block.
 static bool add_split(Call& call, const RowBlock& b, const SplitRange& range, int rows,
-                      const ByteScratch& s) {
+                      Prefetcher* ahead, const ByteScratch& s) {
   const FqCode& code = call.codec.value;
   const ByteKernels kernels = byte_kernels(code);
   const int num_subvecs = call.codec.head_dim / code.subvec_dim;
   const int columns = num_columns(code, num_subvecs);
+  const int64_t group_bytes = columns * (code.subvec_dim == 2 ? 2 : 1) * 64 * (kGroup / 4);
   memset(s.sums, 0, (size_t)rows * 2 * columns * 64);
   for (int t = range.from; t < range.to; t += kChunkTokens) {
     Records groups[kChunkGroups];
     const int n = find_groups(call, b, t, range, s, groups);
     if (n == 0) return false;
     for (int g = 0; g < n; ++g) groups[g].at += call.layout.value_index_offset;
-    kernels.decode_values(code, num_subvecs, groups, n, s.tile);
+    for (int g = 0; g < n; g += kDecoded) {
+      ahead->next(kDecoded * kGroup / 2);
+      kernels.decode_values(code, num_subvecs, groups + g, n - g < kDecoded ? n - g : kDecoded,
+                            s.tile + g * group_bytes);
+    }
     add_chunk(code.subvec_dim == 2, columns, rows, n, s, t - range.start);
   }
   return true;
@@ -297,7 +365,8 @@ static void load_turning(const Call& call, const RowBlock& b, const SplitRange& 
 
 // attend_split for calls with call.byte_keys; never of the leading split.
 static void attend_split_bytes(Call& call, const RowBlock& b, int begin, int end,
-                               int first_position, const Scratch& s, const State& state) {
+                               int first_position, bool is_first, const Scratch& s,
+                               const State& state) {
   const FqAttend& a = call.args;
   const int head_dim = call.codec.head_dim, rows = rows_of(call, b);
   const SplitRange range = {begin / kSplit * kSplit, begin, end, begin / kGroup * kGroup,
@@ -315,7 +384,12 @@ static void attend_split_bytes(Call& call, const RowBlock& b, int begin, int end
     if (num_hidden == end - begin) return;
     if (num_hidden > 0) hidden = s.bytes.hidden;
   }
-  if (!score_split(call, b, range, rows, s.bytes)) return;
+  // Half of the next split's records are asked for with the keys, half with the values. Those of
+  // a job's first split are so only now.
+  constexpr int kAhead = 2 * kChunkTokens;
+  Prefetcher ahead = {call, b, is_first ? begin : end, b.end, nullptr, 0};
+  if (is_first) ahead.next(kAhead);
+  if (!score_split(call, b, range, rows, is_first ? 2 : 1, &ahead, s.bytes)) return;
   const FqKeyMap* map = a.key_map;
   const bool turns = map && map->turn_fine;
   if (turns) load_turning(call, b, range, rows, s);
@@ -326,7 +400,7 @@ static void attend_split_bytes(Call& call, const RowBlock& b, int begin, int end
               a.soft_cap, hidden, map && !turns ? s.bias : nullptr,
               turns ? s.bytes.biases : nullptr, call.codec.value.folded, s.bytes, state);
   }
-  if (!add_split(call, b, range, rows, s.bytes)) return;
+  if (!add_split(call, b, range, rows, &ahead, s.bytes)) return;
   store_split(call, rows, s.bytes, state);
 }
 
