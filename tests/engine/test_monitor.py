@@ -6,10 +6,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vllm_fibquant import native
-from vllm_fibquant.codec import KVCodec
-from vllm_fibquant.counters import own_counters
-from vllm_fibquant.fidelity import DAMAGED, DEGRADED, HEALTHY, UNKNOWN, Ledger
+from vllm_fibquant.codec.codec import KVCodec
+from vllm_fibquant.observe.counters import own_counters
+from vllm_fibquant.observe.ledger import DAMAGED, DEGRADED, HEALTHY, UNKNOWN, Ledger
+from vllm_fibquant.ops import native
 
 from .harness import engine, in_batches, num_preemptions, varied_prompts
 from .models import VOCAB_SIZE, make_model
