@@ -3,7 +3,7 @@
 
 What AVX-512 adds to these is five intrinsics of csrc/cpu/simd.h and codec.h; the start-up
 self-check covers those on machines that have it. The 16 lanes are compiled with the model of
-csrc/cpu/bytes.h, so that tests of models in 16 bits (tests/test_byte_attention.py) run anywhere.
+csrc/cpu/bytes.h, so that tests of models in 16 bits (test_byte_attention.py) run anywhere.
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.keys.test_key_map import KINDS, mapped
+from tests.ops.test_attention import HEAD_DIMS, PRESET_NAMES, check_against_oracle, codec_of
 from tests.paged import make_paged
-from tests.test_attention import HEAD_DIMS, PRESET_NAMES, check_against_oracle, codec_of
-from tests.test_key_map import KINDS, mapped
 
 DTYPES = [torch.bfloat16, torch.float16]
 
