@@ -98,21 +98,31 @@ static inline void turning_rows(const FqKeyMap& map, const int32_t* pair, const 
   turn_weights<kRows>(map, coarse, weights, bias, turned, step_bias);
   constexpr int kVectors = kHalf / kLanes;
   const int n = map.num_fast_columns;
+  // Few rows' sums of cosines and of sines side by side: each alone would wait for itself.
+  constexpr int kParts = kRows * kVectors <= 4 ? 2 : 1;
   vf sums[2][kRows][kVectors];
-  for (int part = 0; part < 2; ++part) {  // cosines, sines
-    vf acc[kRows][kVectors];
-    for (int r = 0; r < kRows; ++r) {
-      for (int v = 0; v < kVectors; ++v) acc[r][v] = part ? vf{} : splat(step_bias[r]);
-    }
-    for (int j = 0; j < map.num_fast; ++j) {
-      const int column = part * n + pair[3 * j + 2];
-      const float* fine = map.turn_fine + column * kHalf;
+  for (int first = 0; first < 2; first += kParts) {  // cosines, sines
+    vf acc[kParts][kRows][kVectors];
+    for (int p = 0; p < kParts; ++p) {
       for (int r = 0; r < kRows; ++r) {
-        const vf w = splat(turned[r * 2 * n + column]);
-        for (int v = 0; v < kVectors; ++v) acc[r][v] = madd(w, load(fine + v * kLanes), acc[r][v]);
+        for (int v = 0; v < kVectors; ++v) {
+          acc[p][r][v] = first + p ? vf{} : splat(step_bias[r]);
+        }
       }
     }
-    memcpy(sums[part], acc, sizeof(acc));
+    for (int j = 0; j < map.num_fast; ++j) {
+      for (int p = 0; p < kParts; ++p) {
+        const int column = (first + p) * n + pair[3 * j + 2];
+        const float* fine = map.turn_fine + column * kHalf;
+        for (int r = 0; r < kRows; ++r) {
+          const vf w = splat(turned[r * 2 * n + column]);
+          for (int v = 0; v < kVectors; ++v) {
+            acc[p][r][v] = madd(w, load(fine + v * kLanes), acc[p][r][v]);
+          }
+        }
+      }
+    }
+    memcpy(sums[first], acc, sizeof(acc));
   }
   for (int r = 0; r < kRows; ++r, out += kStep) {
     for (int v = 0; v < kVectors; ++v) {
