@@ -2,10 +2,10 @@
 // Attention over the codes of one split with dot products of bytes.
 //
 // A query's coordinates and a token's weights become 16-bit integers of two digits, so a product
-// with a codeword's bytes is two products of bytes; where codewords have a low byte too, that of
-// two low bytes is left out. Keys: signed digits, unsigned codewords. Values: unsigned digits,
-// signed codewords. That is near enough for models in 16 bits; those in float32 are attended in
-// floats.
+// with a codeword's bytes is two products of bytes, or four where codewords have a low byte too:
+// with keys that of two low bytes is left out. Keys: signed digits, unsigned codewords. Values:
+// unsigned digits, signed codewords. That is near enough for models in 16 bits; those in float32
+// are attended in floats.
 //
 // A split is one softmax: scores of all its tokens, then weights, then their sum. Integer sums have
 // no order, and floats are added at fixed positions of the split, so a row's bits do not depend on
@@ -310,7 +310,7 @@ static bool add_split(Call& call, const RowBlock& b, const SplitRange& range, in
   const int num_subvecs = call.codec.head_dim / code.subvec_dim;
   const int columns = num_columns(code, num_subvecs);
   const int64_t group_bytes = columns * (code.subvec_dim == 2 ? 2 : 1) * 64 * (kGroup / 4);
-  memset(s.sums, 0, (size_t)rows * 2 * columns * 64);
+  memset(s.sums, 0, (size_t)rows * num_sums(code.subvec_dim == 2) * columns * 64);
   for (int t = range.from; t < range.to; t += kChunkTokens) {
     Records groups[kChunkGroups];
     const int n = find_groups(call, b, t, range, s, groups);
@@ -335,13 +335,17 @@ static void store_split(const Call& call, int rows, const ByteScratch& s, const 
   const float unit = dim == 2 ? 257.0f / 256.0f : 1.0f;  // both planes' halves
   for (int r = 0; r < rows; ++r) {
     const vf scale = splat(s.weight_scale[r] * code.plane_step), half = splat(s.weight_half[r]);
-    const int32_t* sums = s.sums + (int64_t)r * 2 * columns * 16;
+    const int32_t* sums = s.sums + (int64_t)r * num_sums(dim == 2) * columns * 16;
     alignas(64) float out[kMaxByteDim + 8 * 16];
     for (int first = 0; first < columns; first += dim) {
       vf x[8];
       for (int c = 0; c < dim; ++c) {
         const vf a = to_floats(load_ints(sums + (first + c) * 16));
-        const vf b = to_floats(load_ints(sums + (columns + first + c) * 16));
+        vf b = to_floats(load_ints(sums + (columns + first + c) * 16));
+        if (dim == 2) {
+          const vf low = to_floats(load_ints(sums + (2 * columns + first + c) * 16));
+          b = madd(low, splat(1.0f / 256.0f), b);
+        }
         x[c] = (madd(a, splat(256.0f), b) + half * unit) * scale;
       }
       kernels.store_columns(x, out + first * 16);

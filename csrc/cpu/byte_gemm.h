@@ -80,13 +80,15 @@ static void dot_chunk(const ByteKeys& keys, int rows, int num_groups, int64_t gr
 template <int kRows, int kColumns, bool kTwoBytes>
 static inline void add_columns(int columns, int first, int num_quads, const ByteScratch& s, int row,
                                int token) {
-  vi high[kRows][kColumns], low[kRows][kColumns];
-  int32_t* sums = s.sums + ((int64_t)row * 2 * columns + first) * 16;
-  const int row_ints = 2 * columns * 16;
+  constexpr int kKinds = num_sums(kTwoBytes);
+  vi sum[kRows][kColumns][kKinds];
+  int32_t* sums = s.sums + ((int64_t)row * kKinds * columns + first) * 16;
+  const int row_ints = kKinds * columns * 16;
   for (int r = 0; r < kRows; ++r) {
     for (int c = 0; c < kColumns; ++c) {
-      high[r][c] = load_ints(sums + r * row_ints + c * 16);
-      low[r][c] = load_ints(sums + r * row_ints + (columns + c) * 16);
+      for (int k = 0; k < kKinds; ++k) {
+        sum[r][c][k] = load_ints(sums + r * row_ints + (k * columns + c) * 16);
+      }
     }
   }
   const uint8_t* weights = s.weights + (int64_t)row * 2 * kSplit + token;
@@ -101,16 +103,21 @@ static inline void add_columns(int columns, int first, int num_quads, const Byte
       const uint8_t* p = weights + r * 2 * kSplit + quad * 4;
       const vb a = (vb)splat_quad(p), b = (vb)splat_quad(p + kSplit);
       for (int c = 0; c < kColumns; ++c) {
-        high[r][c] = dot_bytes(high[r][c], a, x[c]);
-        low[r][c] = dot_bytes(low[r][c], b, x[c]);
-        if constexpr (kTwoBytes) low[r][c] = dot_bytes(low[r][c], a, y[c]);
+        vi* to = sum[r][c];
+        to[0] = dot_bytes(to[0], a, x[c]);
+        to[1] = dot_bytes(to[1], b, x[c]);
+        if constexpr (kTwoBytes) {
+          to[1] = dot_bytes(to[1], a, y[c]);
+          to[2] = dot_bytes(to[2], b, y[c]);
+        }
       }
     }
   }
   for (int r = 0; r < kRows; ++r) {
     for (int c = 0; c < kColumns; ++c) {
-      store_ints(sums + r * row_ints + c * 16, high[r][c]);
-      store_ints(sums + r * row_ints + (columns + c) * 16, low[r][c]);
+      for (int k = 0; k < kKinds; ++k) {
+        store_ints(sums + r * row_ints + (k * columns + c) * 16, sum[r][c][k]);
+      }
     }
   }
 }
@@ -121,8 +128,9 @@ static inline void add_rows(int columns, int num_quads, const ByteScratch& s, in
   for (; c + kColumns <= columns; c += kColumns) {
     add_columns<kRows, kColumns, kTwoBytes>(columns, c, num_quads, s, row, token);
   }
-  for (; c < columns; c += 2)
+  for (; c < columns; c += 2) {
     add_columns<kRows, 2, kTwoBytes>(columns, c, num_quads, s, row, token);
+  }
 }
 
 template <bool kTwoBytes>
@@ -130,7 +138,7 @@ static void add_chunk(int columns, int rows, int num_groups, const ByteScratch& 
   const int quads = num_groups * kGroup / 4;
   int r = 0;
   for (; r + 4 <= rows; r += 4) add_rows<4, 2, kTwoBytes>(columns, quads, s, r, token);
-  if (rows - r == 3) add_rows<3, 4, kTwoBytes>(columns, quads, s, r, token);
+  if (rows - r == 3) add_rows<3, kTwoBytes ? 2 : 4, kTwoBytes>(columns, quads, s, r, token);
   if (rows - r == 2) add_rows<2, 4, kTwoBytes>(columns, quads, s, r, token);
   if (rows - r == 1) add_rows<1, kTwoBytes ? 4 : 8, kTwoBytes>(columns, quads, s, r, token);
 }

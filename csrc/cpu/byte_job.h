@@ -40,7 +40,7 @@ struct ByteScratch {
   uint8_t* weights;      // [rows, 2, kSplit]: high digits, then low ones
   float* weight_scale;   // [rows]
   float* weight_half;    // [rows], half the sum of a row's digits, if the code of values is folded
-  int32_t* sums;         // [rows, 2, columns, 16]
+  int32_t* sums;         // [rows, num_sums, columns, 16]
   float* key_factor;     // [kSplit]
   float* value_factor;   // [kSplit]
   float* hidden;         // [kSplit]
@@ -50,6 +50,10 @@ struct ByteScratch {
 };
 
 constexpr int kDigitStride = 8 * kMaxVectors;
+
+// Sums of values by weights: of products of high bytes, of a high and a low one, of low bytes. The
+// last one's terms are small, but may all have one sign.
+constexpr int num_sums(bool has_two_bytes) { return has_two_bytes ? 3 : 2; }
 
 // `take(n)` hands out n floats, 64-byte aligned.
 template <class Take>
@@ -71,7 +75,7 @@ static inline ByteScratch divide_byte_scratch(int rows, int head_dim, int record
   s.weights = take_bytes((int64_t)rows * 2 * kSplit);
   s.weight_scale = take(rows);
   s.weight_half = take(rows);
-  s.sums = take_ints((int64_t)rows * 2 * columns * 16);
+  s.sums = take_ints((int64_t)rows * num_sums(true) * columns * 16);
   s.key_factor = take(kSplit);
   s.value_factor = take(kSplit);
   s.hidden = take(kSplit);
