@@ -51,7 +51,7 @@ static void load_query_digits(const ByteKeys& keys, int dim, const float* q, int
   vf largest = {}, poison = {};
   for (int i = 0; i < dim; i += kLanes) {
     const vf x = load(scaled + i);
-    largest = vmax(largest, vmax(x, -x));
+    largest = vmax(largest, vabs(x));
     poison = poison + x * 0.0f;  // NaN where x is, or is infinite
   }
   const float top = fmax2(max_lane(largest), 1e-30f);
