@@ -169,11 +169,13 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=[",".join(map(str, s)) for s in SHAPES],
                         help="head_dim,num_kv_heads,group_size")  # fmt: skip
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32", "float16"])
+    parser.add_argument("--instruction-set", help="avx2, say; default: this CPU's best")
     parser.add_argument("--repetitions", type=int, default=9)
     add_one_thread(parser)
     add_out(parser)
     args = parser.parse_args()
 
+    native.select_isa(args.instruction_set)
     dtype = getattr(torch, args.dtype)
     clock = clock_of(args)
     baseline = "vllm_" + args.dtype
