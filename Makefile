@@ -28,7 +28,7 @@ serve: $(LIBRARY)  ## install, build, fetch the demo model, serve on port 8000 (
 cuda: $(VENV)/.deps  ## build the CUDA kernels with nvcc (FIBQUANT_CUDA_ARCHS=)
 	$(BIN)/python setup.py --quiet build_cuda
 
-check: lint $(LIBRARY)  ## lint, and the tests that need neither an engine nor minutes: before every commit
+check: lint $(LIBRARY) $(EMULATED)  ## lint, and the tests that need neither an engine nor minutes: before every commit
 	$(BIN)/python -m pytest -q -m "not slow and not engine and not long" $(ARGS)
 
 test: $(VENV)/.dev $(LIBRARY) $(EMULATED)  ## run the tests (ARGS= goes to pytest)
@@ -71,7 +71,7 @@ load: $(VENV)/.dev $(LIBRARY)  ## measure requests per second of the server when
 	$(BIN)/python -m benchmarks.bench_load --out docs/results/load.jsonl $(ARGS)
 	$(BIN)/python -m benchmarks --plot-only
 
-eval: $(VENV)/.dev $(LIBRARY)  ## quality of every format, ours and others: about an hour (ARGS=--quick: minutes)
+eval: $(VENV)/.dev $(LIBRARY)  ## quality of every format, ours and others: hours (MODEL=, ARGS="--rows core" or --quick)
 	$(BIN)/vllm-fibquant eval $(MODEL) --out docs/results --images docs/images $(ARGS)
 
 wheel: $(VENV)/.deps  ## build a wheel into dist/

@@ -63,6 +63,7 @@ def test_registration_is_idempotent_and_changes_nothing_for_others():
     assert out.split() == ["True", "auto"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("version", ["0.31.0", "0.34.0", "unknown"])
 def test_other_versions_are_refused_by_name_and_only_when_asked_for(version):
     out = run_python(

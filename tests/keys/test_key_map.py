@@ -9,8 +9,9 @@ import torch
 from tests.ops.test_attention import HEAD_DIMS, attend_in_chunks, check_against_oracle, codec_of
 from tests.paged import Paged, make_paged
 from vllm_fibquant import ops
+from vllm_fibquant.codec.config import PRESETS
 from vllm_fibquant.keys.key_map import FirstMeans, KeyMap, TurningMean, Turns
-from vllm_fibquant.keys.transform import make_transform
+from vllm_fibquant.keys.transform import make_transform, transform_problem
 from vllm_fibquant.ops import native, reference
 from vllm_fibquant.ops.reference import TokenCopies
 from vllm_fibquant.ops.selfcheck import run_self_check
@@ -271,6 +272,28 @@ def test_the_self_check_covers_maps(kind: dict, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(native, "paged_attention", without_map)
     with pytest.raises(RuntimeError, match="refusing to serve"):
         run_self_check(codec, torch.float32, 9, 3, 16, key_map=key_map)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("length", [3.0, 350.0])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "fibquant"])
+def test_the_self_check_allows_what_long_keys_make_of_rounding(
+    preset: str, head_dim: int, length: float, dtype: torch.dtype, kind: dict
+) -> None:
+    """Means of the length that Qwen2's key biases have, and what a wrong one makes of them."""
+    codec = codec_of(preset, head_dim)
+    index_bytes = codec.layout.key_index_bytes if kind.get("transform") else 0
+    if index_bytes and transform_problem(codec.key.spec, head_dim):
+        pytest.skip("this preset's keys have no transform")
+    key_map = make_map(
+        head_dim, length=length * head_dim**-0.5, index_bytes=index_bytes,
+        turning=kind.get("turning", False), num_first=kind.get("num_first", 0),
+    )  # fmt: skip
+    result = run_self_check(codec, dtype, 6, 2, 16, key_map=key_map)
+    assert 0 < result.error <= result.tolerance
+    # Still far below what outputs are: they are of the length of a few.
+    assert result.tolerance < (2e-3 if dtype == torch.float32 else 0.2)
 
 
 @pytest.mark.parametrize(

@@ -222,18 +222,27 @@ def test_drill_a_page_overwritten_behind_our_back():
     assert bench.health == DAMAGED
 
 
-@pytest.mark.parametrize("preset", ["fibquant_4bit", "fibquant_2bit"])
-def test_drill_keys_that_break_the_code(preset):
+@pytest.mark.parametrize(
+    ("preset", "channel", "health"),
+    [
+        ("fibquant_4bit", 100.0, DEGRADED),
+        ("fibquant_4bit", 2000.0, DAMAGED),
+        ("fibquant_2bit", 52.0, DEGRADED),
+        ("fibquant_2bit", 2000.0, DAMAGED),
+    ],
+)
+def test_drill_keys_that_break_the_code(preset, channel, health):
     """Finite keys with a huge channel that attention does not feel: all that differs is lost."""
     bench = Bench(preset)
     for number in range(8):
         assert bench.health == UNKNOWN
         bench.step(([2 * number + 1, 2 * number + 2], 0, 32))
     assert bench.health == HEALTHY
-    bench.change_keys = lambda key: 3 * key + 2000.0 * torch.eye(HEAD_DIM)[7]
+    bench.change_keys = lambda key: 3 * key + channel * torch.eye(HEAD_DIM)[7]
     for number in range(40):
         bench.step(([2 * number % 30 + 1, 2 * number % 30 + 2], 0, 32))
-    assert bench.health == DEGRADED
+    assert bench.health == health
+    assert bench.counters["monitor_changed"] == 0
     assert bench.counters["monitor_worst_cosine"] < ledger.floor_cosine(bench.codec)
 
 

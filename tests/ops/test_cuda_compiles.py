@@ -47,6 +47,7 @@ def check_budgets(rows: list[dict]) -> None:
 
 
 @needs_nvcc
+@pytest.mark.long
 def test_every_architecture_compiles_within_budgets() -> None:
     rows = machine_code.compile_all(IN_THE_GATE)
     assert len(rows) == 14 * len(IN_THE_GATE)

@@ -20,7 +20,10 @@ from tests.ops.test_cuda_emulated import check, codec_of, encode_both, paged_of
 from tests.paged import check_records
 from vllm_fibquant.ops import native_cuda
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++")
+pytestmark = [
+    pytest.mark.long,  # each compiles the kernels
+    pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++"),
+]
 
 NARROW, WIDE, WINDOW, ENCODE = "narrow", "wide", "window", "encode"
 BOTH = (NARROW, WIDE)

@@ -70,6 +70,7 @@ def lanes(request, tmp_path_factory):
     native.library.cache_clear()
 
 
+@pytest.mark.long  # compiles the library twice
 @pytest.mark.parametrize("head_dim", [64, 80, 256])
 @pytest.mark.parametrize(
     "name", ["fibquant_k5v3", "fibquant_4bit", "fibquant_3bit", "fibquant_2bit", "fibquant_1bit"]
@@ -86,6 +87,7 @@ def test_wide_kernels(lanes: int, name: str, head_dim: int) -> None:
         check_against_oracle(paged, window=30, soft_cap=4.0, sinks=sinks, **paged.raw)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("head_dim", [64, 256])
 @pytest.mark.parametrize("kind", KINDS)
 def test_wide_kernels_of_mapped_keys(lanes: int, kind: str, head_dim: int) -> None:

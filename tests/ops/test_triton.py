@@ -14,6 +14,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 
+@pytest.mark.long
 def test_triton_kernels_equal_the_oracle() -> None:
     environment = dict(os.environ, OMP_NUM_THREADS="1")
     if not torch.cuda.is_available():

@@ -58,6 +58,7 @@ def launches(name: str, head_dim: int, dtype: torch.dtype, prefill: bool, monkey
     return recorded
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "head_dim", "dtype", "capability"),
     [

@@ -69,7 +69,10 @@ def check_fidelity(
     ranks = texts
     if not _reasons(texts):
         # Every rank's layers read what rank 0 reads: the others may have other files.
-        ranks = gather(_or_reason(lambda: _measure(model, vllm_config, layers, texts[0])))
+        text = texts[0]
+        ranks = gather(
+            _or_reason(lambda: _measure(model, vllm_config, layers, text, len(text) // 2))
+        )
     seconds = time.monotonic() - began
     if reasons := _reasons(ranks):
         _latest = vllm_config, Outcome("unmeasured", reason=reasons[0], seconds=seconds)
@@ -158,9 +161,9 @@ def _measure(
     vllm_config: VllmConfig,
     layers: dict[str, FibQuantImpl],
     text: list[int],
+    judged_from: int,
 ) -> RankLoss:
-    """Reads the text twice. Raises whatever the model raises."""
-    judged_from = len(text) // 2
+    """Reads the text twice; positions from `judged_from` on count. Raises what the model raises."""
     tokens = torch.tensor(text, device=next(model.parameters()).device)
     readings = {name: LayerReading(impl, judged_from) for name, impl in layers.items()}
     stand_ins = {impl: readings[name] for name, impl in layers.items()}

@@ -22,6 +22,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.engine.copies import CopyPool
+from vllm_fibquant.engine.gate import outcome_of
 from vllm_fibquant.keys.key_map import KeyMap
 from vllm_fibquant.observe.counters import own_counters
 from vllm_fibquant.observe.monitor import Probe, monitor_of
@@ -93,7 +94,8 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
         has_checked_map = False
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         impls = {name: layer.impl for name, layer in layers.items()}
-        self._monitor = monitor_of(vllm_config, impls, kv_cache_spec.block_size)
+        is_loss_accepted = outcome_of(vllm_config).state == "accepted"
+        self._monitor = monitor_of(vllm_config, impls, kv_cache_spec.block_size, is_loss_accepted)
         for impl in impls.values():
             # The layers of a group have the same options, and share block tables and so one pool.
             options, self.retain = impl.options, impl.options.retain

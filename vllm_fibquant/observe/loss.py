@@ -30,7 +30,7 @@ State = Literal["passed", "warned", "refused", "accepted", "skipped", "unmeasure
 """Below the first threshold, between both, above the second; the same with "accept_loss"; with
 "fidelity_gate": false; where nothing could be told."""
 
-WARN_KL, REFUSE_KL = 0.05, 0.25
+WARN_KL, REFUSE_KL = 0.1, 0.3
 """Nats. Above the first a start warns, above the second it is refused (docs/serving.md)."""
 
 KNOWS_NOTHING = 0.25
@@ -358,7 +358,7 @@ def refusal_of(loss: Loss, options: Options) -> str:
     numbers = ",".join(map(str, sorted(loss.worst[:NUM_NAMED])))
     remedies = []
     if options.calibrate == "none":
-        remedies.append('have the model\'s keys measured ("calibrate": "means" or "transform")')
+        remedies.append('have the model\'s keys measured ("calibrate": "auto")')
     if options.prefill == "codes":
         remedies.append('give "mode": "quality"')
     remedies += [

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Sequence
 from ctypes import Structure, c_int32, c_int64, c_void_p
 from pathlib import Path
@@ -30,14 +31,25 @@ def pages_of(cache: torch.Tensor) -> Pages:
     return Pages(cache.data_ptr(), num_blocks, *cache.stride()[:2], num_kv_heads, block_size)
 
 
+def describe(structs: Sequence[type[Structure]]) -> str:
+    """Our structs in the words of csrc/abi_text.h: names, offsets and sizes of their fields."""
+    lines = []
+    for struct in structs:
+        lines.append(f"struct {ctypes.sizeof(struct)}")
+        for name, *_ in struct._fields_:
+            field = getattr(struct, name)
+            lines.append(f"{name} {field.offset} {field.size}")
+    return "".join(line + "\n" for line in lines)
+
+
 def load_library(
-    owner: str, path: Path, size_function: str, structs: Sequence[type[Structure]], advice: str
+    owner: str, path: Path, abi_function: str, structs: Sequence[type[Structure]], advice: str
 ) -> ctypes.CDLL:
     """Loads a library that reads `structs` as we write them.
 
     Args:
         owner: who speaks in errors.
-        size_function: what fills an int64 array with the sizes of its structs, in our order.
+        abi_function: what describes its structs, in our order, in the words of csrc/abi_text.h.
         structs: ours.
         advice: how the library is built.
 
@@ -50,15 +62,19 @@ def load_library(
         lib = ctypes.CDLL(str(path))
     except OSError as error:
         raise RuntimeError(f"{owner}: {path} does not load ({error}); {advice}") from error
-    sizes = (c_int64 * len(structs))()
     try:
-        getattr(lib, size_function)(sizes)
+        function = getattr(lib, abi_function)
     except AttributeError:
-        sizes[0] = -1
-    expected = [ctypes.sizeof(struct) for struct in structs]
-    if list(sizes) != expected:
+        theirs = []
+    else:
+        function.restype = ctypes.c_char_p
+        theirs = function().decode().splitlines()
+    ours = describe(structs).splitlines()
+    if ours != theirs:
+        pairs = itertools.zip_longest(ours, theirs, fillvalue="nothing")
+        wanted, got = next(pair for pair in pairs if pair[0] != pair[1])
         raise RuntimeError(
             f"{owner}: {path} must be built from this version's sources "
-            f"(struct sizes {expected}, got {list(sizes)}); {advice}"
+            f"({wanted!r} in its structs, got {got!r}); {advice}"
         )
     return lib

@@ -135,7 +135,7 @@ def library() -> ctypes.CDLL:
         RuntimeError: it is missing, does not load, or was built from other sources.
     """
     advice = "build it with `pip install -e .` (or `python setup.py build_ext --inplace`)"
-    structs = (_Codec, Pages, _Encode, _Attend, _KeyMap)
+    structs = (_Code, _Codec, Pages, _Encode, _Attend, _KeyMap)
     lib = load_library("native.library", LIBRARY_PATH, "fq_abi", structs, advice)
     lib.fq_isa.restype = c_char_p
     lib.fq_select_isa.argtypes = [c_char_p]
@@ -356,11 +356,17 @@ def encode_kv(
     """See `ops.encode_kv`. Returns -1 when a slot lies outside the cache, -2 when a position does
     outside the map's table."""
     args = _Encode(
-        key.data_ptr(), value.data_ptr(), slot_mapping.data_ptr(), slot_mapping.shape[0],
-        *key.stride()[:2], *value.stride()[:2],
-        DTYPES[key.dtype], torch.get_num_threads(), _key_map_pointer(key_map),
-        None if positions is None else positions.data_ptr(),
-    )  # fmt: skip
+        key=key.data_ptr(),
+        value=value.data_ptr(),
+        slot_mapping=slot_mapping.data_ptr(),
+        num_tokens=slot_mapping.shape[0],
+        dtype=DTYPES[key.dtype],
+        num_threads=torch.get_num_threads(),
+        key_map=_key_map_pointer(key_map),
+        positions=None if positions is None else positions.data_ptr(),
+    )
+    args.stride_key_token, args.stride_key_head, _ = key.stride()
+    args.stride_value_token, args.stride_value_head, _ = value.stride()
     return library().fq_encode_kv(byref(codec_struct(codec)), byref(pages_of(cache)), byref(args))
 
 
@@ -385,28 +391,41 @@ def paged_attention(
     key_map: KeyMap | None,
 ) -> int:
     """See `ops.paged_attention`. Returns the library's error number, 0 for none."""
-    raw_pointers: tuple[int | None, int | None] = (None, None)
-    raw_strides: tuple[int, ...] = (0, 0, 0, 0)
-    if raw_key is not None and raw_value is not None:
-        raw_pointers = (raw_key.data_ptr(), raw_value.data_ptr())
-        raw_strides = (*raw_key.stride()[:2], *raw_value.stride()[:2])
-    copied: tuple[int | None, ...] = (0, None, None, None, 0, 0, 0, 0)
-    if copies is not None:
-        copied = (
-            DTYPES[copies.key.dtype], copies.key.data_ptr(), copies.value.data_ptr(),
-            copies.table.data_ptr(), *copies.key.stride()[:2],
-            copies.num_first, copies.table.shape[1] - copies.num_first,
-        )  # fmt: skip
-    first = query if first_query is None else first_query
     args = _Attend(
-        query.data_ptr(), out.data_ptr(), *raw_pointers,
-        query_start_loc.data_ptr(), seq_lens.data_ptr(), block_table.data_ptr(),
-        None if sinks is None else sinks.data_ptr(), block_table.stride(0),
-        *query.stride()[:2], *out.stride()[:2], *raw_strides,
-        seq_lens.shape[0], query.shape[1], DTYPES[query.dtype], window,
-        scale, soft_cap, torch.get_num_threads(), *copied,
-        first.data_ptr(), *first.stride()[:2], keep_first, _key_map_pointer(key_map),
-    )  # fmt: skip
+        query=query.data_ptr(),
+        out=out.data_ptr(),
+        query_start_loc=query_start_loc.data_ptr(),
+        seq_lens=seq_lens.data_ptr(),
+        block_table=block_table.data_ptr(),
+        stride_block_table=block_table.stride(0),
+        num_reqs=seq_lens.shape[0],
+        num_q_heads=query.shape[1],
+        dtype=DTYPES[query.dtype],
+        window=window,
+        scale=scale,
+        soft_cap=soft_cap,
+        num_threads=torch.get_num_threads(),
+        keep_first=keep_first,
+        key_map=_key_map_pointer(key_map),
+    )
+    args.stride_query_token, args.stride_query_head, _ = query.stride()
+    args.stride_out_token, args.stride_out_head, _ = out.stride()
+    first = query if first_query is None else first_query
+    args.first_query = first.data_ptr()
+    args.stride_first_query_token, args.stride_first_query_head, _ = first.stride()
+    if sinks is not None:
+        args.sinks = sinks.data_ptr()
+    if raw_key is not None and raw_value is not None:
+        args.raw_key, args.raw_value = raw_key.data_ptr(), raw_value.data_ptr()
+        args.stride_raw_key_token, args.stride_raw_key_head, _ = raw_key.stride()
+        args.stride_raw_value_token, args.stride_raw_value_head, _ = raw_value.stride()
+    if copies is not None:
+        args.copy_dtype = DTYPES[copies.key.dtype]
+        args.copy_key, args.copy_value = copies.key.data_ptr(), copies.value.data_ptr()
+        args.copy_table = copies.table.data_ptr()
+        args.stride_copy_row, args.stride_copy_head, _ = copies.key.stride()
+        args.num_first = copies.num_first
+        args.num_recent = copies.table.shape[1] - copies.num_first
     return library().fq_paged_attention(
         byref(codec_struct(codec)), byref(pages_of(cache)), byref(args)
     )

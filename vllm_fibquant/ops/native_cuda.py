@@ -143,7 +143,7 @@ class Library:
             "native_cuda.Library",
             path,
             "fq_cuda_abi",
-            (_Codec, Pages, _Encode, _Attend),
+            (_Code, _Codec, Pages, _Encode, _Attend),
             "build it with `make cuda`",
         )
         for name in ("fq_cuda_support", "fq_cuda_error"):
@@ -188,10 +188,16 @@ class Library:
     ) -> None:
         """See `ops.encode_kv` and `gpu.counters`."""
         args = _Encode(
-            key.data_ptr(), value.data_ptr(), slot_mapping.data_ptr(), counters.data_ptr(),
-            slot_mapping.shape[0], *key.stride()[:2], *value.stride()[:2], DTYPES[key.dtype],
-            ENCODE_CTAS_PER_SM * splits.num_sms(cache.device),
-        )  # fmt: skip
+            key=key.data_ptr(),
+            value=value.data_ptr(),
+            slot_mapping=slot_mapping.data_ptr(),
+            counters=counters.data_ptr(),
+            num_tokens=slot_mapping.shape[0],
+            dtype=DTYPES[key.dtype],
+            max_ctas=ENCODE_CTAS_PER_SM * splits.num_sms(cache.device),
+        )
+        args.stride_key_token, args.stride_key_head, _ = key.stride()
+        args.stride_value_token, args.stride_value_head, _ = value.stride()
         struct, pages = _codec_struct(codec, cache.device), pages_of(cache)
         error = self.lib.fq_cuda_encode_kv(
             byref(struct), byref(pages), byref(args), _stream(cache.device)
@@ -241,15 +247,32 @@ class Library:
             num_splits = choose_splits(num_ctas, table_width * block_size, cache.device)
         floats = workspace_floats(num_rows, head_dim, num_splits)
         workspace = splits.workspace_of(workspace, floats, cache.device)
-        raw = [None] * 3 if raw_states is None else [x.data_ptr() for x in raw_states]
-        state_ml = workspace.data_ptr() + 4 * num_rows * num_splits * head_dim
         args = _Attend(
-            query.data_ptr(), out.data_ptr(), query_start_loc.data_ptr(), seq_lens.data_ptr(),
-            block_table.data_ptr(), None if sinks is None else sinks.data_ptr(), *raw,
-            workspace.data_ptr(), state_ml, block_table.stride(0), *query.stride()[:2],
-            *out.stride()[:2], num_tokens, num_reqs, num_q_heads, table_width,
-            DTYPES[query.dtype], window, num_splits, int(wide), scale, soft_cap,
-        )  # fmt: skip
+            query=query.data_ptr(),
+            out=out.data_ptr(),
+            query_start_loc=query_start_loc.data_ptr(),
+            seq_lens=seq_lens.data_ptr(),
+            block_table=block_table.data_ptr(),
+            state_o=workspace.data_ptr(),
+            state_ml=workspace.data_ptr() + 4 * num_rows * num_splits * head_dim,
+            stride_block_table=block_table.stride(0),
+            num_tokens=num_tokens,
+            num_reqs=num_reqs,
+            num_q_heads=num_q_heads,
+            table_width=table_width,
+            dtype=DTYPES[query.dtype],
+            window=window,
+            num_splits=num_splits,
+            wide=int(wide),
+            scale=scale,
+            soft_cap=soft_cap,
+        )
+        args.stride_query_token, args.stride_query_head, _ = query.stride()
+        args.stride_out_token, args.stride_out_head, _ = out.stride()
+        if sinks is not None:
+            args.sinks = sinks.data_ptr()
+        if raw_states is not None:
+            args.raw_o, args.raw_m, args.raw_l = (x.data_ptr() for x in raw_states)
         struct, pages = _codec_struct(codec, cache.device), pages_of(cache)
         error = self.lib.fq_cuda_paged_attention(
             byref(struct), byref(pages), byref(args), _stream(cache.device)
