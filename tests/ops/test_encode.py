@@ -95,7 +95,7 @@ def test_model_dtypes_and_strided_inputs(dtype: torch.dtype) -> None:
     check_records(codec, got, expected)
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512-vnni"])
 @pytest.mark.parametrize(
     "name", ["fibquant_k5v3", "fibquant_4bit", "fibquant_2bit", "fibquant_1bit"]
 )
