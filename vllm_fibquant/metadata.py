@@ -26,6 +26,7 @@ from vllm_fibquant.copies import CopyPool
 from vllm_fibquant.counters import own_counters
 from vllm_fibquant.key_map import KeyMap
 from vllm_fibquant.monitor import Probe, monitor_of
+from vllm_fibquant.non_finite import DeviceReader
 from vllm_fibquant.options import Retain
 
 logger = init_logger(f"vllm.{__name__}")
@@ -89,10 +90,12 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
         self._num_plain = 0
         self._needs_positions = False
         self._pool: CopyPool | None = None
+        self._device_reader = DeviceReader(device) if device.type == "cuda" else None
         self._counts_steps = _holds_first_layer(layer_names, vllm_config)
         has_checked_map = False
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         impls = {name: layer.impl for name, layer in layers.items()}
+        self._with_sinks = [impl for impl in impls.values() if impl.has_sinks]
         self._monitor = monitor_of(vllm_config, impls, kv_cache_spec.block_size)
         for impl in impls.values():
             # The layers of a group have the same options, and share block tables and so one pool.
@@ -126,8 +129,12 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
                 f"build: causal must be True, got {common.causal}; "
                 "use --kv-cache-dtype auto for this model"
             )
+        for impl in self._with_sinks:
+            impl.refresh_sinks()
         if self._counts_steps:
             own_counters().stepped(common.num_actual_tokens)
+            if self._device_reader is not None:
+                self._device_reader.poll()
         positions = None
         if self._num_plain or self._needs_positions:
             positions = _positions(common).long()

@@ -111,15 +111,21 @@ def _prepare(worker: Any, available_bytes: int) -> int:
     """What is done in a worker once its model is loaded. Returns the bytes left for pages.
 
     Raises:
-        ValueError: ranks of this engine would encode or read pages differently.
+        ValueError: ranks of this engine would encode or read pages differently, or a GPU would
+            lose this model's keys.
         RuntimeError: a rank does not use our cache.
     """
     vllm_config = worker.vllm_config
     if not support.is_ours(vllm_config.cache_config.cache_dtype):
         return available_bytes
-    from vllm_fibquant import attention, calibrate
+    from vllm_fibquant import attention, calibrate, key_bias
 
     layers = attention.our_layers(vllm_config)
+    if vllm_config.device_config.device_type == "cuda":
+        biased = key_bias.biased_layers(worker.model_runner.get_model(), layers)
+        if biased:
+            name = vllm_config.cache_config.cache_dtype
+            raise ValueError(support.refusal(name, [support.key_bias_problem(biased)]))
     _compare_ranks(vllm_config, list(layers.values()))
     calibrate.calibrate_layers(worker.model_runner.get_model(), vllm_config, layers)
     return available_bytes - attention.allocate_copies(vllm_config, available_bytes)

@@ -11,6 +11,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from vllm_fibquant import ops
 from vllm_fibquant.checks import DTYPES
 from vllm_fibquant.codec import KVCodec
@@ -139,6 +141,14 @@ def config_problems(vllm_config: VllmConfig) -> list[str]:
         'and compiled but have not run on a GPU: give "unproven_gpu": true',
     )
     if device == "cuda":
+        require(not _is_rocm(), "device", "an NVIDIA GPU", "an AMD GPU (ROCm)", other_dtype)
+        require(
+            model is None or model.dtype != torch.float32,
+            "dtype",
+            "bfloat16 or float16 on a GPU, whose kernels multiply in float16",
+            "float32",
+            "give --dtype bfloat16",
+        )
         for name, asked in (
             ("recent_window", options.recent_window),
             ("retain", options.retain),
@@ -215,6 +225,22 @@ def config_problems(vllm_config: VllmConfig) -> list[str]:
             f"calibrate: {problem}" for problem in calibrate_problems(vllm_config, options)
         ]
     return problems
+
+
+def _is_rocm() -> bool:
+    """Whether vLLM runs on AMD GPUs, which it calls "cuda" as well."""
+    from vllm.platforms import current_platform
+
+    return current_platform.is_rocm()
+
+
+def key_bias_problem(biased: list[str]) -> str:
+    """Why a model whose layers `biased` have a bias on keys is not served on a GPU."""
+    return (
+        f"model: must have no bias on keys on a GPU, got one in {len(biased)} layers, the first "
+        f"{biased[0]}; codes lose such keys without a calibration, which GPUs do not have yet: "
+        "use --kv-cache-dtype auto for this model"
+    )
 
 
 def _draft_problems(vllm_config: VllmConfig, why: str) -> list[str]:
