@@ -228,7 +228,7 @@ def test_thread_order_and_warps_do_not_matter(library) -> None:
         emu.options(library, reversed_order=True)
         for wide, expected in before.items():
             assert torch.equal(emu.attend(library, paged, wide=wide), expected)
-        for sm, fill in ((79, (1, 4)), (87, (1, 6)), (164, (2, 5))):
+        for sm, fill in ((79, (1, 4)), (87, (1, 6)), (144, (1, 16)), (188, (2, 8))):
             shared = ((sm - 1) << 10, sm << 10)
             emu.options(library, shared=shared)
             assert library.occupancy(64, 68, False, *shared)[:2] == fill
