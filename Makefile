@@ -16,7 +16,7 @@ EMULATED := build/libfibquant_cuda_emulated.so
 COMPOSE := docker/compose.yaml docker/compose.gpu.yaml
 CSRC    := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help serve cuda test test-slow test-next lint docker-lint docker-test format bench eval load wheel clean
+.PHONY: help serve cuda check test test-slow test-next lint docker-lint docker-test format bench eval load wheel clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -28,6 +28,9 @@ serve: $(LIBRARY)  ## install, build, fetch the demo model, serve on port 8000 (
 cuda: $(VENV)/.deps  ## build the CUDA kernels with nvcc (FIBQUANT_CUDA_ARCHS=)
 	$(BIN)/python setup.py --quiet build_cuda
 
+check: lint $(LIBRARY) $(EMULATED)  ## lint, and the tests that need neither an engine nor minutes: before every commit
+	$(BIN)/python -m pytest -q -m "not slow and not engine and not long" $(ARGS)
+
 test: $(VENV)/.dev $(LIBRARY) $(EMULATED)  ## run the tests (ARGS= goes to pytest)
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
@@ -35,7 +38,7 @@ test-slow: $(VENV)/.dev $(LIBRARY) $(EMULATED)  ## run the slow tests as well
 	$(BIN)/python -m pytest $(ARGS)
 
 test-next: $(VENV)/.dev $(LIBRARY)  ## run plugin and engine tests on vLLM 0.33.0's Python sources
-	$(BIN)/python -m tests.other_vllm 0.33.0 -m "not slow" tests/test_plugin.py \
+	$(BIN)/python -m tests.other_vllm 0.33.0 -m "not slow" tests/engine/test_plugin.py \
 	  tests/engine/test_features.py tests/engine/test_recent_window.py $(ARGS)
 
 lint: $(VENV)/.dev docker-lint  ## ruff, mypy, clang-format, and docker-lint
@@ -75,7 +78,7 @@ wheel: $(VENV)/.deps  ## build a wheel into dist/
 	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
 
 clean:  ## remove everything built here, the environment and the demo model
-	rm -rf $(VENV) .models .vllm-* build dist $(LIBRARY) *.egg-info
+	rm -rf $(VENV) .models .vllm-* build dist vllm_fibquant/lib *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from benchmarks.common import add_one_thread, add_out, append, clock_of
 from vllm_fibquant import ops
-from vllm_fibquant.codec import KVCodec
-from vllm_fibquant.config import PRESETS
+from vllm_fibquant.codec.codec import KVCodec
+from vllm_fibquant.codec.config import PRESETS
 
 BLOCK_SIZE = 128  # vLLM's default on CPUs
 COLD_BYTES = 192 << 20  # several times the last-level cache of a desktop or a small server

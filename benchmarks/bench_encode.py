@@ -16,8 +16,8 @@ import torch
 
 from benchmarks.common import add_one_thread, add_out, append, clock_of
 from vllm_fibquant import ops
-from vllm_fibquant.codec import KVCodec
-from vllm_fibquant.config import PRESETS
+from vllm_fibquant.codec.codec import KVCodec
+from vllm_fibquant.codec.config import PRESETS
 
 BLOCK_SIZE = 128
 SHAPES = ((64, 3), (128, 8))  # head_dim, num_kv_heads

@@ -19,20 +19,18 @@ import numpy as np
 import torch
 
 from benchmarks.common import add_one_thread, add_out, append, clock_of
-from vllm_fibquant import ops
-from vllm_fibquant.codebook import (
+from vllm_fibquant import files, ops
+from vllm_fibquant.codec.codebook import (
     Codebook,
-    cache_dir,
-    codebook_filename,
+    cache_name,
     load_codebook,
-    write_atomically,
 )
-from vllm_fibquant.codebook_build import BuildOptions, build_codebook
-from vllm_fibquant.codec import KVCodec, VectorCodec
-from vllm_fibquant.config import CodeSpec
-from vllm_fibquant.list_search import codeword_lists, nearest_listed_rows, nearest_rows
-from vllm_fibquant.rotation import make_rotation
-from vllm_fibquant.source_law import sample_source
+from vllm_fibquant.codec.codebook_build import BuildOptions, build_codebook
+from vllm_fibquant.codec.codec import KVCodec, VectorCodec
+from vllm_fibquant.codec.config import CodeSpec
+from vllm_fibquant.codec.rotation import make_rotation
+from vllm_fibquant.codec.search import codeword_lists, nearest_listed_rows, nearest_rows
+from vllm_fibquant.codec.source_law import sample_source
 
 HEAD_DIM = 64
 LARGE = (
@@ -53,7 +51,7 @@ def book_of(spec: CodeSpec) -> Codebook:
         steps = 4 if spec.num_rows > 4096 else 10
         options = BuildOptions(restarts=1, samples=1 << 18, iterations=steps)
         _, content = build_codebook(spec, HEAD_DIM, options)
-        write_atomically(cache_dir() / codebook_filename(spec, HEAD_DIM), content)
+        files.keep(cache_name(spec, HEAD_DIM), content)
         return load_codebook(spec, HEAD_DIM)
 
 

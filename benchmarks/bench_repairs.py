@@ -19,13 +19,13 @@ from tqdm import tqdm
 from benchmarks.bench_attention import SHAPES, Case
 from benchmarks.common import add_one_thread, add_out, append, clock_of
 from vllm_fibquant import ops
-from vllm_fibquant.calibration import num_turning
-from vllm_fibquant.config import PRESETS
-from vllm_fibquant.key_map import FirstMeans, KeyMap, TurningMean, Turns
-from vllm_fibquant.key_transform import make_transform, transform_problem
-from vllm_fibquant.layout import preset_layout
+from vllm_fibquant.codec.config import PRESETS
+from vllm_fibquant.codec.layout import preset_layout
+from vllm_fibquant.keys.calibration import num_turning
+from vllm_fibquant.keys.key_map import FirstMeans, KeyMap, TurningMean, Turns
+from vllm_fibquant.keys.transform import make_transform, transform_problem
+from vllm_fibquant.ops.reference import TokenCopies
 from vllm_fibquant.options import parse_options
-from vllm_fibquant.reference import TokenCopies
 
 PLAIN = "codes alone"
 

@@ -54,7 +54,7 @@ def score(args: argparse.Namespace) -> None:
         max_model_len=args.length + args.generate + 8, max_num_batched_tokens=256, max_num_seqs=1,
         kv_cache_memory_bytes=1 << 30, enable_prefix_caching=False, seed=0,
         hf_overrides={"max_position_embeddings": max(8192, args.length + args.generate + 8)},
-        additional_config={"fibquant": options} if options else {},
+        additional_config={"fibquant": {"mode": "exact", "calibrate": "none", **options}},
     )  # fmt: skip
     text = "\n".join(topics.topics[name] for name in sorted(topics.topics))
     tokens = llm.get_tokenizer().encode(text[: 8 * args.length])[: args.length]

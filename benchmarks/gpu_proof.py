@@ -71,9 +71,9 @@ def copy_rate(repetitions: int) -> float:
 
 def our_kernels(case: Case, preset: str, dry_run: bool):
     """{name: call}, the bytes of the cache, and what the calls write to."""
-    from vllm_fibquant import gpu, native_cuda
-    from vllm_fibquant.codec import KVCodec
+    from vllm_fibquant.codec.codec import KVCodec
     from vllm_fibquant.kernels import attention
+    from vllm_fibquant.ops import gpu, native_cuda
 
     codec = KVCodec.from_preset(preset, case.head_dim)
     cache, query = make_cache(case, codec), case.query()
@@ -148,7 +148,7 @@ def part_build(args) -> int:
 
 
 def part_test(args) -> int:
-    files = ["tests/test_cuda_emulated.py", "tests/triton_cases.py"]
+    files = ["tests/ops/test_cuda_emulated.py", "tests/ops/triton_cases.py"]
     return execute(args, [sys.executable, "-m", "pytest", "-q", "-m", "not slow", *files])
 
 
@@ -156,7 +156,15 @@ def part_sanitize(args) -> int:
     tool = shutil.which("compute-sanitizer")
     if tool is None and not args.dry_run:
         sys.exit("gpu_proof: compute-sanitizer must be on the PATH; it comes with the CUDA toolkit")
-    tests = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "tests/test_cuda_emulated.py"]
+    tests = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "not slow",
+        "tests/ops/test_cuda_emulated.py",
+    ]
     worst = 0
     for check in ("memcheck", "racecheck", "initcheck"):
         command = [tool or "compute-sanitizer", "--tool", check, "--error-exitcode", "9"]
@@ -242,7 +250,7 @@ PARTS = {
 
 
 def main() -> None:
-    from vllm_fibquant.config import PRESETS
+    from vllm_fibquant.codec.config import PRESETS
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_proof")
     parser.add_argument("part", choices=PARTS)

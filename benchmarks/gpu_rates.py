@@ -86,8 +86,8 @@ def micro_rates(milliseconds: Callable[..., float], repetitions: int) -> Iterato
 
 def encodes(device: str, presets: list[str]) -> Iterator[tuple[dict[str, Any], Callable]]:
     """(row, call) of encoding keys and values of 8 KV heads, and of vLLM's bfloat16 store."""
-    from vllm_fibquant import gpu
-    from vllm_fibquant.codec import KVCodec
+    from vllm_fibquant.codec.codec import KVCodec
+    from vllm_fibquant.ops import gpu
 
     most = ENCODED[-1] if device == "cuda" else 32
     case = Case(128, 8, 1, 1, most, device)

@@ -135,8 +135,8 @@ def markdown(rows: list[Row]) -> str:
 
 def shared_markdown(library: Any) -> str:
     """CTAs, warps and shared memory of decode attention at head_dim 128, by preset."""
-    from vllm_fibquant.config import DEFAULT_PRESET, PRESETS
-    from vllm_fibquant.layout import preset_layout
+    from vllm_fibquant.codec.config import DEFAULT_PRESET, PRESETS
+    from vllm_fibquant.codec.layout import preset_layout
 
     sizes: dict[int, list[str]] = {}
     for name, preset in PRESETS.items():
@@ -157,8 +157,8 @@ def shared_markdown(library: Any) -> str:
 
 def support_markdown(library: Any) -> str:
     """What the GPU kernels support, for the README, from the library's dispatch table."""
-    from vllm_fibquant import gpu
-    from vllm_fibquant.config import PRESETS
+    from vllm_fibquant.codec.config import PRESETS
+    from vllm_fibquant.ops import gpu
 
     support = library.support
     served = [

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the C ABIs of the CPU and the CUDA library share; mirrored by vllm_fibquant/abi.py.
+// What the C ABIs of the CPU and the CUDA library share; mirrored by vllm_fibquant/ops/abi.py.
 #pragma once
 
 #include <cstdint>

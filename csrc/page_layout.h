@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Where every byte of a page is. The same contract as vllm_fibquant/layout.py, which explains it;
-// tests/test_layout.py compares the two.
+// Where every byte of a page is. The same contract as vllm_fibquant/codec/layout.py, which explains
+// it; tests/codec/test_layout.py compares the two.
 //
 //   offset                       bytes              content
 //   0                            key_index_bytes    key indices, packed LSB first

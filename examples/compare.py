@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from vllm_fibquant.codec import VectorCodec
-from vllm_fibquant.config import CodeSpec
-from vllm_fibquant.layout import NORM_BYTES
+from vllm_fibquant.codec.codec import VectorCodec
+from vllm_fibquant.codec.config import CodeSpec
+from vllm_fibquant.codec.layout import NORM_BYTES
 
 CODES = (
     CodeSpec(8, 256, gain="mse"),

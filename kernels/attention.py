@@ -24,8 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_fibquant import splits
-from vllm_fibquant.codec import KVCodec
+from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.kernels.codes import find_rows, load_codewords, load_indices, soft_cap_scores
 from vllm_fibquant.kernels.states import (
     EMPTY,
@@ -35,6 +34,7 @@ from vllm_fibquant.kernels.states import (
     softmax_step,
 )
 from vllm_fibquant.kernels.tables import device_codec, next_power_of_two, prefixed
+from vllm_fibquant.ops import splits
 
 BLOCK_T = 32
 DECODE_ROWS, PREFILL_ROWS = 16, 64

@@ -15,8 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_fibquant.codec import KVCodec
-from vllm_fibquant.config import GAIN_NUMBERS, GainRule
+from vllm_fibquant.codec.codec import KVCodec
+from vllm_fibquant.codec.config import GAIN_NUMBERS, GainRule
 from vllm_fibquant.kernels.tables import DeviceCode, device_codec, next_power_of_two
 
 BLOCK_V = 16  # the least number of rows of a matrix product

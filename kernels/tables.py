@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vllm_fibquant.codec import KVCodec, VectorCodec
+from vllm_fibquant.codec.codec import KVCodec, VectorCodec
 
 
 def next_power_of_two(n: int) -> int:

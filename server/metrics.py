@@ -8,7 +8,7 @@ engine; what is counted per worker also has the label worker.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, get_args
 
 from prometheus_client import REGISTRY
 from prometheus_client.metrics_core import (
@@ -20,8 +20,9 @@ from prometheus_client.metrics_core import (
 from prometheus_client.utils import floatToGoString
 
 from vllm_fibquant import __version__
-from vllm_fibquant.counters import AGES_S, HISTOGRAMS, Counters, Distribution
-from vllm_fibquant.info import code_text
+from vllm_fibquant.cli.info import code_text
+from vllm_fibquant.observe.counters import AGES_S, HISTOGRAMS, Counters, Distribution
+from vllm_fibquant.observe.loss import State
 from vllm_fibquant.options import Options
 from vllm_fibquant.server.status import HEALTH, Engine, Status
 
@@ -52,6 +53,14 @@ WORKER_GAUGES = (
     ("monitor_tokens", "monitor_tokens", "Tokens of which the monitor holds exact copies."),
     ("monitor_worst_layer_cosine", "monitor_worst_cosine",
      "Lowest mean cosine of recent samples among layers."),
+)  # fmt: skip
+
+# Measured once at the start: metric, fact, help.
+EXPECTED = (
+    ("expected_kl", "kl", "KL of next-token distributions with exact attention and from codes, in "
+     "nats, on the start's text."),
+    ("expected_perplexity_increase", "perplexity_increase",
+     "Increase of perplexity by codes on the start's text, a share."),
 )  # fmt: skip
 
 FIDELITY = (
@@ -92,6 +101,7 @@ class FibQuantCollector:
             return
         yield info_gauge(status, status.options)
         yield from self._engine_gauges(status)
+        yield from loss_metrics(status)
         yield from worker_metrics(status)
         yield from monitor_metrics(status)
 
@@ -174,6 +184,30 @@ def worker_metrics(status: Status) -> Iterator[Metric]:
         gauge("monitor_enabled", "1 when the fidelity monitor is on, else 0.", names),
         lambda c: c["monitor_enabled"],
     )
+
+
+def loss_metrics(status: Status) -> Iterator[Metric]:
+    """What the start of each engine found that codes cost the model."""
+    family = gauge("fidelity_gate", "1 at what the start said of the codes' loss, else 0.",
+                   [*LABELS, "state"])  # fmt: skip
+    for engine in status.engines:
+        for state in get_args(State):
+            own = [*labels(status, engine), state]
+            family.add_metric(own, float(engine.fidelity["state"] == state))
+    yield family
+    for name, fact, text in EXPECTED:
+        family = gauge(name, text, LABELS)
+        for engine in status.engines:
+            if engine.fidelity[fact] is not None:
+                family.add_metric(labels(status, engine), engine.fidelity[fact])
+        yield family
+    family = gauge("expected_cosine", "Cosine of attention over codes and over exact keys and "
+                   "values on the start's text, by layer.", [*LABELS, "layer"])  # fmt: skip
+    for engine in status.engines:
+        for layer, cosine in engine.fidelity["layer_cosines"].items():
+            if cosine is not None:
+                family.add_metric([*labels(status, engine), layer], cosine)
+    yield family
 
 
 def monitor_metrics(status: Status) -> Iterator[Metric]:

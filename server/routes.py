@@ -19,7 +19,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, REGISTRY, generate_latest
 
-from vllm_fibquant import compat
+from vllm_fibquant.engine import compat
 from vllm_fibquant.server.metrics import FibQuantCollector, usage_in
 from vllm_fibquant.server.status import Status, ask
 

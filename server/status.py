@@ -7,11 +7,13 @@ import logging
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from vllm_fibquant import compat, info
-from vllm_fibquant.config import PRESETS
-from vllm_fibquant.counters import Counters
-from vllm_fibquant.options import Options, parse_options
-from vllm_fibquant.plugin import REPORT_METHOD
+from vllm_fibquant.cli import info
+from vllm_fibquant.codec.config import PRESETS
+from vllm_fibquant.engine import compat
+from vllm_fibquant.engine.plugin import REPORT_METHOD
+from vllm_fibquant.engine.support import run_options
+from vllm_fibquant.observe.counters import Counters
+from vllm_fibquant.options import Options
 
 logger = logging.getLogger(f"vllm.{__name__}")
 
@@ -56,6 +58,11 @@ class Engine:
     def health(self) -> int:
         """The worst health of the monitors, as an index of HEALTH."""
         return max((int(c["monitor_health"]) for c in self.counters()), default=0)
+
+    @property
+    def fidelity(self) -> dict[str, Any]:
+        """What its start found that codes cost the model: all its workers know the same."""
+        return self.workers[0].report["fidelity"]
 
     def counters(self) -> list[Counters]:
         return [worker.counters for worker in self.workers if worker.counters]
@@ -116,6 +123,7 @@ class Status:
                 "largest_error": max((check["error"] for check in checks), default=None),
                 "tolerance": max((check["tolerance"] for check in checks), default=None),
             },
+            "fidelity": max((e.fidelity for e in self.engines), key=lambda f: f["kl"] or 0.0),
             "num_engines": len(self.engines),
             "num_workers": len(workers),
             "num_workers_readable": sum(worker.counters is not None for worker in workers),
@@ -151,7 +159,7 @@ async def ask(engine_client: Any) -> Status:
     status = Status(name, str(config.cache_config.cache_dtype))
     if status.kv_cache_dtype not in PRESETS:
         return status
-    status.options = parse_options(status.kv_cache_dtype, config.additional_config)
+    status.options = run_options(config)
     try:
         reports = await compat.call_workers(engine_client, REPORT_METHOD, REPORT_TIMEOUT_S)
     except Exception as error:

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from tests.paged import Paged
-from vllm_fibquant import native_cuda
-from vllm_fibquant.native_cuda import Library, workspace_floats
+from vllm_fibquant.ops import native_cuda
+from vllm_fibquant.ops.native_cuda import Library, workspace_floats
 
 ROOT = Path(__file__).parent.parent
 PATH = ROOT / "build" / "libfibquant_cuda_emulated.so"

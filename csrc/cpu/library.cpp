@@ -3,6 +3,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "abi_text.h"
 #include "cpu/dispatch.h"
 #include "cpu/workspace.h"
 #include "page_layout.h"
@@ -98,13 +99,105 @@ void* call_scratch(size_t bytes) { return call_buffer.grow(bytes); }
 
 }  // namespace fq
 
-// Sizes of the ABI's structs, for the caller to compare with its own.
-FQ_EXPORT void fq_abi(int64_t sizes[5]) {
-  sizes[0] = sizeof(FqCodec);
-  sizes[1] = sizeof(FqPages);
-  sizes[2] = sizeof(FqEncode);
-  sizes[3] = sizeof(FqAttend);
-  sizes[4] = sizeof(FqKeyMap);
+// The ABI's structs in words (abi_text.h), for the caller to compare with its own.
+static fq::AbiText describe_abi() {
+  fq::AbiText abi;
+  {
+    using S = FqCode;
+    abi.add(sizeof(S), {FQ_FIELD(subvec_dim), FQ_FIELD(index_bits), FQ_FIELD(num_rows),
+                        FQ_FIELD(folded), FQ_FIELD(gain), FQ_FIELD(num_rows_padded),
+                        FQ_FIELD(norm_bytes), FQ_FIELD(rows), FQ_FIELD(rows_t), FQ_FIELD(half_sq),
+                        FQ_FIELD(num_cells), FQ_FIELD(num_lists), FQ_FIELD(cell_tiles),
+                        FQ_FIELD(list_tiles), FQ_FIELD(list_begin), FQ_FIELD(list_index)});
+  }
+  {
+    using S = FqCodec;
+    abi.add(sizeof(S), {FQ_FIELD(head_dim), FQ_FIELD(record_bytes), FQ_FIELD(rotation_signs),
+                        FQ_FIELD(rotation_matrix), FQ_FIELD(rotation_matrix_t), FQ_FIELD(key),
+                        FQ_FIELD(value), FQ_FIELD(levels), FQ_FIELD(level_of_half)});
+  }
+  {
+    using S = FqPages;
+    abi.add(sizeof(S), {FQ_FIELD(base), FQ_FIELD(num_blocks), FQ_FIELD(stride_block),
+                        FQ_FIELD(stride_head), FQ_FIELD(num_kv_heads), FQ_FIELD(block_size)});
+  }
+  {
+    using S = FqEncode;
+    abi.add(sizeof(S), {FQ_FIELD(key), FQ_FIELD(value), FQ_FIELD(slot_mapping),
+                        FQ_FIELD(num_tokens), FQ_FIELD(stride_key_token), FQ_FIELD(stride_key_head),
+                        FQ_FIELD(stride_value_token), FQ_FIELD(stride_value_head), FQ_FIELD(dtype),
+                        FQ_FIELD(num_threads), FQ_FIELD(key_map), FQ_FIELD(positions)});
+  }
+  {
+    using S = FqAttend;
+    abi.add(sizeof(S), {FQ_FIELD(query),
+                        FQ_FIELD(out),
+                        FQ_FIELD(raw_key),
+                        FQ_FIELD(raw_value),
+                        FQ_FIELD(query_start_loc),
+                        FQ_FIELD(seq_lens),
+                        FQ_FIELD(block_table),
+                        FQ_FIELD(sinks),
+                        FQ_FIELD(stride_block_table),
+                        FQ_FIELD(stride_query_token),
+                        FQ_FIELD(stride_query_head),
+                        FQ_FIELD(stride_out_token),
+                        FQ_FIELD(stride_out_head),
+                        FQ_FIELD(stride_raw_key_token),
+                        FQ_FIELD(stride_raw_key_head),
+                        FQ_FIELD(stride_raw_value_token),
+                        FQ_FIELD(stride_raw_value_head),
+                        FQ_FIELD(num_reqs),
+                        FQ_FIELD(num_q_heads),
+                        FQ_FIELD(dtype),
+                        FQ_FIELD(window),
+                        FQ_FIELD(scale),
+                        FQ_FIELD(soft_cap),
+                        FQ_FIELD(num_threads),
+                        FQ_FIELD(copy_dtype),
+                        FQ_FIELD(copy_key),
+                        FQ_FIELD(copy_value),
+                        FQ_FIELD(copy_table),
+                        FQ_FIELD(stride_copy_row),
+                        FQ_FIELD(stride_copy_head),
+                        FQ_FIELD(num_first),
+                        FQ_FIELD(num_recent),
+                        FQ_FIELD(first_query),
+                        FQ_FIELD(stride_first_query_token),
+                        FQ_FIELD(stride_first_query_head),
+                        FQ_FIELD(keep_first),
+                        FQ_FIELD(key_map)});
+  }
+  {
+    using S = FqKeyMap;
+    abi.add(sizeof(S), {FQ_FIELD(mean),
+                        FQ_FIELD(num_plain),
+                        FQ_FIELD(key_matrix_t),
+                        FQ_FIELD(query_matrix_t),
+                        FQ_FIELD(weight),
+                        FQ_FIELD(source_scale),
+                        FQ_FIELD(num_coded),
+                        FQ_FIELD(num_subvecs),
+                        FQ_FIELD(codes),
+                        FQ_FIELD(turn_pairs),
+                        FQ_FIELD(turn_mean),
+                        FQ_FIELD(turn_fine),
+                        FQ_FIELD(turn_coarse),
+                        FQ_FIELD(num_positions),
+                        FQ_FIELD(num_turning),
+                        FQ_FIELD(num_fast),
+                        FQ_FIELD(num_columns),
+                        FQ_FIELD(num_fast_columns),
+                        FQ_FIELD(num_first_means),
+                        FQ_FIELD(first_key),
+                        FQ_FIELD(first_value)});
+  }
+  return abi;
+}
+
+FQ_EXPORT const char* fq_abi() {
+  static const fq::AbiText abi = describe_abi();
+  return abi.text();
 }
 
 // The record layout as the kernels see it: five int32 in the order of fq::RecordLayout.

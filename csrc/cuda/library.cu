@@ -2,6 +2,7 @@
 // The C ABI of libfibquant_cuda.so, and of the same kernels in the emulator.
 #include <cstring>
 
+#include "abi_text.h"
 #include "cuda/launch.h"
 
 #define FQ_EXPORT extern "C" __attribute__((visibility("default")))
@@ -66,12 +67,68 @@ emulator::Machine& emulator::machine() {
 
 }  // namespace fq
 
-// Sizes of the ABI's structs, for the caller to compare with its own.
-FQ_EXPORT void fq_cuda_abi(int64_t sizes[4]) {
-  sizes[0] = sizeof(FqCudaCodec);
-  sizes[1] = sizeof(FqPages);
-  sizes[2] = sizeof(FqCudaEncode);
-  sizes[3] = sizeof(FqCudaAttend);
+// The ABI's structs in words (abi_text.h), for the caller to compare with its own.
+static fq::AbiText describe_abi() {
+  fq::AbiText abi;
+  {
+    using S = FqCudaCode;
+    abi.add(sizeof(S), {FQ_FIELD(subvec_dim), FQ_FIELD(index_bits), FQ_FIELD(folded),
+                        FQ_FIELD(gain), FQ_FIELD(table_scale), FQ_FIELD(num_rows), FQ_FIELD(table),
+                        FQ_FIELD(rows), FQ_FIELD(half_sq)});
+  }
+  {
+    using S = FqCudaCodec;
+    abi.add(sizeof(S), {FQ_FIELD(head_dim), FQ_FIELD(record_bytes), FQ_FIELD(rotation_signs),
+                        FQ_FIELD(rotation_matrix), FQ_FIELD(rotation_matrix_t), FQ_FIELD(key),
+                        FQ_FIELD(value)});
+  }
+  {
+    using S = FqPages;
+    abi.add(sizeof(S), {FQ_FIELD(base), FQ_FIELD(num_blocks), FQ_FIELD(stride_block),
+                        FQ_FIELD(stride_head), FQ_FIELD(num_kv_heads), FQ_FIELD(block_size)});
+  }
+  {
+    using S = FqCudaEncode;
+    abi.add(sizeof(S), {FQ_FIELD(key), FQ_FIELD(value), FQ_FIELD(slot_mapping), FQ_FIELD(counters),
+                        FQ_FIELD(num_tokens), FQ_FIELD(stride_key_token), FQ_FIELD(stride_key_head),
+                        FQ_FIELD(stride_value_token), FQ_FIELD(stride_value_head), FQ_FIELD(dtype),
+                        FQ_FIELD(max_ctas)});
+  }
+  {
+    using S = FqCudaAttend;
+    abi.add(sizeof(S), {FQ_FIELD(query),
+                        FQ_FIELD(out),
+                        FQ_FIELD(query_start_loc),
+                        FQ_FIELD(seq_lens),
+                        FQ_FIELD(block_table),
+                        FQ_FIELD(sinks),
+                        FQ_FIELD(raw_o),
+                        FQ_FIELD(raw_m),
+                        FQ_FIELD(raw_l),
+                        FQ_FIELD(state_o),
+                        FQ_FIELD(state_ml),
+                        FQ_FIELD(stride_block_table),
+                        FQ_FIELD(stride_query_token),
+                        FQ_FIELD(stride_query_head),
+                        FQ_FIELD(stride_out_token),
+                        FQ_FIELD(stride_out_head),
+                        FQ_FIELD(num_tokens),
+                        FQ_FIELD(num_reqs),
+                        FQ_FIELD(num_q_heads),
+                        FQ_FIELD(table_width),
+                        FQ_FIELD(dtype),
+                        FQ_FIELD(window),
+                        FQ_FIELD(num_splits),
+                        FQ_FIELD(wide),
+                        FQ_FIELD(scale),
+                        FQ_FIELD(soft_cap)});
+  }
+  return abi;
+}
+
+FQ_EXPORT const char* fq_cuda_abi() {
+  static const fq::AbiText abi = describe_abi();
+  return abi.text();
 }
 
 // What there are kernels for: lines of "head_dim <d> <wide columns>", "code <name> <subvec_dim>

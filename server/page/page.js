@@ -114,7 +114,34 @@ function meanOf(rows) {
   return total ? rows.reduce((sum, [, mean, n]) => sum + mean * n, 0) / total : null;
 }
 
+const GATE_TEXTS = {
+  passed: "Measured at the start: codes cost this model little.",
+  warned: "Measured at the start: codes cost this model much. Calibrate, or take more bits.",
+  accepted: "Measured at the start: codes damage this model, and that was accepted.",
+  skipped: "Not measured: the fidelity gate was switched off.",
+  unmeasured: "Not measured: this model could not be read at the start; its log says why.",
+};
+
+function stateOf(m, name) {
+  return m.all(name).filter((s) => s.value).map((s) => s.labels.state);
+}
+
+function showExpected(m) {
+  const kl = m.mean("fibquant:expected_kl");
+  const increase = m.mean("fibquant:expected_perplexity_increase");
+  const worst = m.all("fibquant:expected_cosine").reduce(
+    (a, b) => (a && a.value <= b.value ? a : b), null);
+  show("expected-kl", kl === null ? "–" : kl.toPrecision(2));
+  show("expected-perplexity", increase === null ? "–" :
+    `${increase < 0 ? "−" : "+"}${percent(Math.abs(increase), 1)}`);
+  show("expected-worst", worst ? worst.value.toFixed(4) : "–");
+  show("expected-layer", worst ? `, layer ${worst.labels.layer}` : "");
+  const state = stateOf(m, "fibquant:fidelity_gate")[0];
+  show("gate-state", GATE_TEXTS[state] || "–");
+}
+
 function showFidelity(m) {
+  showExpected(m);
   const isOn = m.sum("fibquant:monitor_enabled") > 0;
   byId("fidelity").hidden = !isOn;
   byId("fidelity-off").hidden = isOn;
@@ -217,8 +244,7 @@ async function refresh() {
       showCache(m);
       showFidelity(m);
       showFacts(now);
-      const state = m.all("fibquant:monitor_health").filter((s) => s.value)
-        .map((s) => s.labels.state);
+      const state = stateOf(m, "fibquant:monitor_health");
       const worst = ["damaged", "degraded", "healthy"].find((s) => state.includes(s));
       if (worst) showHealth(worst, worst);
       else showHealth("healthy", "serving");

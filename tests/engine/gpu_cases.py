@@ -13,7 +13,8 @@ import torch
 
 from tests.engine.harness import engine, generate, largest_difference, num_preemptions
 from tests.engine.models import make_model
-from vllm_fibquant import gpu, ops
+from vllm_fibquant import ops
+from vllm_fibquant.ops import gpu
 
 # Interpreted, a token costs a second: just enough of them for two chunks, a shared block and a
 # cache too small for both requests.

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from vllm_fibquant.engine.measure import Texts
+
 from .models import VOCAB_SIZE
 
 
@@ -34,11 +36,21 @@ class Answer:
         return self.tokens, self.logprobs
 
 
+PLAIN = {"mode": "exact", "calibrate": "none"}
+"""Codes alone, as published: what most tests are about."""
+DEFAULTS: dict = {}
+"""Given as `fibquant`, by identity: no option at all."""
+
+
 @contextlib.contextmanager
 def engine(
     model: str, kv_cache_dtype: str, *, fibquant: dict | None = None, **settings
 ) -> Iterator:
-    """A vLLM engine in this process: float32, eager, 64 MiB of cache, blocks of 32 tokens."""
+    """A vLLM engine in this process: float32, eager, 64 MiB of cache, blocks of 32 tokens.
+
+    Args:
+        fibquant: options that replace those of `PLAIN`; DEFAULTS for the product's own.
+    """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)  # would override kv_cache_memory_bytes
     from vllm import LLM
@@ -56,8 +68,8 @@ def engine(
         "skip_tokenizer_init": True,
         "seed": 0,
     }
-    if fibquant is not None:
-        settings["additional_config"] = {"fibquant": fibquant}
+    if fibquant is not DEFAULTS and kv_cache_dtype.startswith("fibquant"):
+        settings["additional_config"] = {"fibquant": {**PLAIN, **(fibquant or {})}}
     llm = LLM(model, kv_cache_dtype=kv_cache_dtype, **{**defaults, **settings})
     try:
         yield llm
@@ -103,11 +115,11 @@ def in_batches(llm, prompts, num_tokens: int = 8, batch: int = 8) -> list[Answer
     return answers
 
 
-def random_text(model_config: object) -> tuple[list[list[int]], list[list[int]]]:
-    """As `calibrate.text_sequences`, for models that know no words."""
+def random_text(model_config: object) -> Texts:
+    """As `measure.text_sequences`, for models that know no words."""
     starts = varied_prompts(7, VOCAB_SIZE, longest=9, shortest=5)
     sequences = varied_prompts(3, VOCAB_SIZE, longest=150, shortest=100)
-    return sequences, [tokens[:4] for tokens in starts]
+    return Texts(sequences, [tokens[:4] for tokens in starts])
 
 
 def varied_prompts(

@@ -85,6 +85,14 @@ def _gpt_oss():
     )
 
 
+def _qwen2():
+    """Projections with biases; those of keys are long, as in real models of this family."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    heads = {"num_attention_heads": 6, "num_key_value_heads": 2}
+    return Qwen2ForCausalLM, Qwen2Config(**{**_COMMON, "hidden_size": 384}, **heads)
+
+
 _SHAPES = {
     "llama": _llama,
     "llama-1layer": lambda: _llama(num_hidden_layers=1),
@@ -97,6 +105,7 @@ _SHAPES = {
     "gemma2": _gemma2,
     "gemma3": _gemma3,
     "gpt-oss": _gpt_oss,
+    "qwen2": _qwen2,
 }
 
 
@@ -116,6 +125,10 @@ def make_model(shape: str, folder: Path) -> str:
                 parameter.normal_(0, 0.3)
             elif "sinks" in name:
                 parameter.normal_(0, 2.0)
+            elif "k_proj.bias" in name:
+                parameter.normal_(0, 1.0)
+                # Long where the rotary embedding turns slowly: scores see it as a constant.
+                parameter.view(-1, 64)[:, 24:32] += 40.0
             elif parameter.dim() > 1:
                 parameter.normal_(0, 0.08)
     model.save_pretrained(path)

@@ -16,7 +16,7 @@ CODEBOOKS = "FIBQUANT_TEST_ODD_CODEBOOKS"
 class OddRankWorker(CPUWorker):
     def init_device(self) -> None:
         if self.rank == 1:
-            from vllm_fibquant import codebook, codec
+            from vllm_fibquant.codec.codec import codebook, codec
 
             codebook.SHIPPED_DIR = Path(os.environ[CODEBOOKS])
             codec._kv_codec.cache_clear()
@@ -27,9 +27,9 @@ class RandomTextWorker(CPUWorker):
     """For models without a tokenizer."""
 
     def init_device(self) -> None:
-        from vllm_fibquant import calibrate
+        from vllm_fibquant.engine import measure
 
         from .harness import random_text
 
-        calibrate.text_sequences = random_text
+        measure.text_sequences = random_text
         super().init_device()

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_fibquant import attention, calibrate
-from vllm_fibquant.calibration import KeyStatistics, pack_calibration, parse_calibration
-from vllm_fibquant.key_map import Turns
+from vllm_fibquant.engine import attention
+from vllm_fibquant.engine import measure as measuring
+from vllm_fibquant.keys.calibration import KeyStatistics, pack_calibration, parse_calibration
+from vllm_fibquant.keys.key_map import Turns
 
 from .harness import engine, generate, in_batches, largest_difference, random_text, varied_prompts
 from .models import VOCAB_SIZE, make_model
@@ -23,7 +24,7 @@ from .test_refusals import refusal_of
 @pytest.fixture(autouse=True)
 def short_text(monkeypatch):
     """A few random tokens: the models here know no words."""
-    monkeypatch.setattr(calibrate, "text_sequences", random_text)
+    monkeypatch.setattr(measuring, "text_sequences", random_text)
 
 
 def measure(model: str, path: Path) -> None:
@@ -59,8 +60,9 @@ def exaggerate(path: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", ["llama", pytest.param("gemma2", marks=pytest.mark.slow)])
-def test_what_is_measured_is_what_the_model_computes(model_folder, tmp_path, shape):
+def test_what_is_measured_is_what_the_model_computes(model_folder, tmp_path, monkeypatch, shape):
     """Measured through the layers, against the same model in transformers."""
+    monkeypatch.setattr(measuring, "distances", lambda number: (0,))
     from transformers import AutoModelForCausalLM, DynamicCache
 
     path = make_model(shape, model_folder)
@@ -71,9 +73,9 @@ def test_what_is_measured_is_what_the_model_computes(model_folder, tmp_path, sha
     )
     keys: dict[int, list[torch.Tensor]] = {}
     first: dict[int, list[torch.Tensor]] = {}
-    sequences, starts = calibrate.text_sequences(None)
+    texts = random_text(None)
     with torch.inference_mode():
-        for tokens in sequences + starts:
+        for tokens in texts.sequences + texts.starts:
             cache = DynamicCache()
             model(torch.tensor([tokens]), past_key_values=cache)
             for number, layer in enumerate(cache.layers):
@@ -109,7 +111,7 @@ def test_measured_once_and_then_read(model_folder, tmp_path, monkeypatch):
     with engine(model, "fibquant_2bit", fibquant=calibrated(path)) as llm:
         first = in_batches(llm, prompts)
     written = path.read_bytes()
-    monkeypatch.setattr(calibrate, "text_sequences", None)  # measuring again would fail
+    monkeypatch.setattr(measuring, "text_sequences", None)  # measuring again would fail
     with engine(model, "fibquant_2bit", fibquant=calibrated(path)) as llm:
         again = in_batches(llm, prompts)
     with engine(model, "fibquant_2bit") as llm:
@@ -126,6 +128,33 @@ def test_kept_in_the_cache_when_no_path_is_given(model_folder, tmp_path, monkeyp
         pass
     (path,) = tmp_path.glob("calibrations/*.fqcal")
     assert path.stem == parse_calibration(path.read_bytes(), "file").model + "-3"
+
+
+def test_without_a_place_to_keep_it_the_measurement_serves_all_the_same(
+    model_folder, tmp_path, monkeypatch
+):
+    (tmp_path / "file").touch()  # no folder can be made below a file, by nobody
+    monkeypatch.setenv("FIBQUANT_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    model, kept = make_model("llama", model_folder), tmp_path / "a.fqcal"
+    prompts = varied_prompts(6, VOCAB_SIZE)
+    with engine(model, "fibquant_2bit", fibquant={"calibrate": "means"}) as llm:
+        answers = in_batches(llm, prompts)
+    with engine(model, "fibquant_2bit", fibquant=calibrated(kept)) as llm:
+        expected = in_batches(llm, prompts)
+    assert [a.bits for a in answers] == [a.bits for a in expected]
+
+
+def test_a_path_that_cannot_be_written_is_refused_before_measuring(
+    model_folder, tmp_path, monkeypatch
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(measuring, "text_sequences", None)  # measuring would fail
+    path = tmp_path / "file" / "a.fqcal"
+    with (
+        pytest.raises(ValueError, match="calibration must be a file or a path that can be written"),
+        engine(make_model("llama", model_folder), "fibquant_2bit", fibquant=calibrated(path)),
+    ):
+        pass
 
 
 def test_another_models_file_is_refused(model_folder, tmp_path):
@@ -173,8 +202,6 @@ def test_a_window_over_everything_is_stock_attention(model_folder, tmp_path, mon
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size must be 1"),
-        ({"kv_cache_dtype_skip_layers": ["0"]}, "skip-layers must be empty"),
         ({"kv_offloading_size": 1.0}, "calibration must be an existing file"),
         ({"kv_offloading_size": 1.0, "calibrate": "transform"}, 'it must be "means" with KV'),
         ({"kv_cache_dtype": "fibquant_k5v3", "calibrate": "transform"}, "at most 4 bits per"),

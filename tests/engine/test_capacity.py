@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from vllm_fibquant import plan
+from vllm_fibquant.cli import plan
 
 from .harness import engine
 from .models import make_model

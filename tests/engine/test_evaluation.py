@@ -23,7 +23,7 @@ def words(tmp_path_factory):
 
 
 def test_the_suite(tmp_path, words, monkeypatch):
-    from vllm_fibquant import attention
+    from vllm_fibquant.engine import attention
     from vllm_fibquant.evaluation import report, suite, texts
     from vllm_fibquant.evaluation.rivals import KVQuant
     from vllm_fibquant.evaluation.rows import Row, all_rows

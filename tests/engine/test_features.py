@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_fibquant.config import PRESETS
-from vllm_fibquant.layout import preset_layout
+from vllm_fibquant.codec.config import PRESETS
+from vllm_fibquant.codec.layout import preset_layout
 
 from .harness import cache_tensors, engine, generate, in_batches, one_by_one, varied_prompts
 from .models import VOCAB_SIZE, make_model
@@ -137,7 +137,7 @@ def test_other_dtypes(model_folder, dtype):
 
 
 def test_non_finite_keys_are_counted_and_do_not_spread(model_folder, monkeypatch):
-    from vllm_fibquant import attention, non_finite
+    from vllm_fibquant.engine import attention, non_finite
 
     prompts = varied_prompts(2, VOCAB_SIZE, longest=60)
     model = make_model("llama", model_folder)

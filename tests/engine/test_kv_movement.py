@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_fibquant.config import PRESETS
-from vllm_fibquant.layout import preset_layout
+from vllm_fibquant.codec.config import PRESETS
+from vllm_fibquant.codec.layout import preset_layout
 
 from .harness import engine, in_batches, largest_difference, one_by_one, varied_prompts
 from .models import VOCAB_SIZE, make_model

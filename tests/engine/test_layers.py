@@ -6,10 +6,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vllm_fibquant import plan
-from vllm_fibquant.config import PRESETS
-from vllm_fibquant.layout import preset_layout
-from vllm_fibquant.report import worker_report
+from vllm_fibquant.cli import plan
+from vllm_fibquant.codec.config import PRESETS
+from vllm_fibquant.codec.layout import preset_layout
+from vllm_fibquant.engine.report import worker_report
 
 from .harness import cache_tensors, engine, generate, in_batches, varied_prompts
 from .models import VOCAB_SIZE, make_model

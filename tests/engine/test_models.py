@@ -6,7 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vllm_fibquant import ops, reference
+from vllm_fibquant import ops
+from vllm_fibquant.ops import reference
 
 from .harness import engine, generate, in_batches, largest_difference, varied_prompts
 from .models import VOCAB_SIZE, make_model

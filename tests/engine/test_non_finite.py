@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_fibquant import non_finite
+from vllm_fibquant.engine import non_finite
 
 from .harness import cache_tensors, engine, in_batches, one_by_one, varied_prompts
 from .models import VOCAB_SIZE, make_model

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from vllm_fibquant import attention
+from vllm_fibquant.engine import attention
 
 from .harness import (
     engine,

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from vllm_fibquant import codec
+from vllm_fibquant.codec import codec
 
 from .harness import engine
 from .models import VOCAB_SIZE, make_config_only, make_model
@@ -197,7 +197,7 @@ def test_offloading_to_host_memory(model_folder, settings):
 
 def test_damaged_codebook(model_folder, tmp_path, monkeypatch):
     """A flipped bit in a codebook is found before anything is started."""
-    from vllm_fibquant import codebook
+    from vllm_fibquant.codec import codebook
 
     name = next(p for p in codebook.SHIPPED_DIR.iterdir() if p.name.startswith("d64-k4n256-"))
     content = bytearray(name.read_bytes())

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_fibquant.codec import KVCodec
-from vllm_fibquant.config import PRESETS
+from vllm_fibquant.codec.codec import KVCodec
+from vllm_fibquant.codec.config import PRESETS
 
 from .harness import (
     engine,

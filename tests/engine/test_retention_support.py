@@ -79,7 +79,7 @@ def test_a_layer_with_a_window_of_its_own():
     """Should a model have one that its configuration does not tell of."""
     from vllm.config import VllmConfig, set_current_vllm_config
 
-    from vllm_fibquant import attention
+    from vllm_fibquant.engine import attention
 
     config = VllmConfig(additional_config={"fibquant": {"retain": RETAIN}})
     config.cache_config.cache_dtype = "fibquant"

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vllm_fibquant import rotary
+from vllm_fibquant.engine import rotary
 
 HEAD_DIM = 64
 PLAIN = {"rope_type": "default", "rope_theta": 10000.0}

@@ -22,7 +22,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=Path, metavar="DIR", help="plots; default: as --out")
     parser.add_argument("--jobs", type=int, default=2, metavar="N",
                         help="processes that rows are shared among; default: 2")  # fmt: skip
-    parser.add_argument("--threads", type=int, default=1, help="of each process; default: 1")
+    parser.add_argument("--threads", type=int, default=1,
+                        help="of each process; default: 1")  # fmt: skip
+    parser.add_argument("--row", action="append", metavar="PRESET [JSON]",
+                        help="measure these alone, through the engine, and print them: a "
+                        "--kv-cache-dtype, and the fibquant options it is to have; can be given "
+                        "several times")  # fmt: skip
+    parser.add_argument("--text", nargs="+", metavar="FILE",
+                        help="read these texts instead of the project's own, which are called "
+                        "prose and code")  # fmt: skip
+    parser.add_argument("--tokens", type=int, default=2048, help="of a text of --row")
+    parser.add_argument("--chunks", type=int, default=2, help="texts of each file of --row")
+    parser.add_argument("--step", type=int, default=16, metavar="N",
+                        help="tokens of a text read at once in mode quality; default: 16")  # fmt: skip
+    parser.add_argument("--dtype", default="float32", help="of the model in --row")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="append results of --row here")
     parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--report", action="store_true",
                         help="measure nothing: tables and plots of what is there")  # fmt: skip
@@ -51,6 +65,11 @@ def run(options: argparse.Namespace) -> int:
             "download it first"
         )
     torch.set_num_threads(options.threads)
+    if options.row:
+        from vllm_fibquant.evaluation import trial
+
+        options.model = model
+        return trial.run(options)
     name = "evaluation-quick" if options.quick else "evaluation"
     suite = Suite(
         str(model),

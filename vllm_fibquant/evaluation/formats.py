@@ -13,12 +13,12 @@ from typing import ClassVar
 
 import torch
 
-from vllm_fibquant.codebook import Codebook
-from vllm_fibquant.codec import KVCodec, VectorCodec
-from vllm_fibquant.config import CodeSpec, Preset
-from vllm_fibquant.layout import preset_layout
+from vllm_fibquant.codec.codebook import Codebook
+from vllm_fibquant.codec.codec import KVCodec, VectorCodec
+from vllm_fibquant.codec.config import CodeSpec, Preset
+from vllm_fibquant.codec.layout import preset_layout
+from vllm_fibquant.codec.rotation import make_rotation
 from vllm_fibquant.options import Options
-from vllm_fibquant.rotation import make_rotation
 
 Layer = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Queries float32 `[num_q_heads, num_tokens, d]`, keys and values `[num_kv_heads, num_tokens, d]`,
@@ -43,8 +43,9 @@ class Format:
         `context` tokens."""
         return 32.0
 
-    def fit(self, layers: Sequence[Layer], rotate: Rotate) -> None:
-        """Sees keys and values of the calibration text, one entry per layer; by default unused."""
+    def fit(self, layers: Sequence[Layer], rotations: Sequence[Rotate]) -> None:
+        """Sees keys and values of the calibration text, and how each layer turns keys; by default
+        unused."""
 
     def roundtrip(
         self, layer: int, keys: torch.Tensor, values: torch.Tensor, rotate: Rotate
@@ -172,7 +173,7 @@ def _built_codec(preset: Preset, head_dim: int) -> KVCodec:
 @functools.lru_cache(maxsize=4)
 def _built_codebook(spec: CodeSpec, head_dim: int) -> Codebook:
     """One Lloyd run: within 0.02 dB of several at these rates."""
-    from vllm_fibquant.codebook_build import BuildOptions, build_codebook
+    from vllm_fibquant.codec.codebook_build import BuildOptions, build_codebook
 
     return build_codebook(spec, head_dim, BuildOptions(restarts=1, samples=1 << 17, iterations=15))[
         0

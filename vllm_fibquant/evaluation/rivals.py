@@ -13,8 +13,8 @@ from typing import ClassVar
 
 import torch
 
+from vllm_fibquant.codec.rotation import make_rotation
 from vllm_fibquant.evaluation.formats import Format
-from vllm_fibquant.rotation import make_rotation
 
 SCALE_BITS = 16
 LLOYD_STEPS = 40
@@ -43,17 +43,41 @@ class Int4PerToken(Format):
         return affine(keys, 4, -1), affine(values, 4, -1)
 
 
+@functools.lru_cache(maxsize=8)
+def hadamard(size: int) -> torch.Tensor:
+    """The orthonormal Walsh-Hadamard matrix of a power of two, its own inverse: float32
+    `[size, size]`."""
+    matrix = torch.ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix)
+    return matrix / math.sqrt(size)
+
+
 @dataclass(frozen=True)
 class GgmlQ4(Format):
-    """q4_0 of ggml: runs of 32 coordinates, whose signed extreme becomes level 0 of 16."""
+    """q4_0 of ggml: runs of 32 coordinates, whose signed extreme becomes level 0 of 16.
 
+    `rotated` is how llama.cpp stores quantised caches since its pull request 21038, where head_dim
+    is a multiple of 64: keys after a Hadamard matrix of the largest power of two that divides
+    head_dim, values after one of 64.
+    """
+
+    rotated: bool = False
     run: ClassVar[int] = 32
 
     def bits(self, head_dim, context):
         return 4 + SCALE_BITS / self.run
 
     def roundtrip(self, layer, keys, values, rotate):
-        return self.runs(keys), self.runs(values)
+        if not self.rotated or keys.shape[-1] % 64:
+            return self.runs(keys), self.runs(values)
+        head_dim = keys.shape[-1]
+        return self._turned(keys, head_dim & -head_dim), self._turned(values, 64)
+
+    def _turned(self, x: torch.Tensor, size: int) -> torch.Tensor:
+        matrix = hadamard(size)
+        coded = self.runs((x.unflatten(-1, (-1, size)) @ matrix).flatten(-2))
+        return (coded.unflatten(-1, (-1, size)) @ matrix).flatten(-2)
 
     def runs(self, x: torch.Tensor) -> torch.Tensor:
         """float32 `[..., n]`, n a multiple of 32, to what its runs decode to."""
@@ -202,9 +226,9 @@ class KVQuant(Format):
         stored = self.width + 32 * self.outliers
         return stored + (16 - stored) * min(self.num_first, context) / context
 
-    def fit(self, layers, rotate):
+    def fit(self, layers, rotations):
         for index, (_, keys, values) in enumerate(layers):
-            before = rotate(keys, True)[:, self.num_first :]
+            before = rotations[index](keys, True)[:, self.num_first :]
             ends = torch.tensor([self.outliers / 2, 1 - self.outliers / 2])
             low, high = torch.quantile(before, ends, dim=1, keepdim=True)
             scaled = _scale(before, low, high)

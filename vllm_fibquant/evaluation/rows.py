@@ -6,13 +6,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from vllm_fibquant.config import CodeSpec, Preset
+from vllm_fibquant.codec.config import CodeSpec, Preset
 from vllm_fibquant.evaluation.formats import BuiltFibQuant, FibQuant, Format, Perturbed, Rounded
 from vllm_fibquant.evaluation.rivals import GgmlQ4, Int4PerToken, Kivi, KVQuant, TurboQuant
 from vllm_fibquant.options import parse_options
 
 Group = Literal["uncompressed", "published", "exact", "quality", "ablation", "rival", "check",
                 "frontier"]  # fmt: skip
+
+PLAIN: dict[str, Any] = {"mode": "exact", "calibrate": "none"}
+"""What rows leave out: codes alone, without what the product adds by default."""
 
 PUBLISHED: dict[str, Any] = {"key": {"gain": "norm"}, "value": {"gain": "norm"}}
 """The stored norm is the vector's own, as in arXiv 2605.11478."""
@@ -68,7 +71,7 @@ def engine_row(
         step: tokens prefilled at once where that matters.
         flags: main, quick; fidelity=False where `formats.FibQuant` does not know the options.
     """
-    parsed = parse_options(preset, {"fibquant": options})
+    parsed = parse_options(preset, {"fibquant": {**PLAIN, **options}})
     step = step if parsed.prefill == "raw" else EXACT_STEP
     known = FibQuant.from_options(parsed, step)
     return Row(name, group, known, (preset, options), step, **flags)
@@ -112,7 +115,8 @@ def all_rows(step: int) -> list[Row]:
     rows += _rivals()
     modes: dict[str, dict[str, Any]] = {"exact": {}, "quality": quality}
     for mode, options in modes.items():
-        known = FibQuant.from_options(parse_options("fibquant_2bit", {"fibquant": options}), step)
+        parsed = parse_options("fibquant_2bit", {"fibquant": {**PLAIN, **options}})
+        known = FibQuant.from_options(parsed, step)
         rows.append(Row(f"2bit, {mode}, simulated", "check", known, quick=mode == "exact"))
     codes = parse_options("fibquant_2bit").preset
     rows += [

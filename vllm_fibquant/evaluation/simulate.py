@@ -42,6 +42,7 @@ def attend(
     coded: tuple[torch.Tensor, torch.Tensor],
     scale: float,
     cache_format: Format | None = None,
+    window: int = 0,
 ) -> torch.Tensor:
     """Causal attention that reads each token from one of two sets of keys and values.
 
@@ -50,6 +51,7 @@ def attend(
         raw, coded: keys and values, float32 `[num_kv_heads, num_tokens, d]` each.
         scale: of the scores.
         cache_format: says which are read raw (see `Format`); None: all are coded.
+        window: newest tokens, its own included, that a query reads at all; 0: every one.
 
     Returns:
         float32 `[num_q_heads, num_tokens, d]`.
@@ -59,7 +61,9 @@ def attend(
     num_first = cache_format.num_first if cache_format else 0
     key_start = cache_format.key_start(positions) if cache_format else positions + 1
     value_start = cache_format.value_start(positions) if cache_format else positions + 1
-    if num_first == 0 and (torch.minimum(key_start, value_start) > positions).all():
+    window = window or num_tokens
+    plain = num_first == 0 and window >= num_tokens
+    if plain and (torch.minimum(key_start, value_start) > positions).all():
         keys, values = (x.repeat_interleave(query.shape[0] // num_kv_heads, 0) for x in coded)
         return scaled_dot_product_attention(query, keys, values, is_causal=True, scale=scale)
 
@@ -79,7 +83,7 @@ def attend(
         scores = (q @ coded[0][:, :end].mT).unflatten(1, group)
         raw_scores = (q @ raw[0][:, near].mT).unflatten(1, group)
         scores[..., near] = torch.where(raw_key, raw_scores, scores[..., near])
-        weights = scores.masked_fill_(j > p, -torch.inf).softmax(-1)
+        weights = scores.masked_fill_((j > p) | (j <= p - window), -torch.inf).softmax(-1)
         out = weights.flatten(1, 2) @ coded[1][:, :end]
         swapped = (weights[..., near] * raw_value).flatten(1, 2)
         out += swapped @ (raw[1][:, near] - coded[1][:, near])
@@ -91,49 +95,48 @@ class Simulator:
     """A model whose attention can be given a cache format.
 
     Attributes:
-        tokenizer, model: of the folder; the tokenizer is None where there is none.
-        num_layers, num_kv_heads, head_dim, rope_base: of the model.
+        model: in float32.
+        rotations: of every layer, how its keys are turned (`formats.Rotate`).
+        windows, scales: of every layer's attention, known once it has run; a window of 0 is none.
     """
 
     def __init__(self, folder: str) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoModelForCausalLM
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         config = self.model.config
-        self.num_layers = config.num_hidden_layers
-        self.num_kv_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
-        self.head_dim = getattr(config, "head_dim", None) or (
-            config.hidden_size // config.num_attention_heads
-        )
-        self.rope_base = _rope_base(config)
+        self.rotations = [
+            functools.partial(_rotate, base=_rope_base(config, layer))
+            for layer in range(config.num_hidden_layers)
+        ]
+        self.windows = [0] * config.num_hidden_layers
+        self.scales = [0.0] * config.num_hidden_layers
         self._attend: Callable[..., torch.Tensor] | None = None
         name = f"fibquant_simulator_{id(self)}"
         ALL_ATTENTION_FUNCTIONS.register(name, self._attention)
         config._attn_implementation = name
 
-    def rotate(self, x: torch.Tensor, inverse: bool) -> torch.Tensor:
-        """See `formats.Rotate`."""
-        return rotary(x, self.rope_base, inverse)
-
     def _attention(self, module, query, key, value, mask, scaling=None, **given: Any):
         """What transformers calls: `[batch, heads, tokens, d]` in, heads and tokens swapped out."""
-        for name in ("sliding_window", "softcap", "s_aux"):
+        for name in ("softcap", "s_aux"):
             if given.get(name) is not None:
                 raise ValueError(
-                    f"Simulator: the model's attention must be full and plain, got {name} "
+                    f"Simulator: the model's attention must be plain, got {name} "
                     f"{given[name]!r}; measure its engine rows alone"
                 )
-        scale = scaling or query.shape[-1] ** -0.5
-        if self._attend is not None:
-            out = self._attend(module.layer_idx, query[0], key[0], value[0], scale).unsqueeze(0)
-        else:
-            groups = query.shape[1] // key.shape[1]
-            keys, values = (x.repeat_interleave(groups, 1) for x in (key, value))
-            causal = query.shape[2] == key.shape[2]  # else one new token, which sees everything
-            out = scaled_dot_product_attention(query, keys, values, is_causal=causal, scale=scale)
-        return out.transpose(1, 2).contiguous(), None
+        layer = module.layer_idx
+        self.scales[layer] = scaling or query.shape[-1] ** -0.5
+        self.windows[layer] = given.get("sliding_window") or 0
+        read = self._attend or self._uncompressed
+        return read(layer, query[0], key[0], value[0]).unsqueeze(0).transpose(1, 2), None
+
+    def _uncompressed(self, layer, query, key, value):
+        return self.attend(layer, query, (key, value), (key, value))
+
+    def attend(self, layer, query, raw, coded, cache_format=None) -> torch.Tensor:
+        """`attend` with a layer's scale and window."""
+        return attend(query, raw, coded, self.scales[layer], cache_format, self.windows[layer])
 
     @torch.no_grad()
     def _forward(self, tokens: list[int], attend: Callable[..., torch.Tensor] | None):
@@ -148,48 +151,45 @@ class Simulator:
         if cache_format is None:
             return self._forward(tokens, None)
 
-        def read(layer, query, key, value, scale):
-            coded = cache_format.roundtrip(layer, key, value, self.rotate)
-            return attend(query, (key, value), coded, scale, cache_format)
+        def read(layer, query, key, value):
+            coded = cache_format.roundtrip(layer, key, value, self.rotations[layer])
+            return self.attend(layer, query, (key, value), coded, cache_format)
 
         return self._forward(tokens, read)
 
     @torch.no_grad()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """float32 `[n, hidden_size]` to `[n, vocabulary]`."""
-        return self.model.lm_head(hidden)
+        logits = self.model.lm_head(hidden)
+        cap = getattr(self.model.config, "final_logit_softcapping", None)
+        return cap * torch.tanh(logits / cap) if cap else logits
 
     @functools.lru_cache(maxsize=2)  # noqa: B019 - a simulator lives as long as the process
     def capture(self, tokens: tuple[int, ...]) -> list[Layer]:
         """Queries, keys and values of every layer of the uncompressed model."""
         layers: list[Layer] = []
 
-        def keep(layer, query, key, value, scale):
+        def keep(layer, query, key, value):
             layers.append((query, key, value))
-            return attend(query, (key, value), (key, value), scale)
+            return self._uncompressed(layer, query, key, value)
 
         self._forward(list(tokens), keep)
         return layers
 
-    @torch.no_grad()
-    def continuations(self, prompts: list[list[int]], count: int) -> list[list[int]]:
-        """The next `count` likeliest tokens of prompts of one length, one after another."""
-        tokens, cache, out = torch.tensor(prompts), None, []
-        for _ in range(count):
-            step = self.model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache = step.past_key_values
-            tokens = step.logits[:, -1].argmax(-1, keepdim=True)
-            out.append(tokens)
-        return torch.cat(out, 1).tolist()
+
+def _rotate(x: torch.Tensor, inverse: bool, base: float) -> torch.Tensor:
+    return rotary(x, base, inverse)
 
 
-def _rope_base(config: Any) -> float:
-    """The base of a plain rotary embedding over all coordinates.
+def _rope_base(config: Any, layer: int) -> float:
+    """The base of a layer's rotary embedding, a plain one over all coordinates.
 
     Raises:
         ValueError: the model has another one.
     """
     rope = getattr(config, "rope_parameters", None) or {}
+    if "rope_theta" not in rope and "rope_type" not in rope:  # of each type of layer
+        rope = rope.get((getattr(config, "layer_types", None) or [""] * (layer + 1))[layer]) or {}
     kind = rope.get("rope_type", "default")
     part = rope.get("partial_rotary_factor") or getattr(config, "partial_rotary_factor", None) or 1
     if kind != "default" or part != 1 or "rope_theta" not in rope:

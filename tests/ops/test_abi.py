@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A library is loaded only if its structs have our fields, by name, place and size."""
+
+from __future__ import annotations
+
+from ctypes import Structure
+
+import pytest
+
+from vllm_fibquant.ops import native
+from vllm_fibquant.ops.abi import load_library
+
+STRUCTS = (
+    native._Code, native._Codec, native.Pages, native._Encode, native._Attend, native._KeyMap,
+)  # fmt: skip
+
+
+def load(structs):
+    return load_library("test", native.LIBRARY_PATH, "fq_abi", structs, "build it again")
+
+
+def changed(struct, change):
+    """Structs of which `struct` has other fields."""
+    fields = list(struct._fields_)
+    change(fields)
+    other = type("Other", (Structure,), {"_fields_": fields})
+    return [other if s is struct else s for s in STRUCTS]
+
+
+def test_our_structs_are_the_librarys():
+    load(STRUCTS)
+
+
+def exchange(fields):
+    fields[0], fields[1] = fields[1], fields[0]
+
+
+def rename(fields):
+    fields[-1] = ("other", fields[-1][1])
+
+
+@pytest.mark.parametrize("change", [exchange, rename, list.pop])
+@pytest.mark.parametrize("struct", STRUCTS, ids=lambda s: s.__name__)
+def test_other_fields_are_refused(struct, change):
+    """Exchanged fields leave a struct's size as it was."""
+    with pytest.raises(RuntimeError, match="must be built from this version's sources.*got"):
+        load(changed(struct, change))
+
+
+def test_a_library_that_describes_nothing_is_refused():
+    with pytest.raises(RuntimeError, match="got 'nothing'"):
+        load_library("test", native.LIBRARY_PATH, "no_such_function", STRUCTS, "build it again")

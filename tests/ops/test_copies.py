@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention over codes with 16-bit copies of a request's first and newest tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.ops.test_attention import check_against_oracle, codec_of
+from tests.paged import Paged, make_paged
+from vllm_fibquant.ops.reference import TokenCopies
+
+
+def make_copies(
+    paged: Paged, num_first: int, num_recent: int, dtype: torch.dtype, share: float = 1.0
+) -> TokenCopies:
+    """Copies of a random `share` of the tokens in reach, in shuffled rows among poisoned ones."""
+    generator = torch.Generator().manual_seed(7)
+    lens, new = paged.seq_lens.tolist(), paged.query_start_loc.diff().tolist()
+    table = torch.full((len(lens), num_first + num_recent), -1, dtype=torch.int32)
+    order = torch.randperm(2 * table.numel() + 1, generator=generator)
+    key = torch.full((len(order), *paged.key.shape[1:]), torch.nan, dtype=dtype)
+    value = key.clone()
+    begin = used = 0
+    for req, (seq_len, query_len) in enumerate(zip(lens, new, strict=True)):
+        context = seq_len - query_len
+        for column in range(table.shape[1]):
+            is_first = column < num_first
+            position = column if is_first else context - num_recent + column - num_first
+            if not (0 if is_first else num_first) <= position < context:
+                continue
+            if torch.rand(1, generator=generator) < share:
+                row = int(order[used])
+                table[req, column] = row
+                key[row], value[row] = paged.key[begin + position], paged.value[begin + position]
+                used += 1
+        begin += seq_len
+    return TokenCopies(key, value, table, num_first)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("share", [1.0, 0.5])
+@pytest.mark.parametrize(
+    "options", [{}, {"window": 20, "soft_cap": 5.0}, {"window": 70}, {"sinks": True}], ids=str
+)
+def test_equals_the_oracle(options: dict, share: float, dtype: torch.dtype) -> None:
+    lens, new = [100, 640, 5, 3, 70, 33], [60, 2, 5, 1, 1, 1]
+    paged = make_paged(codec_of("fibquant_2bit", 64), lens, new, group_size=3, dtype=dtype)
+    options = dict(options)
+    if options.pop("sinks", False):
+        options["sinks"] = torch.randn(6, generator=torch.Generator().manual_seed(1)) * 3
+    copies = make_copies(paged, 4, 48, torch.bfloat16, share)
+    check_against_oracle(paged, copies=copies, **paged.raw, **options)
+
+
+@pytest.mark.parametrize(("num_first", "num_recent"), [(0, 1), (1, 0), (4, 0), (0, 64), (40, 100)])
+@pytest.mark.parametrize("head_dim", [64, 80, 256])
+def test_sizes(num_first: int, num_recent: int, head_dim: int) -> None:
+    paged = make_paged(codec_of("fibquant_3bit", head_dim), [130, 64, 1, 90], [1, 3, 1, 90])
+    copies = make_copies(paged, num_first, num_recent, torch.float16)
+    check_against_oracle(paged, copies=copies, **paged.raw)
+
+
+def test_copies_of_everything_leave_no_trace_of_codes() -> None:
+    """With copies of all cached tokens the pages are not read, and the answer is the truth."""
+    paged = make_paged(codec_of("fibquant_1bit", 64), [70, 40], [1, 7], group_size=4)
+    copies = make_copies(paged, 4, 70, torch.float32)
+    before = paged.attend(copies=copies, **paged.raw)
+    paged.cache.fill_(0xFF)
+    assert torch.equal(before, paged.attend(copies=copies, **paged.raw))
+    assert not torch.isnan(before).any()
+
+
+def test_one_missing_copy_is_read_from_its_code() -> None:
+    paged = make_paged(codec_of("fibquant_1bit", 64), [70], [1])
+    copies = make_copies(paged, 4, 32, torch.float32)
+    whole = paged.attend(copies=copies, **paged.raw)
+    copies.table[0, 10] = -1
+    assert not torch.allclose(whole, paged.attend(copies=copies, **paged.raw), atol=1e-4)
+    check_against_oracle(paged, copies=copies, **paged.raw)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"table": torch.zeros(3, 4, dtype=torch.int32)}, "copies.table must be"),
+        ({"table": torch.zeros(1, 4, dtype=torch.int64)}, "copies.table must be torch.int32"),
+        ({"num_first": 9}, "num_first 9"),
+        ({"key": torch.zeros(5, 3, 64)}, "copies.key must be"),
+        ({"value": torch.zeros(5, 64, 2).transpose(1, 2)}, "copies.value must be"),
+    ],
+    ids=lambda x: str(x)[:30],
+)
+def test_bad_copies_are_refused(change: dict, message: str) -> None:
+    paged = make_paged(codec_of("fibquant_2bit", 64), [20], [1])
+    vectors = torch.zeros(5, 2, 64)
+    fields = {"key": vectors, "value": vectors, "num_first": 4} | change
+    fields.setdefault("table", torch.full((1, 8), -1, dtype=torch.int32))
+    with pytest.raises(ValueError, match=message):
+        paged.attend(copies=TokenCopies(**fields), **paged.raw)
+
+
+def test_copies_need_raw_tokens() -> None:
+    paged = make_paged(codec_of("fibquant_2bit", 64), [20], [1])
+    copies = make_copies(paged, 4, 4, torch.float32)
+    with pytest.raises(ValueError, match="raw_key"):
+        paged.attend(copies=copies)

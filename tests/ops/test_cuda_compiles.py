@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""nvcc compiles the CUDA kernels for every architecture, within stated budgets.
+
+Without a GPU this is what can be known of the machine code: registers, spills and shared memory.
+The gate compiles head_dim 128, whose budget of registers is the tightest, for all six
+architectures, and head_dim 256, the largest kernels, for one. The slow tests compile every head_dim
+for every architecture. docs/gpu.md shows the results of a run of all of them.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from benchmarks import machine_code
+from benchmarks.machine_code import ARCHS, HEAD_DIMS, SHARED_KIB
+from tests import emulated as emu
+from vllm_fibquant.codec.config import PRESETS
+from vllm_fibquant.codec.layout import preset_layout
+
+IN_THE_GATE = [*((128, arch) for arch in ARCHS), (256, "90a")]
+MAX_REGISTERS = 255
+NARROW_REGISTERS = 128
+"""Of a decode kernel up to head_dim 128, where two CTAs of 256 threads share a multiprocessor."""
+TWO_CTAS = ("80", "90a", "100a")
+"""The others have 100 KiB of shared memory: one CTA fills it."""
+MIN_WARPS = 2
+"""On a multiprocessor."""
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+
+
+def check_budgets(rows: list[dict]) -> None:
+    kernels = [row["kernel"] for row in rows]
+    # The presets' ten pairs, any other pair, and wide row blocks of any pair.
+    assert sorted(kernels) == sorted(["pair"] * 10 + ["any", "wide", "merge", "encode"])
+    for row in rows:
+        narrow = row["kernel"] in ("pair", "any") and row["head_dim"] <= 128
+        narrow &= row["arch"] in TWO_CTAS
+        assert row["registers"] <= (NARROW_REGISTERS if narrow else MAX_REGISTERS), row
+        assert row["spills"] == 0 and row["stack"] == 0, row
+        assert row["static_shared"] <= 1024, f"shared memory must be dynamic: {row}"
+
+
+@needs_nvcc
+@pytest.mark.long
+def test_every_architecture_compiles_within_budgets() -> None:
+    rows = machine_code.compile_all(IN_THE_GATE)
+    assert len(rows) == 14 * len(IN_THE_GATE)
+    for case in IN_THE_GATE:
+        check_budgets([row for row in rows if (row["head_dim"], row["arch"]) == case])
+    written = machine_code.read_rows()
+    if machine_code.nvcc_version() == written[0]["nvcc"]:  # else other numbers are no mistake
+        shown = machine_code.largest(written)
+        for at, registers in machine_code.largest(rows).items():
+            assert shown[at] == registers, f"{at}: python -m benchmarks.machine_code must run again"
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_every_head_dim_compiles_within_budgets(head_dim: int, arch: str) -> None:
+    check_budgets(machine_code.compile_kernels(head_dim, arch))
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["90", "100"])
+def test_the_builds_machine_code_is_that_of_the_accelerated_variant(arch: str, tmp_path) -> None:
+    """setup.py builds for sm_90 and sm_100, which also serve later devices of their families."""
+    backend = pytest.importorskip("triton.backends.nvidia", reason="has cuobjdump")
+    tool = Path(backend.__file__).parent / "bin" / "cuobjdump"
+    code = {}
+    for variant in (arch, arch + "a"):
+        target = tmp_path / f"{variant}.cubin"
+        subprocess.run([*machine_code.compile_command(64, variant), "-o", target], check=True)
+        dump = subprocess.run([tool, "-sass", target], capture_output=True, text=True, check=True)
+        code[variant] = re.findall(r"Function : .*|/\*[0-9a-f]{4,} ?\*/.*|/\* 0x.*", dump.stdout)
+    assert len(code[arch]) > 10000 and code[arch] == code[arch + "a"]
+
+
+def test_the_build_is_for_every_architecture() -> None:
+    text = (emu.ROOT / "setup.py").read_text()
+    built = re.search(r'CUDA_ARCHS = "(.*)"', text)[1].split()
+    assert built == [arch.rstrip("a") for arch in ARCHS]
+    assert "code=compute_{oldest}" in text  # PTX for what has no machine code
+
+
+@pytest.fixture(scope="module")
+def emulated():
+    if shutil.which("g++") is None:
+        pytest.skip("the emulator needs g++")
+    return emu.emulated()
+
+
+@pytest.mark.parametrize("kib", SHARED_KIB.values(), ids=list(SHARED_KIB))
+def test_shared_memory_fits_every_architecture(emulated, kib: tuple[int, int]) -> None:
+    per_cta, per_sm = (x << 10 for x in kib)
+    for preset in PRESETS.values():
+        for head_dim in HEAD_DIMS:
+            record_bytes = preset_layout(preset, head_dim).record_bytes
+            for wide in (False, True):
+                ctas, warps, used = emulated.occupancy(
+                    head_dim, record_bytes, wide, per_cta, per_sm
+                )
+                case = f"{preset.name}, head_dim {head_dim}, wide {wide}"
+                assert used <= per_cta and ctas * (used + 1024) <= per_sm, case
+                assert ctas * warps >= MIN_WARPS, case
+    assert emulated.occupancy(80, 100, False, per_cta, per_sm) == (0, 0, 0)
+
+
+def test_the_documents_tables_are_those_of_the_results(emulated) -> None:
+    rows = machine_code.read_rows()
+    assert len(rows) == 14 * len(ARCHS) * len(HEAD_DIMS)
+    shown = machine_code.between(machine_code.DOCUMENT.read_text(), "machine code")
+    assert shown == machine_code.section(rows, emulated)
+
+
+def test_the_readmes_table_is_the_dispatch_table(emulated) -> None:
+    shown = machine_code.between(machine_code.README.read_text(), "gpu")
+    assert shown == machine_code.support_markdown(emulated), (
+        "README.md must show what `python -m benchmarks.machine_code --table` writes"
+    )

@@ -1,0 +1,348 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA kernels against the oracle: on a GPU where the library runs, else in the emulator."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+
+import pytest
+import torch
+
+from tests import emulated as emu
+from tests.paged import MAX_TIES, check_records, make_paged
+from vllm_fibquant import ops
+from vllm_fibquant.codec.codec import KVCodec
+from vllm_fibquant.codec.config import PRESETS
+from vllm_fibquant.ops import gpu, native_cuda, reference
+
+PRESET_NAMES = [name for name in PRESETS if name != "fibquant"]
+OTHER_PAIR = {"key": {"subvec_dim": 8, "num_codewords": 256, "storage": "int8"}}
+
+
+@pytest.fixture(scope="module")
+def library() -> native_cuda.Library:
+    if torch.cuda.is_available() and native_cuda.is_built():
+        return native_cuda.library()
+    if shutil.which("g++") is None:
+        pytest.skip("the emulator needs g++")
+    return emu.emulated()
+
+
+def codec_of(name: str, head_dim: int) -> KVCodec:
+    return KVCodec.from_preset(PRESETS[name], head_dim)
+
+
+def paged_of(*args, dtype=torch.float16, **options):
+    with ops.use_reference():  # needs no compiled CPU library
+        return make_paged(*args, dtype=dtype, **options)
+
+
+def check(library, paged, **options) -> None:
+    """Error at most twice that of plain PyTorch in the model's dtype."""
+    dtype = paged.query.dtype
+    launch = {k: options.pop(k) for k in ("num_splits", "wide") if k in options}
+    exact = paged.oracle(**options)
+    plain = paged.oracle(dtype, **options).to(dtype)
+    error = (emu.attend(library, paged, **launch, **options).double() - exact).abs().max()
+    allowed = 2 * (plain.double() - exact).abs().max() + 2e-4
+    assert error <= allowed, f"error {error:.2e}, allowed {allowed:.2e}"
+
+
+# ---- attention ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("group_size", [1, 3, 4, 8])
+@pytest.mark.parametrize("name", PRESET_NAMES)
+def test_every_preset(library, name: str, group_size: int) -> None:
+    paged = paged_of(codec_of(name, 64), [70, 1, 33], [1, 1, 2], group_size=group_size)
+    check(library, paged)
+
+
+@pytest.mark.parametrize("head_dim", [96, 128, 192, 256])
+@pytest.mark.parametrize("name", ["fibquant_k5v3", "fibquant_1bit", "fibquant_k4v2"])
+def test_every_head_dim(library, name: str, head_dim: int) -> None:
+    paged = paged_of(codec_of(name, head_dim), [40, 23], [1, 3], num_kv_heads=1, group_size=3)
+    check(library, paged)
+
+
+@pytest.mark.parametrize("name", ["fibquant_k5v3", "fibquant_4bit", "fibquant_1bit"])
+@pytest.mark.parametrize("head_dim", [64, 96, 256])
+def test_wide_row_blocks(library, name: str, head_dim: int) -> None:
+    codec = codec_of(name, head_dim)
+    check(library, paged_of(codec, [50, 9], [11, 9], group_size=3, num_kv_heads=1), wide=True)
+
+
+def test_a_pair_of_codes_without_a_kernel_of_its_own(library) -> None:
+    preset = PRESETS["fibquant_4bit"].with_overrides(OTHER_PAIR)
+    codec = KVCodec.from_preset(preset, 64)
+    assert ("k8n256", "k2n256") not in library.support.pairs
+    for wide in (False, True):
+        check(library, paged_of(codec, [50, 9], [1, 1], num_kv_heads=1), wide=wide)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"window": 1},
+        {"window": 20},
+        {"soft_cap": 2.0},
+        {"sinks": True},
+        {"window": 20, "soft_cap": 5.0, "sinks": True},
+    ],
+    ids=str,
+)
+def test_options(library, options: dict, wide: bool) -> None:
+    paged = paged_of(codec_of("fibquant_3bit", 64), [50, 101, 5], [9, 2, 5], group_size=3)
+    options = dict(options)
+    if options.pop("sinks", False):
+        options["sinks"] = torch.randn(6, generator=torch.Generator().manual_seed(1)) * 3
+    check(library, paged, num_splits=3, wide=wide, **options)
+
+
+@pytest.mark.parametrize("block_size", [16, 48])
+@pytest.mark.parametrize("num_splits", [1, 5])
+def test_lengths_around_a_block(library, block_size: int, num_splits: int) -> None:
+    lens = [block_size - 1, block_size, block_size + 1, 1, 200]
+    paged = paged_of(
+        codec_of("fibquant_2bit", 64), lens, [1] * 5, block_size=block_size, num_kv_heads=1
+    )
+    check(library, paged, num_splits=num_splits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_model_dtypes(library, dtype: torch.dtype) -> None:
+    paged = paged_of(codec_of("fibquant_k5v3", 64), [90, 40], [1, 3], group_size=4, dtype=dtype)
+    exact = paged.oracle()
+    error = (emu.attend(library, paged).double() - exact).abs().max()
+    # float32 queries are read as float16, relative to their largest coordinate.
+    plain = paged.oracle(torch.bfloat16).bfloat16().double()
+    assert error <= (plain - exact).abs().max() / (1 if dtype == torch.bfloat16 else 4)
+
+
+def test_raw_states_take_the_place_of_new_tokens(library) -> None:
+    paged = paged_of(codec_of("fibquant_2bit", 64), [50, 3], [3, 3], group_size=2)
+    group, rows = 2, []
+    for req, (begin, end) in enumerate(((0, 3), (3, 6))):
+        q = paged.query[begin:end].double()
+        k, v = (
+            x[begin:end].double().repeat_interleave(group, 1)
+            for x in (paged.new_key, paged.new_value)
+        )
+        scores = torch.einsum("qhd,shd->qhs", q, k) * paged.scale
+        hidden = torch.ones(3, 3).triu(1).bool()
+        scores = scores.masked_fill(hidden[:, None, :], -torch.inf)
+        m = scores.amax(-1)
+        weights = (scores - m[..., None]).exp()
+        rows.append((torch.einsum("qhs,shd->qhd", weights, v), m, weights.sum(-1)))
+        assert req < 2
+    o, m, l = (torch.cat(x).float().contiguous() for x in zip(*rows, strict=True))  # noqa: E741
+    device = emu.native_device(library)
+    got = emu.attend(library, paged, raw_states=tuple(x.to(device) for x in (o, m, l)))
+    exact = paged.oracle(**paged.raw)
+    assert (got.double() - exact).abs().max() < 2e-3
+    # The second request has no tokens before its new ones: only raw states.
+    expected = o[3:] / l[3:, :, None]
+    torch.testing.assert_close(got[3:].float(), expected, rtol=2e-3, atol=2e-3)
+
+
+def test_padded_requests_and_requests_without_tokens(library) -> None:
+    paged = paged_of(codec_of("fibquant_2bit", 64), [40, 30, 20], [1, 1, 1])
+    expected = emu.attend(library, paged)
+    # Request 1 has no new tokens; the last is padding of a CUDA graph, with one row and no token.
+    paged.query_start_loc = torch.tensor([0, 1, 1, 2, 3], dtype=torch.int32)
+    paged.query = paged.query[[0, 2, 1, 1]]
+    paged.seq_lens = torch.cat((paged.seq_lens, torch.zeros(1, dtype=torch.int32)))
+    paged.block_table = torch.cat((paged.block_table, paged.block_table[:1]))
+    got = emu.attend(library, paged)
+    assert torch.equal(got[:2], expected[[0, 2]])
+    assert (got[2] == 0).all()
+    assert got[3].isnan().all()  # beyond query_start_loc: not written
+
+
+def test_every_stored_byte_matters_and_no_other(library) -> None:
+    codec = codec_of("fibquant_2bit", 64)
+    paged = paged_of(codec, [40], [1], num_kv_heads=1)
+    paged.query = paged.query.float()
+    before = emu.attend(library, paged)
+    assert torch.equal(emu.attend(library, paged), before) and torch.isfinite(before).all()
+    block, offset = divmod(int(paged.slots[17]), 16)
+    for byte in range(codec.layout.record_bytes):
+        old = int(paged.cache[block, 0, offset, byte])
+        paged.cache[block, 0, offset, byte] = old ^ 0x15
+        assert not torch.equal(emu.attend(library, paged), before), f"byte {byte}"
+        paged.cache[block, 0, offset, byte] = old
+    written = torch.zeros(paged.cache.shape[0] * 16, dtype=torch.bool)
+    written[paged.slots] = True
+    paged.cache.view(len(written), -1)[~written] = 0x7E  # another NaN
+    assert torch.equal(emu.attend(library, paged), before)
+    paged.block_table[0, [0, 2]] = paged.block_table[0, [2, 0]]
+    assert not torch.equal(emu.attend(library, paged), before)
+
+
+def test_blocks_before_the_window_are_not_read(library) -> None:
+    paged = paged_of(codec_of("fibquant_2bit", 64), [100], [2], group_size=3)
+    before = emu.attend(library, paged, window=30)
+    paged.block_table[0, :4] = 2**30
+    assert torch.equal(emu.attend(library, paged, window=30), before)
+
+
+@pytest.mark.parametrize("bad", [-5, 2**30])
+def test_a_block_outside_the_cache_gives_nan(library, bad: int) -> None:
+    paged = paged_of(codec_of("fibquant_2bit", 64), [40, 40], [1, 1])
+    before = emu.attend(library, paged)
+    paged.block_table[0, 1] = bad
+    after = emu.attend(library, paged)
+    assert after[0].isnan().all() and torch.equal(after[1], before[1])
+
+
+def test_nan_query_spoils_only_its_own_row(library) -> None:
+    paged = paged_of(codec_of("fibquant_2bit", 64), [30, 40], [1, 2])
+    before = emu.attend(library, paged)
+    paged.query[1, 0, 5] = torch.nan
+    after = emu.attend(library, paged)
+    assert after[1, 0].isnan().all()
+    after[1, 0] = before[1, 0]
+    assert torch.equal(after, before)
+
+
+def test_extreme_norms(library) -> None:
+    """Value norms from the least to the largest float16 in one sequence."""
+    codec = codec_of("fibquant_2bit", 64)
+    paged = paged_of(codec, [60], [1], num_kv_heads=1, dtype=torch.float32)
+    at = codec.layout.value_norm_offset
+    norms = torch.logspace(-7, 4.8, 60).half().view(torch.uint8).view(60, 2)
+    for order in (slice(None), torch.arange(59, -1, -1)):
+        paged.cache.view(-1, codec.layout.record_bytes)[paged.slots, at : at + 2] = norms[order]
+        exact = paged.oracle()
+        error = (emu.attend(library, paged).double() - exact).abs().max()
+        assert error <= 2e-3 * exact.abs().max()
+
+
+def test_thread_order_and_warps_do_not_matter(library) -> None:
+    if emu.native_device(library).type == "cuda":
+        pytest.skip("a GPU chooses the order itself")
+    paged = paged_of(codec_of("fibquant_k5v3", 64), [200, 33], [1, 4], group_size=3)
+    before = {wide: emu.attend(library, paged, wide=wide) for wide in (False, True)}
+    try:
+        emu.options(library, reversed_order=True)
+        for wide, expected in before.items():
+            assert torch.equal(emu.attend(library, paged, wide=wide), expected)
+        for sm, fill in ((79, (1, 4)), (87, (1, 6)), (144, (1, 16)), (188, (2, 8))):
+            shared = ((sm - 1) << 10, sm << 10)
+            emu.options(library, shared=shared)
+            assert library.occupancy(64, 68, False, *shared)[:2] == fill
+            got = emu.attend(library, paged)
+            torch.testing.assert_close(got, before[False], rtol=2e-3, atol=2e-3)
+    finally:
+        emu.options(library)
+
+
+# ---- encode -------------------------------------------------------------------------------------
+
+
+def encode_both(library, codec, key, value, slots):
+    """Caches after the kernel and after the oracle, and the kernel's counters."""
+    device = emu.native_device(library)
+    shape = (4, key.shape[1], 16, codec.layout.record_bytes)
+    expected = torch.full(shape, 0xFF, dtype=torch.uint8)
+    got = emu.aligned(expected).to(device)
+    counters = torch.zeros(2, dtype=torch.int32, device=device)
+    library.encode_kv(key.to(device), value.to(device), got, slots.to(device), codec, counters)
+    inside = torch.where(slots < 64, slots, -1)
+    assert int(counters[0]) == reference.encode_kv(key, value, expected, inside, codec)
+    return got.cpu(), expected, counters.tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "head_dim"),
+    [*((name, 64) for name in PRESET_NAMES)]
+    + [(name, d) for name in ("fibquant_k5v3", "fibquant_1bit") for d in (96, 128, 192, 256)],
+)
+def test_records_equal_the_oracles(library, name: str, head_dim: int) -> None:
+    codec = codec_of(name, head_dim)
+    key, value = torch.randn(2, 21, 2, head_dim, generator=torch.Generator().manual_seed(2)) * 3
+    key[3, 1, 7] = float("nan")
+    value[4, 0, 8] = -float("inf")
+    key[5], value[6], key[7, 0, 1] = 0.0, 1e-41, 3e38
+    slots = torch.randperm(64, generator=torch.Generator().manual_seed(3))[:20]
+    slots[9], slots[11] = -1, 64  # skipped; outside the cache
+    got, expected, counters = encode_both(library, codec, key, value, slots)
+    assert counters == [2, 2]
+    check_records(codec, got, expected)
+
+
+@pytest.mark.parametrize("gain", ["norm", "preserve"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gain_rules_and_strided_half_inputs(library, gain: str, dtype: torch.dtype) -> None:
+    preset = PRESETS["fibquant_3bit"].with_overrides(
+        {"key": {"gain": gain}, "value": {"gain": gain}}
+    )
+    codec = KVCodec.from_preset(preset, 64)
+    qkv = torch.randn(20, 8 * 64, generator=torch.Generator().manual_seed(2)).to(dtype)
+    key, value = qkv[:, 256:384].view(20, 2, 64), qkv[:, 384:].view(20, 2, 64)
+    got, expected, _ = encode_both(library, codec, key, value, torch.arange(20) + 5)
+    check_records(codec, got, expected)
+
+
+# ---- what is supported --------------------------------------------------------------------------
+
+
+def test_the_documents_table_is_the_librarys(library) -> None:
+    document = (emu.ROOT / "docs" / "gpu.md").read_text()
+    assert library.support.markdown() in document
+
+
+def test_every_preset_has_a_kernel_of_its_own_and_others_are_refused(library) -> None:
+    for name in PRESET_NAMES:
+        preset = PRESETS[name]
+        assert (preset.key.name, preset.value.name) in library.support.pairs, name
+        for head_dim in library.support.wide_columns:
+            assert library.support.unsupported(codec_of(name, head_dim)) is None
+    assert "head_dim must be one of 64" in library.support.unsupported(
+        codec_of("fibquant_2bit", 80)
+    )
+    codes = {key: name for key, name in library.support.codes.items() if name != "k8n256"}
+    fewer = dataclasses.replace(library.support, codes=codes)
+    assert "the key code must be one of k2n256" in fewer.unsupported(codec_of("fibquant_1bit", 64))
+    cache = emu.aligned(torch.zeros(2, 1, 24, 36, dtype=torch.uint8))
+    assert "block_size must be a multiple of 16" in native_cuda.unsupported_cache(cache)
+    with pytest.raises(RuntimeError, match="pages must be 16-byte aligned"):
+        paged = paged_of(codec_of("fibquant_2bit", 64), [5], [1], block_size=24)
+        emu.attend(library, paged)
+
+
+def test_the_door_chooses_the_library_where_it_fits(library, monkeypatch) -> None:
+    codec = codec_of("fibquant_2bit", 64)
+    paged = paged_of(codec, [40, 20], [1, 2])
+    cache = emu.aligned(paged.cache)
+    if emu.native_device(library).type == "cuda":
+        pytest.skip("the rest is for the emulated library")
+    monkeypatch.setattr(native_cuda, "is_built", lambda: False)
+    assert "not built" in gpu.why_not_cuda(cache, codec)
+    monkeypatch.setattr(native_cuda, "is_built", lambda: True)
+    assert "has no code for cpu" in gpu.why_not_cuda(cache, codec)
+    monkeypatch.setattr(native_cuda, "library", lambda: library)
+    monkeypatch.setattr(gpu, "_runs_on", lambda device: True)
+    assert gpu.kernel_name(cache, codec) == "cuda"
+    assert gpu.kernel_name(cache, codec_of("fibquant_2bit", 80)) == "triton"
+    assert gpu.kernel_name(cache[:, :, :8], codec) == "triton"
+    out = torch.full_like(paged.query, torch.nan)
+    gpu.paged_attention(
+        paged.query, cache, codec, paged.query_start_loc, paged.seq_lens, paged.block_table, out,
+        scale=paged.scale,
+    )  # fmt: skip
+    assert (out.double() - paged.oracle()).abs().max() < 2e-3
+    expected, slots = cache.clone(), torch.tensor([3, -1])
+    assert gpu.encode_kv(paged.new_key, paged.new_value, cache, slots, codec) == 0
+    reference.encode_kv(paged.new_key, paged.new_value, expected, slots, codec)
+    assert float((cache != expected).any(-1).float().mean()) <= MAX_TIES
+
+
+def test_a_library_of_other_sources_is_refused(tmp_path) -> None:
+    with pytest.raises(RuntimeError, match="is missing; build it with `make cuda`"):
+        native_cuda.Library(tmp_path / "none.so")
+    (tmp_path / "text.so").write_text("no library")
+    with pytest.raises(RuntimeError, match="does not load"):
+        native_cuda.Library(tmp_path / "text.so")

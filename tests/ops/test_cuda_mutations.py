@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The judge judged: the emulated kernels with one index, wait or transpose changed are found wrong.
+
+Operands of keys and of values, the wait for copies, the transpose and the mask, for narrow and for
+wide row blocks; and what encode stores.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests import emulated as emu
+from tests.ops.test_cuda_emulated import check, codec_of, encode_both, paged_of
+from tests.paged import check_records
+from vllm_fibquant.ops import native_cuda
+
+pytestmark = [
+    pytest.mark.long,  # each compiles the kernels
+    pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++"),
+]
+
+NARROW, WIDE, WINDOW, ENCODE = "narrow", "wide", "window", "encode"
+DIRECT = "direct"
+BOTH = (NARROW, WIDE)
+MUTATIONS = {
+    "a key register": ("attend.h", "a.x, b.x, a.y, b.y", "a.x, a.y, b.x, b.y", BOTH),
+    "a key's token": ("attend.h", "own + bytes_8, high", "own, high", BOTH),
+    "a query fragment": ("attend.h", "row % 8 * 4 + part", "part * 8 + row % 8", BOTH),
+    "a query tile": ("attend.h", "(i * kSteps + step)", "(step * kTiles + i)", (WIDE,)),
+    "a value register": ("attend.h", "x0, x1, x2, x3, p[i]", "x0, x2, x1, x3, p[i]", BOTH),
+    "a value's half": ("attend.h", "y1 = permute_bytes(e[0].y, e[1].y, 0x7632)",
+                       "y1 = permute_bytes(e[0].y, e[1].y, 0x3276)", BOTH),
+    "a value's token": ("attend.h", "(i & 2) / 2 * bytes_8", "(i & 2) / 2 * bytes_1", BOTH),
+    "a value's lane": ("codes.h", "coord / C::kDim * C::kBits", "coord / C::kDim * 8", BOTH),
+    "a sign bit": ("codes.h", "(22 - first)", "(21 - first)", BOTH),
+    "no transpose": ("attend_kernel.h", "transpose(to_half2(weight[0]",
+                     "(to_half2(weight[0]", BOTH),
+    "no second transpose": ("attend_kernel.h", "transpose(to_half2(weight[2]",
+                            "(to_half2(weight[2]", BOTH),
+    "no wait": ("attend_kernel.h", "wait_copies<kStages - 1>()", "wait_copies<kStages>()", BOTH),
+    "an output row": ("attend_kernel.h", "to[1] = s.o[tile][i][c + 2]", "to[1] = s.o[tile][i][c]",
+                      BOTH),
+    "a tile without a mask": ("attend_kernel.h", "oldest + 1 : end", "oldest + 2 : end", BOTH),
+    "a window's first tile": ("attend_kernel.h", "newest - a.window + 1 :",
+                              "newest - a.window - 14 :", (WINDOW,)),
+    "a split's state": ("merge.h", "(begin + at + j) * kHeadDim", "begin * kHeadDim", BOTH),
+    "a split's weight": ("merge.h", "weights[lane_idx()] = weight", "weights[lane_idx()] = 1",
+                         BOTH),
+    "a row written directly": ("attend_kernel.h", "o[i] = merged[lane_idx() * kPerLane + i]",
+                               "o[i] = scratch[lane_idx() * kPerLane + i]", (DIRECT,)),
+    "a rotation's shuffle": ("rotation.h", "mask ? other - x[i]", "mask ? x[i] - other",
+                             (*BOTH, ENCODE)),
+    "a stored sign": ("encode.h", "pattern << 8", "pattern << 7", (ENCODE,)),
+    "a stored word": ("encode.h", "index[i] >> -shift", "index[i] >> 1 - shift", (ENCODE,)),
+    "a stored lane": ("encode.h", "subvec < num_subvecs; subvec += kWarp",
+                      "subvec < num_subvecs - 1; subvec += kWarp", (ENCODE,)),
+    "no wait in encode": ("encode.h", "y[first + i] = v[i];\n    sync_warp();",
+                          "y[first + i] = v[i];", (ENCODE,)),
+}  # fmt: skip
+IN_THE_GATE = {"a key register", "no transpose", "a stored sign"}
+"""One of keys, one of values, one of encode; the others are slow."""
+
+
+def build_mutant(folder: Path, header: str, old: str, new: str) -> native_cuda.Library:
+    """The emulated kernels of head_dim 64 and the pair of 3 bits, with one change."""
+    shutil.copytree(emu.ROOT / "csrc", folder / "csrc")
+
+    def change(name: str, old: str, new: str) -> None:
+        path = folder / "csrc" / "cuda" / name
+        text = path.read_text()
+        assert text.count(old) == 1, f"{name} must hold once: {old}"
+        path.write_text(text.replace(old, new))
+
+    change(header, old, new)
+    supported = (folder / "csrc" / "cuda" / "supported.h").read_text()
+    for macro, entry in (("FQ_HEAD_DIMS", "X(64, 32)"), ("FQ_PAIRS", "X(kK4Folded, kK4Folded)")):
+        whole = re.search(rf"#define {macro}\(X\).*?[^\\]\n", supported, re.DOTALL)[0]
+        change("supported.h", whole, f"#define {macro}(X) {entry}\n")
+    change("library.cu", "Kernels<128>", "Kernels<64>")
+    sources = [str(folder / "csrc" / "cuda" / s) for s in ("kernels.cu", "library.cu")]
+    flags = ["-O1", "-std=c++17", "-fPIC", "-shared", "-w", "-DFQ_HEAD_DIM=64", "-x", "c++"]
+    target = folder / "mutant.so"
+    command = ["g++", *flags, "-I", str(folder / "csrc"), *sources, "-o", str(target)]
+    subprocess.run(command, check=True)
+    mutant = native_cuda.Library(target)
+    emu.options(mutant)
+    return mutant
+
+
+def check_case(library, case: str) -> None:
+    codec = codec_of("fibquant_3bit", 64)
+    if case == ENCODE:
+        key, value = torch.randn(2, 16, 2, 64, generator=torch.Generator().manual_seed(2))
+        got, expected, _ = encode_both(library, codec, key, value, torch.arange(16) + 20)
+        check_records(codec, got, expected)
+        return
+    paged = paged_of(codec, [70, 32], [1, 2], group_size=3)
+    options = {WINDOW: {"window": 30}, DIRECT: {"num_splits": 1}}.get(case, {})
+    check(library, paged, wide=case == WIDE, **options)
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in IN_THE_GATE else pytest.param(n, marks=pytest.mark.slow) for n in MUTATIONS]
+)
+def test_a_change_of_the_kernels_is_noticed(name: str, tmp_path) -> None:
+    """Wrong in every case that has the changed line, where the kernels as they are pass."""
+    header, old, new, cases = MUTATIONS[name]
+    library, mutant = emu.emulated(), build_mutant(tmp_path, header, old, new)
+    for case in cases:
+        check_case(library, case)
+        with pytest.raises(AssertionError):
+            check_case(mutant, case)

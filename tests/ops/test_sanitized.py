@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CPU kernels under AddressSanitizer: they stay inside scratch memory, pages and arguments."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.ops.test_lanes import ROOT, build_portable, find_compiler
+
+RUN = """
+import sys
+from pathlib import Path
+import pytest
+from vllm_fibquant.ops import native
+native.LIBRARY_PATH = Path(sys.argv[1])
+native.select_isa("portable")
+options = ["-q", "-x", "-p", "no:cacheprovider", "-k", "not avx2 and not avx512"]
+sys.exit(pytest.main([*options, *sys.argv[2:]]))
+"""
+# The last one chooses the instruction set again.
+TESTS = [
+    "tests/ops/test_copies.py::test_sizes",
+    "tests/keys/test_key_map.py::test_every_number_of_queries",
+    "tests/keys/test_key_map.py::test_every_transformed_code",
+    "tests/keys/test_key_map.py::test_records_of_transformed_keys",
+    "tests/ops/test_encode.py::test_records_equal_the_oracles",
+    "tests/codec/test_search.py::test_a_vector_has_one_code_whatever_is_encoded_with_it",
+]
+
+
+@pytest.mark.slow  # compiling takes a minute
+def test_kernels_stay_inside_their_memory(tmp_path: Path) -> None:
+    query = [*find_compiler(), "-print-file-name=libasan.so"]
+    runtime = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+    if not os.path.isabs(runtime):
+        pytest.skip("the compiler has no AddressSanitizer to preload")
+    library = build_portable(tmp_path, 8, "-g", "-fsanitize=address")
+    run = subprocess.run(
+        [sys.executable, "-c", RUN, str(library), *TESTS], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[:4000]
+    assert " passed" in run.stdout

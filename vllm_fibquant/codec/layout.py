@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where every byte of a page is.
+
+A page holds one block of one layer. For each KV head it holds `block_size` token records, one
+after another; a record is the code of one key and one value vector:
+
+    offset                       bytes              content
+    0                            key_index_bytes    key indices, packed
+    key_index_bytes              value_index_bytes  value indices, packed
+    norm_offset                  2 or 1             key norm
+    behind the key norm          2 or 1             value norm
+
+A norm is a little-endian float16 or, with gain_bits 8, the number of a level (gain.py).
+`norm_offset` is the end of the indices; where both norms have 2 bytes it is rounded up to an even
+number, so that they are 2-byte aligned. With gain_bits 8 a record may have an odd number of bytes.
+Index i of a vector occupies bits [i*b, (i+1)*b) of its packed field, b = index_bits, where bit 0
+is the least significant bit of the first byte (LSB first). Unused tail bits are 0.
+
+The tensor is `uint8 [num_blocks, num_kv_heads, block_size, record_bytes]`, contiguous in its last
+two axes: the bytes of slot s, head h start at
+`(s // block_size) * stride_block + h * stride_head + (s % block_size) * record_bytes`.
+
+`csrc/page_layout.h` states the same in C++; tests/codec/test_layout.py compares the two byte by
+byte.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vllm_fibquant.codec.config import CodeSpec, Preset
+
+NORM_BYTES = 2
+"""Of a float16 norm."""
+
+
+@dataclass(frozen=True)
+class RecordLayout:
+    """Byte offsets inside one token record of one KV head."""
+
+    head_dim: int
+    key_index_bytes: int
+    value_index_bytes: int
+    key_norm_bytes: int = NORM_BYTES
+    value_norm_bytes: int = NORM_BYTES
+
+    @property
+    def key_index_offset(self) -> int:
+        return 0
+
+    @property
+    def value_index_offset(self) -> int:
+        return self.key_index_bytes
+
+    @property
+    def key_norm_offset(self) -> int:
+        end = self.key_index_bytes + self.value_index_bytes
+        is_aligned = self.key_norm_bytes == self.value_norm_bytes == NORM_BYTES
+        return (end + 1) & ~1 if is_aligned else end
+
+    @property
+    def value_norm_offset(self) -> int:
+        return self.key_norm_offset + self.key_norm_bytes
+
+    @property
+    def record_bytes(self) -> int:
+        return self.value_norm_offset + self.value_norm_bytes
+
+    @property
+    def effective_rate(self) -> float:
+        """Stored bits per coordinate, norms and padding included, over K and V together."""
+        return 8 * self.record_bytes / (2 * self.head_dim)
+
+
+def record_layout(key: CodeSpec, value: CodeSpec, head_dim: int) -> RecordLayout:
+    """The record of one token and KV head.
+
+    Raises:
+        ValueError: a subvec_dim does not divide head_dim.
+    """
+    return RecordLayout(
+        head_dim,
+        key.index_bytes(head_dim),
+        value.index_bytes(head_dim),
+        key.norm_bytes,
+        value.norm_bytes,
+    )
+
+
+def preset_layout(preset: Preset, head_dim: int) -> RecordLayout:
+    """The record of `preset` at `head_dim`."""
+    return record_layout(preset.key, preset.value, head_dim)

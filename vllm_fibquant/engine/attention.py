@@ -1,0 +1,403 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The adapters between vLLM's attention layers and our two ops, on vLLM's documented classes alone.
+
+write:  `FibQuantImpl.do_kv_cache_update` -> `ops.encode_kv`
+read:   `FibQuantImpl.forward`            -> `ops.paged_attention`
+
+With a recent window `forward` also copies the newest tokens, where `copies.CopyPool` says.
+
+Both get the layer's cache as vLLM allocated it, uint8 [num_blocks, num_kv_heads, block_size,
+record_bytes]; its size follows from `customize_spec`, so vLLM itself computes how many blocks fit.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
+from vllm.forward_context import get_forward_context
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+from vllm.platforms import current_platform
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionType,
+    MultipleOf,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
+
+from vllm_fibquant import ops
+from vllm_fibquant.codec.codec import KVCodec
+from vllm_fibquant.codec.config import PRESETS
+from vllm_fibquant.codec.layout import preset_layout
+from vllm_fibquant.engine import non_finite, rotary
+from vllm_fibquant.engine.copies import num_copy_rows
+from vllm_fibquant.engine.metadata import FibQuantMetadata, FibQuantMetadataBuilder, StepCopies
+from vllm_fibquant.engine.support import BACKEND_NAME, head_dim_problem, refusal, run_options
+from vllm_fibquant.keys.key_map import KeyMap
+from vllm_fibquant.observe.counters import own_counters
+from vllm_fibquant.ops.checks import DTYPES
+from vllm_fibquant.ops.reference import TokenCopies
+from vllm_fibquant.options import Options
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+class FibQuantBackend(AttentionBackend):
+    """What we tell vLLM we can do. `backend_for` makes one subclass per set of options, and so
+    one for every preset of a run whose layers differ."""
+
+    options: ClassVar[Options]
+
+    forward_includes_kv_cache_update = False
+    supported_dtypes: ClassVar[list[torch.dtype]] = list(DTYPES)
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = list(PRESETS)
+
+    @staticmethod
+    def get_name() -> str:
+        return BACKEND_NAME
+
+    @staticmethod
+    def get_impl_cls() -> type[FibQuantImpl]:
+        return FibQuantImpl
+
+    @staticmethod
+    def get_builder_cls() -> type[FibQuantMetadataBuilder]:
+        return FibQuantMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
+        return [MultipleOf(16)]
+
+    @classmethod
+    def supports_head_size(cls, head_size: int) -> bool:
+        return head_dim_problem(cls.options.preset, head_size, current_platform.device_type) is None
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        # Each (block, KV head) must be one contiguous run of records.
+        return (KVCacheLayout.LBHNC,)
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """Replaces the dense content size by record_bytes, for our layers only.
+
+        vLLM also asks for the size of layers it keeps unquantised (kv_cache_dtype_skip_layers);
+        those have the model's dtype and keep their size.
+        """
+        if spec.dtype != torch.uint8 or spec.state_content_bytes is not None:
+            return spec
+        if spec.head_size_v != spec.head_size:
+            raise ValueError(
+                f"customize_spec: head_size_v must equal head_size, got {spec.head_size_v} and "
+                f"{spec.head_size}; use --kv-cache-dtype auto for this model"
+            )
+        layout = preset_layout(cls.options.preset, spec.head_size)
+        if cls.options.retain:
+            from vllm_fibquant.engine.retention import retention_spec  # registers a spec with vLLM
+
+            return retention_spec(spec, cls.options.retain, layout.record_bytes)
+        return replace(spec, state_content_bytes=layout.record_bytes)
+
+
+@functools.cache
+def backend_for(options: Options) -> type[FibQuantBackend]:
+    """The backend class of `options`; the same options give the same class."""
+    # vLLM groups layers by class name, so different options need different names.
+    name = f"FibQuantBackend_{options.preset.name}_{options.digest}"
+    return type(name, (FibQuantBackend,), {"options": options, "__module__": __name__})
+
+
+def __getattr__(name: str) -> type[FibQuantBackend]:
+    """`vllm_fibquant.engine.attention.<preset>`: the backend of a preset with default options."""
+    if name in PRESETS:
+        return backend_for(Options(PRESETS[name]))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def copy_dtype(model_dtype: torch.dtype) -> torch.dtype:
+    """The 16-bit dtype of copies of a model's keys and values."""
+    return torch.bfloat16 if model_dtype == torch.float32 else model_dtype
+
+
+class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
+    """Attention of one layer over its pages of codes."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "fibquant",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
+        **unknown: Any,
+    ) -> None:
+        problems = [f"{name}: must be left out, got {value}" for name, value in unknown.items()]
+        if alibi_slopes is not None:
+            problems.append("position encoding: must be in the keys (such as RoPE), got ALiBi")
+        if attn_type != AttentionType.DECODER:
+            problems.append(f"attention type: must be decoder, got {attn_type}")
+        if kv_sharing_target_layer_name is not None:
+            problems.append(
+                "layers: must each have a KV cache, got one that shares the cache of "
+                f"{kv_sharing_target_layer_name}, which has not been verified"
+            )
+        if problems:
+            problems[-1] += "; use --kv-cache-dtype auto for this model"
+            raise ValueError(refusal(kv_cache_dtype, problems))
+        self.options = run_options(get_current_vllm_config()).for_layer(kv_cache_dtype)
+        self.retain = self.options.retain
+        if self.retain and sliding_window:
+            problem = f"retain: layers must have full attention, got a window of {sliding_window}"
+            raise ValueError(refusal(kv_cache_dtype, [f"{problem}; leave retain out"]))
+
+        self.num_heads = num_heads
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.kv_cache_dtype = kv_cache_dtype
+        self.window = self.retain.recent if self.retain else sliding_window or 0
+        self.keep_first = self.retain.first if self.retain else 0
+        self.soft_cap = float(logits_soft_cap or 0.0)
+        self.codec = KVCodec.from_preset(self.options.preset, head_size)
+        self.attends_raw = self.options.prefill == "raw"
+        self._sinks_param = sinks
+        self._sinks_version = -1
+        self.sinks: torch.Tensor | None = None
+        self._copy_key = self._copy_value = torch.empty(0)
+        self._turn_back: rotary.TurnBack | None = None
+        self.key_map: KeyMap | None = None
+        # What stands in for attention before there is a cache: calibrate.LayerCollector.
+        self.without_cache: Callable[..., torch.Tensor] | None = None
+        # What `key_map` was made from: agreement.facts_of compares it between ranks.
+        self.calibration = "none"
+        self._max_model_len = get_current_vllm_config().model_config.max_model_len
+        rotary.watch(self)
+
+    @property
+    def num_copy_rows(self) -> int:
+        """Rows of this layer's copies, 0 without a recent window."""
+        return self._copy_key.shape[0]
+
+    def copy_row_bytes(self, model_dtype: torch.dtype) -> int:
+        """Bytes of one token's copy in this layer, 0 without a recent window."""
+        if not self.options.recent_window:
+            return 0
+        return 2 * self.num_kv_heads * self.head_size * copy_dtype(model_dtype).itemsize
+
+    def allocate_copies(self, num_rows: int, model_dtype: torch.dtype) -> None:
+        """Allocates the copies; to be called once, before vLLM allocates pages."""
+        shape = (num_rows, self.num_kv_heads, self.head_size)
+        self._copy_key = torch.zeros(shape, dtype=copy_dtype(model_dtype))
+        self._copy_value = torch.zeros_like(self._copy_key)
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        self._sinks_version = -1
+        self.refresh_sinks()
+        if self.keep_first:
+            try:
+                self._turn_back = rotary.turn_back_of(
+                    self, self._max_model_len, self.head_size, act_dtype
+                )
+            except ValueError as error:
+                raise ValueError(f"retain: {error}; or leave retain out") from error
+
+    @property
+    def has_sinks(self) -> bool:
+        return self._sinks_param is not None
+
+    def refresh_sinks(self) -> None:
+        """Takes over sinks that changed: weights may be updated while the model is served.
+
+        They are written into the tensor that exists: captured CUDA graphs read it where it is.
+        """
+        if self._sinks_param is None or self._sinks_version == self._sinks_param._version:
+            return
+        if self.sinks is None:
+            self.sinks = torch.empty_like(self._sinks_param, dtype=torch.float32).contiguous()
+        self.sinks.copy_(self._sinks_param.detach())
+        self._sinks_version = self._sinks_param._version
+
+    def do_kv_cache_update(
+        self,
+        layer: Any,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Encodes this step's keys and values into their slots.
+
+        Args:
+            layer: vLLM's, which knows its name.
+            key: [num_tokens, num_kv_heads, head_dim], possibly padded behind slot_mapping's end.
+            value: as key.
+            kv_cache: uint8 [num_blocks, num_kv_heads, block_size, record_bytes]; empty while
+                vLLM profiles, when nothing is stored.
+            slot_mapping: int64 [num_tokens]; -1 is skipped.
+        """
+        if kv_cache.numel() == 0:
+            return
+        num_tokens = min(slot_mapping.shape[0], key.shape[0])
+        began = time.perf_counter()
+        count = ops.encode_kv(
+            key[:num_tokens],
+            value[:num_tokens],
+            kv_cache,
+            slot_mapping[:num_tokens],
+            self.codec,
+            self.key_map,
+            self._positions(layer, num_tokens),
+        )
+        if not kv_cache.is_cuda:  # there an op's return says nothing of its end
+            own_counters().encoded(began)
+        if count:
+            non_finite.counter.add(count)
+
+    def _positions(self, layer: Any, num_tokens: int) -> torch.Tensor | None:
+        """Where the step's tokens stand in their requests, if the map of keys asks for it."""
+        if self.key_map is None or self.key_map.turning is None:
+            return None
+        metadata: Any = get_forward_context().attn_metadata
+        return metadata[layer.layer_name].positions[:num_tokens]
+
+    def forward(
+        self,
+        layer: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: FibQuantMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attends this step's queries to their requests' codes.
+
+        Args:
+            layer: unused.
+            query: [num_tokens, num_q_heads, head_dim], possibly padded.
+            key: [num_tokens, num_kv_heads, head_dim], read in prefill mode "raw" alone.
+            value: as key.
+            kv_cache: uint8 [num_blocks, num_kv_heads, block_size, record_bytes].
+            attn_metadata: None while vLLM profiles: the output is zero and nothing is read, unless
+                the layer is being calibrated.
+            output: [num_tokens, num_q_heads, head_dim], written; padding rows become zero.
+        """
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError(
+                "forward: output_scale must be None, got a scale; "
+                "switch off the fusion of attention with output quantisation"
+            )
+        if attn_metadata is None or kv_cache.numel() == 0:
+            if self.without_cache is not None:
+                return self.without_cache(query, key, value, output)
+            ops.reserve(query, raw=self.attends_raw)
+            return output.zero_()
+        if self.key_map is not None and attn_metadata.plain is not None:
+            tokens, slots, positions = attn_metadata.plain
+            first = self.key_map.without_first(key[tokens], value[tokens], positions)
+            ops.encode_kv(*first, kv_cache, slots, self.codec)
+        num_tokens = attn_metadata.num_tokens
+        if num_tokens < output.shape[0]:
+            output[num_tokens:].zero_()
+        first_query = None
+        if self._turn_back and attn_metadata.num_gone is not None:
+            first_query = self._turn_back(query[:num_tokens], attn_metadata.num_gone)
+        began = time.perf_counter()
+        ops.paged_attention(
+            query[:num_tokens],
+            kv_cache,
+            self.codec,
+            attn_metadata.query_start_loc,
+            attn_metadata.seq_lens,
+            attn_metadata.block_table,
+            output[:num_tokens],
+            scale=self.scale,
+            window=self.window,
+            soft_cap=self.soft_cap,
+            sinks=self.sinks,
+            raw_key=key[:num_tokens] if self.attends_raw else None,
+            raw_value=value[:num_tokens] if self.attends_raw else None,
+            copies=self._copies(attn_metadata.copies),
+            keep_first=self.keep_first,
+            first_query=first_query,
+            key_map=self.key_map,
+        )
+        if not kv_cache.is_cuda:
+            own_counters().attended(began)
+        if attn_metadata.probe is not None:
+            attn_metadata.probe.run(self, query, key, value, kv_cache)
+        if attn_metadata.copies is not None:
+            # Only now: a row may change hands in this step, and its old owner has just read it.
+            tokens, rows = attn_metadata.copies.tokens, attn_metadata.copies.rows
+            for buffer, x in ((self._copy_key, key), (self._copy_value, value)):
+                new = x[tokens]
+                finite = torch.isfinite(new).all(-1, keepdim=True)
+                buffer[rows] = torch.where(finite, new, 0.0).to(buffer.dtype)
+        return output
+
+    def _copies(self, step: StepCopies | None) -> TokenCopies | None:
+        if step is None:
+            return None
+        return TokenCopies(
+            self._copy_key, self._copy_value, step.table, self.options.num_copied_first
+        )
+
+
+def our_layers(vllm_config: VllmConfig) -> dict[str, FibQuantImpl]:
+    """The layers of this process that store codes, by name."""
+    layers = get_layers_from_vllm_config(vllm_config, Attention)
+    impls = {name: layer.impl for name, layer in layers.items()}
+    return {name: impl for name, impl in impls.items() if isinstance(impl, FibQuantImpl)}
+
+
+def allocate_copies(vllm_config: VllmConfig, available_bytes: int) -> int:
+    """Gives every layer of this process its copies, as full batches need but few beside the pages.
+
+    Args:
+        available_bytes: what copies and pages may take together.
+
+    Returns:
+        Bytes taken.
+    """
+    dtype = vllm_config.model_config.dtype
+    layers = list(our_layers(vllm_config).values())
+    row_bytes = sum(layer.copy_row_bytes(dtype) for layer in layers)
+    if row_bytes == 0:
+        return 0
+    wanted = vllm_config.scheduler_config.max_num_seqs * layers[0].options.num_copies
+    num_rows = num_copy_rows(wanted, row_bytes, available_bytes)
+    for layer in layers:
+        layer.allocate_copies(num_rows, dtype)
+    logger.info(
+        "FibQuant keeps copies of up to %d tokens (%.1f MiB): the newest %d and first %d of %d "
+        "requests; others are read from codes",
+        num_rows,
+        num_rows * row_bytes / 2**20,
+        layers[0].options.recent_window,
+        layers[0].options.num_copied_first,
+        num_rows // layers[0].options.num_copies,
+    )
+    return num_rows * row_bytes

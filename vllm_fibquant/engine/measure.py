@@ -1,0 +1,440 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lets a loaded model read a text through its attention layers, and keeps statistics of its keys.
+
+While it reads, our layers attend to keys and values as the model computed them and add them to
+their statistics; layers that are not ours (--kv-cache-dtype-skip-layers) attend in plain PyTorch,
+since before there are pages vLLM's own give zeros. Adapters of --enable-lora are taken off: the
+base model is measured. With tensor parallelism every rank measures the heads it has, with pipeline
+parallelism the layers it has; all ranks then hold all of them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.config import ModelConfig, VllmConfig, get_layers_from_vllm_config
+from vllm.distributed import get_pp_group, get_tp_group, get_world_group
+from vllm.forward_context import set_forward_context
+from vllm.model_executor.layers.attention import Attention
+from vllm.sequence import IntermediateTensors
+from vllm.tokenizers import cached_get_tokenizer
+
+from vllm_fibquant import ops
+from vllm_fibquant.engine import compat
+from vllm_fibquant.files import PACKAGE_DIR
+from vllm_fibquant.keys.calibration import (
+    KeyStatistics,
+    StatisticsCollector,
+    join_heads,
+)
+from vllm_fibquant.keys.key_map import Turns
+from vllm_fibquant.options import DEFAULT_FIRST
+
+if TYPE_CHECKING:
+    from vllm_fibquant.engine.attention import FibQuantImpl
+
+TEXT = PACKAGE_DIR / "data" / "calibration.txt"
+NUM_SEQUENCES = 4
+SEQUENCE_LEN = 1024
+MIN_TOKENS = 256
+"""Tokens that a tokenizer must make of the text for its statistics to mean anything."""
+MAX_SECONDS = 60.0
+"""No text is begun that would end later, as far as the ones before tell; one is always read."""
+NUM_STARTS = 64
+"""Places of the text that a request could begin at: what first tokens have in common."""
+HORIZON = 8192
+"""Positions that texts are taken to stand at: what hardly turns in one may in a longer one."""
+BLOCK_SIZE = 16
+RANKS_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What a model reads: token ids of sequences of one length, and of beginnings."""
+
+    sequences: list[list[int]]
+    starts: list[list[int]]
+
+
+def measure(
+    model: torch.nn.Module,
+    model_config: ModelConfig,
+    vllm_config: VllmConfig,
+    layers: dict[str, FibQuantImpl],
+    turns_of: Callable[[FibQuantImpl, int], Turns | None],
+) -> tuple[int, dict[str, KeyStatistics]]:
+    """Lets the model read the text.
+
+    Args:
+        model: a language model whose attention layers are all known to vLLM's configuration.
+        layers: our layers in it, of this process, by name.
+        turns_of: how far a layer's rotary embedding turns keys over so many positions.
+
+    Returns:
+        How many tokens were measured, and the statistics of all ranks' layers.
+
+    Raises:
+        ValueError: the model has no tokenizer, or one that makes nothing of the text.
+    """
+    from tqdm import tqdm
+
+    world = get_world_group()
+    texts = _texts_of_first_rank(model_config)
+    passes = [texts.starts, *([tokens] for tokens in texts.sequences)]
+    began, num_read = time.perf_counter(), 0
+    num_positions = min(_known_positions(model_config), HORIZON)
+    collectors = {
+        name: LayerCollector(impl, turns_of(impl, num_positions)) for name, impl in layers.items()
+    }
+    stand_ins = {impl: collectors[name] for name, impl in layers.items()}
+    num_seqs = 1
+    with (
+        attending(model, vllm_config, stand_ins, lambda: num_seqs),
+        torch.inference_mode(),
+        tqdm(
+            total=sum(len(batch) * len(batch[0]) for batch in passes),
+            desc="FibQuant measures keys",
+            unit="token",
+            disable=True if world.rank_in_group else None,  # None: shown on a terminal
+        ) as progress,
+    ):
+        for number, batch in enumerate(passes):
+            num_seqs = len(batch)
+            for collector in collectors.values():
+                collector.num_seqs = num_seqs
+            read(model, vllm_config, model_config, torch.tensor(batch))
+            progress.update(len(batch) * len(batch[0]))
+            num_read = number
+            spent = time.perf_counter() - began
+            each = spent / max(number, 1)
+            # All ranks stop together, by the clock of one.
+            if world.broadcast_object(number > 0 and spent + each > MAX_SECONDS, src=0):
+                break
+    num_tokens = sum(len(tokens) - DEFAULT_FIRST for tokens in texts.sequences[:num_read])
+    return num_tokens, _of_all_ranks(collectors, model_config)
+
+
+def language_model(model: torch.nn.Module) -> torch.nn.Module:
+    """The part of a multimodal model that reads text; any other model itself."""
+    find = getattr(model, "get_language_model", None)
+    return find() if find is not None else model
+
+
+@contextmanager
+def without_adapters(model: torch.nn.Module) -> Iterator[None]:
+    """Within this context the layers that --enable-lora wraps are the base model's own."""
+    wrapped = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(getattr(child, "base_layer", None), torch.nn.Module)
+    ]
+    for parent, name, child in wrapped:
+        setattr(parent, name, child.base_layer)
+    try:
+        yield
+    finally:
+        for parent, name, child in wrapped:
+            setattr(parent, name, child)
+
+
+def model_fingerprint(model: torch.nn.Module, model_config: ModelConfig) -> str:
+    """A short digest of what decides a model's keys: its shape and the weights of its norms.
+
+    Norm weights are few, and training moves them. They are compared in bfloat16, so that --dtype
+    does not matter, and those of all pipeline stages, so that their number does not.
+    """
+    config = model_config.hf_text_config
+    shape = {
+        "architecture": model_config.architecture,
+        "vocab_size": model_config.get_vocab_size(),
+        "hidden_size": model_config.get_hidden_size(),
+        "num_layers": model_config.get_total_num_hidden_layers(),
+        "num_kv_heads": model_config.get_total_num_kv_heads(),
+        "head_dim": model_config.get_head_size(),
+        "rope": getattr(config, "rope_parameters", None) or getattr(config, "rope_theta", None),
+    }
+    own = {
+        name: hashlib.sha256(
+            weight.detach().to(torch.bfloat16).view(torch.int16).numpy().tobytes()
+        ).hexdigest()
+        for name, weight in model.named_parameters()
+        if weight.dim() == 1 and re.search(r"norm|ln_", name)
+    }
+    norms: dict[str, str] = {}
+    for ranks in reversed(compat.gather_from_ranks(own, RANKS_TIMEOUT_S)):
+        norms |= ranks
+    content = json.dumps([shape, sorted(norms.items())], sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def text_sequences(model_config: ModelConfig) -> Texts:
+    """What the model reads, every sequence beginning as its tokenizer begins a text.
+
+    Raises:
+        ValueError: the tokenizer cannot be loaded, or makes nothing of the text.
+    """
+    try:
+        tokenizer: Any = cached_get_tokenizer(
+            model_config.tokenizer,
+            tokenizer_mode=model_config.tokenizer_mode,
+            revision=model_config.tokenizer_revision,
+            trust_remote_code=model_config.trust_remote_code,
+        )
+        tokens = tokenizer.encode(TEXT.read_text(encoding="utf-8"), add_special_tokens=False)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(
+            "calibrate: the model must have a tokenizer to be measured on text, got "
+            f"{type(error).__name__}: {error}; give a file as calibration"
+        ) from error
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    num_known = sum(token != unknown for token in tokens)
+    if num_known < max(MIN_TOKENS, len(tokens) // 2):
+        raise ValueError(
+            f"calibrate: the model's tokenizer must make at least {MIN_TOKENS} tokens of English "
+            f"text, most of them known, got {len(tokens)}, {num_known} known; give a file as "
+            "calibration, measured with another tokenizer"
+        )
+    first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    length = min(SEQUENCE_LEN, _known_positions(model_config), len(tokens)) - len(first)
+    starts = range(0, min(len(tokens) - length + 1, NUM_SEQUENCES * length), length)
+    sequences = [first + tokens[start : start + length] for start in starts]
+    begins = range(0, len(tokens) - DEFAULT_FIRST, max(1, len(tokens) // NUM_STARTS))
+    rest = DEFAULT_FIRST - len(first)
+    return Texts(sequences, [first + tokens[i : i + rest] for i in begins[:NUM_STARTS]])
+
+
+def _texts_of_first_rank(model_config: ModelConfig) -> Texts:
+    """All ranks read what the first rank's tokenizer makes, or raise what it raises."""
+    world = get_world_group()
+    texts: Texts | ValueError | None = None
+    if world.rank_in_group == 0:
+        try:
+            texts = text_sequences(model_config)
+        except ValueError as error:
+            texts = ValueError(str(error))
+    texts = world.broadcast_object(texts, src=0)
+    if not isinstance(texts, Texts):
+        raise texts or ValueError("calibrate: the first rank must send a text, got none")
+    return texts
+
+
+def _known_positions(model_config: ModelConfig) -> int:
+    """Not --max-model-len: another one must not give another calibration."""
+    return getattr(model_config.hf_text_config, "max_position_embeddings", SEQUENCE_LEN)
+
+
+def read(
+    model: torch.nn.Module,
+    vllm_config: VllmConfig,
+    model_config: ModelConfig,
+    tokens: torch.Tensor,
+) -> torch.Tensor | None:
+    """Lets the model read sequences of one length, one after the other in one step.
+
+    A collective call of all ranks, within `attending`.
+
+    Args:
+        tokens: int64 [num_seqs, length].
+
+    Returns:
+        The last hidden states [num_seqs * length, hidden_size]; None on all pipeline stages but
+        the last.
+    """
+    positions = torch.arange(tokens.shape[1], device=tokens.device).repeat(len(tokens))
+    if model_config.uses_mrope:
+        positions = positions.expand(3, -1)
+    pipeline, given = get_pp_group(), {}
+    if not pipeline.is_first_rank:
+        given["intermediate_tensors"] = IntermediateTensors(pipeline.recv_tensor_dict())
+    with set_forward_context(
+        None, vllm_config, num_tokens=tokens.numel(), slot_mapping={}, skip_compiled=True
+    ):
+        output = model(input_ids=tokens.flatten(), positions=positions, **given)
+    if pipeline.is_last_rank:
+        return output
+    pipeline.send_tensor_dict(output.tensors)
+    return None
+
+
+def _of_all_ranks(
+    collectors: dict[str, LayerCollector], model_config: ModelConfig
+) -> dict[str, KeyStatistics]:
+    """The statistics of every layer, of all its heads."""
+    parts = {name: collector.statistics.result() for name, collector in collectors.items()}
+    num_parts = get_tp_group().world_size
+    replicas = kv_replicas(model_config)
+    joined: dict[str, list[KeyStatistics]] = {}
+    for rank in compat.gather_from_ranks(parts, RANKS_TIMEOUT_S):
+        for name, statistics in rank.items():
+            joined.setdefault(name, []).append(statistics)
+    # Data-parallel ranks of one world have measured the same heads.
+    return {name: join_heads(ranks[:num_parts], replicas) for name, ranks in joined.items()}
+
+
+def kv_replicas(model_config: ModelConfig) -> int:
+    """How many tensor-parallel ranks hold the same KV head."""
+    return max(1, get_tp_group().world_size // model_config.get_total_num_kv_heads())
+
+
+@contextmanager
+def attending(
+    model: torch.nn.Module,
+    vllm_config: VllmConfig,
+    stand_ins: Mapping[FibQuantImpl, Callable[..., torch.Tensor]],
+    num_seqs: Callable[[], int] = lambda: 1,
+) -> Iterator[None]:
+    """Within this context the base model reads without a cache.
+
+    Args:
+        stand_ins: what attends in the place of our layers: called with query, key, value and
+            output, which it fills and returns.
+        num_seqs: how many sequences of one length a step has.
+    """
+    others = [
+        layer.impl
+        for layer in get_layers_from_vllm_config(vllm_config, Attention).values()
+        if not hasattr(layer.impl, "without_cache")
+    ]
+    with ExitStack() as stack:
+        stack.enter_context(without_adapters(model))
+        for impl, stand_in in stand_ins.items():
+            impl.without_cache = stand_in
+            stack.callback(setattr, impl, "without_cache", None)
+        for impl in others:
+            impl.forward = _stock_attention(impl, num_seqs)
+            stack.callback(delattr, impl, "forward")
+        yield
+
+
+class LayerCollector:
+    """Attention of one layer over `num_seqs` sequences of one length, whose tokens follow each
+    other, as the model computed it; remembers what it saw."""
+
+    num_seqs = 1
+
+    def __init__(self, impl: FibQuantImpl, turns: Turns | None) -> None:
+        self._impl, self._turns = impl, turns
+        self._num_read = 0
+        self.statistics = StatisticsCollector(
+            impl.num_kv_heads, impl.head_size, turns, DEFAULT_FIRST
+        )
+        shape = (1, impl.num_kv_heads, BLOCK_SIZE, impl.codec.layout.record_bytes)
+        self._no_cache = torch.zeros(shape, dtype=torch.uint8)
+
+    def __call__(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor
+    ) -> torch.Tensor:
+        """Attends query to key and value [num_tokens, heads, head_dim], causally, into output."""
+        length = len(query) // self.num_seqs
+        lens = torch.full((self.num_seqs,), length, dtype=torch.int32)
+        bounds = torch.arange(self.num_seqs + 1, dtype=torch.int32) * length
+        rest = slice(DEFAULT_FIRST, None)
+        for q, k, v in zip(*(x.split(length) for x in (query, key, value)), strict=True):
+            self.statistics.add_start(k[:DEFAULT_FIRST], v[:DEFAULT_FIRST])
+            if length > DEFAULT_FIRST:
+                self._add(q[rest].float(), k[rest].float(), torch.arange(length)[rest])
+        ops.paged_attention(
+            query,
+            self._no_cache,
+            self._impl.codec,
+            bounds,
+            lens,
+            torch.zeros(self.num_seqs, length // BLOCK_SIZE + 1, dtype=torch.int32),
+            output,
+            scale=self._impl.scale,
+            window=self._impl.window,
+            soft_cap=self._impl.soft_cap,
+            sinks=self._impl.sinks,
+            raw_key=key,
+            raw_value=value,
+        )
+        return output
+
+    def _add(self, query: torch.Tensor, key: torch.Tensor, positions: torch.Tensor) -> None:
+        """Adds tokens, as where they stand so where else they could."""
+        for distance in distances(self._num_read) if self._turns is not None else (0,):
+            q, k = query, key
+            if self._turns is not None and distance:
+                q, k = self._turns.shift(query, distance), self._turns.shift(key, distance)
+            self.statistics.add(q, k, positions + distance)
+        self._num_read += 1
+
+
+def distances(number: int) -> tuple[int, ...]:
+    """How far the text of this number is moved: not at all, a little, and within the horizon.
+
+    A text that stands elsewhere has the same scores and other keys and queries, turned together.
+    A few thousand tokens, each at several positions, tell as much of keys as many more would, and
+    of positions that no text of theirs reaches.
+    """
+    share = (number + 0.5) * 0.6180339887 % 1.0  # evenly spread, however many there are
+    return 0, int(share * SEQUENCE_LEN), int(share * (HORIZON - SEQUENCE_LEN))
+
+
+def _stock_attention(impl: Any, num_seqs: Callable[[], int]) -> Callable[..., Any]:
+    """What stands in for `forward` of a layer that is not ours, over the same sequences."""
+    window = getattr(impl, "sliding_window", None) or 0
+    window = window[0] + 1 if isinstance(window, tuple) else window
+
+    def forward(
+        layer: Any, query: Any, key: Any, value: Any, *args: Any, output: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        length = len(query) // num_seqs()
+        heads = (-1, impl.num_heads, impl.head_size), (-1, impl.num_kv_heads, impl.head_size)
+        shaped = query.view(heads[0]), key.view(heads[1]), value.view(heads[1])
+        parts = [
+            attend_dense(
+                q, k, v, impl.scale, max(window, 0), getattr(impl, "logits_soft_cap", None) or 0.0,
+                getattr(impl, "sinks", None),
+            )
+            for q, k, v in zip(*(x.split(length) for x in shaped), strict=True)
+        ]  # fmt: skip
+        output.copy_(torch.cat(parts).view(output.shape))
+        return output
+
+    return forward
+
+
+def attend_dense(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    window: int = 0,
+    soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal attention of one sequence in plain PyTorch, float32.
+
+    Args:
+        query: [length, num_q_heads, head_dim].
+        key, value: [length, num_kv_heads, head_dim].
+        scale, window, soft_cap, sinks: as in `ops.paged_attention`.
+
+    Returns:
+        float32 as query.
+    """
+    group = query.shape[1] // key.shape[1]
+    keys, values = (x.float().repeat_interleave(group, 1) for x in (key, value))
+    scores = torch.einsum("qhd,shd->hqs", query.float(), keys) * scale
+    if soft_cap:
+        scores = soft_cap * torch.tanh(scores / soft_cap)
+    at = torch.arange(len(query))
+    hidden = at > at[:, None]
+    if window > 0:
+        hidden |= at <= at[:, None] - window
+    scores = scores.masked_fill(hidden, float("-inf"))
+    if sinks is not None:
+        extra = sinks.float()[:, None, None].expand(-1, len(query), 1)
+        scores = torch.cat((scores, extra), -1)
+    weights = scores.softmax(-1)[..., : len(key)]
+    return torch.einsum("hqs,shd->qhd", weights, values)

@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One step's batch as the ops want it, and what is planned once for all layers of a group."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy.typing as npt
+import torch
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from vllm_fibquant.codec.codec import KVCodec
+from vllm_fibquant.engine.copies import CopyPool
+from vllm_fibquant.engine.non_finite import DeviceReader
+from vllm_fibquant.keys.key_map import KeyMap
+from vllm_fibquant.observe.counters import own_counters
+from vllm_fibquant.observe.monitor import Probe, monitor_of
+from vllm_fibquant.ops import selfcheck
+from vllm_fibquant.options import Retain
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+@dataclass
+class FibQuantMetadata(AttentionMetadata):
+    """One step's batch, as the ops want it.
+
+    Attributes:
+        num_tokens: new tokens of all requests, without padding.
+        query_start_loc: int32 [num_reqs + 1].
+        seq_lens: int32 [num_reqs], new tokens included.
+        block_table: int32 [num_reqs, max_blocks].
+        num_gone: int64 [num_tokens], how many tokens between a query and the first ones are kept
+            no more; None if none of any query.
+        copies: what the step reads from copies and what it copies; None without a recent window.
+        probe: what the fidelity monitor compares in this step, or None.
+        plain: tokens whose keys are encoded without the layer's map, int64 [n], and their slots,
+            int64 [n]; None if there are none.
+        positions: int64 [num_tokens], where new tokens stand in their requests; None if no map of
+            keys asks for it.
+    """
+
+    num_tokens: int
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    num_gone: torch.Tensor | None = None
+    copies: StepCopies | None = None
+    probe: Probe | None = None
+    plain: tuple[torch.Tensor, ...] | None = None
+    positions: torch.Tensor | None = None
+
+
+@dataclass
+class StepCopies:
+    """`copies.CopyPlan` as tensors: table int32 [num_reqs, columns], tokens and rows int64 [n]."""
+
+    table: torch.Tensor
+    tokens: torch.Tensor
+    rows: torch.Tensor
+
+
+class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
+    """Builds the metadata of one group of layers; checks the kernels when it is made."""
+
+    # The GPU kernels' grids follow from shapes, and lengths are read on the device.
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        dtype = vllm_config.model_config.dtype
+        self.retain: Retain | None = None
+        self._num_plain = 0
+        self._needs_positions = False
+        self._pool: CopyPool | None = None
+        self._device_reader = DeviceReader(device) if device.type == "cuda" else None
+        self._counts_steps = _holds_first_layer(layer_names, vllm_config)
+        has_checked_map = False
+        layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
+        impls = {name: layer.impl for name, layer in layers.items()}
+        self._with_sinks = [impl for impl in impls.values() if impl.has_sinks]
+        self._monitor = monitor_of(vllm_config, impls, kv_cache_spec.block_size)
+        for impl in impls.values():
+            # The layers of a group have the same options, and share block tables and so one pool.
+            options, self.retain = impl.options, impl.options.retain
+            if impl.key_map is not None:
+                self._num_plain = impl.key_map.num_plain
+                self._needs_positions |= impl.key_map.turning is not None
+            if impl.num_copy_rows and self._pool is None:
+                self._pool = CopyPool(
+                    impl.num_copy_rows,
+                    options.num_copied_first,
+                    options.recent_window,
+                    kv_cache_spec.block_size,
+                )
+            if options.self_check:
+                shape = (dtype, impl.num_heads, impl.num_kv_heads, kv_cache_spec.block_size, device)
+                _check_kernels(impl.codec, *shape)
+                if impl.key_map is not None and not has_checked_map:
+                    _check_kernels(impl.codec, *shape, impl.key_map)
+                    has_checked_map = True
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> FibQuantMetadata:
+        common = common_attn_metadata
+        if common.causal is not True:
+            raise ValueError(
+                f"build: causal must be True, got {common.causal}; "
+                "use --kv-cache-dtype auto for this model"
+            )
+        for impl in self._with_sinks:
+            impl.refresh_sinks()
+        if self._counts_steps:
+            own_counters().stepped(common.num_actual_tokens)
+            if self._device_reader is not None:
+                self._device_reader.poll()
+        positions = None
+        if self._num_plain or self._needs_positions:
+            positions = _positions(common).long()
+        return FibQuantMetadata(
+            num_tokens=common.num_actual_tokens,
+            query_start_loc=common.query_start_loc,
+            seq_lens=common.seq_lens,
+            block_table=common.block_table_tensor,
+            num_gone=self._num_gone(common),
+            copies=_plan_copies(self._pool, common) if self._pool else None,
+            probe=self._monitor.plan(*_as_numpy(common)) if self._monitor else None,
+            plain=None if positions is None else self._plain(common, positions),
+            positions=positions,
+        )
+
+    def _plain(
+        self, common: CommonAttentionMetadata, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, ...] | None:
+        tokens = (positions < self._num_plain).nonzero().squeeze(-1)
+        if len(tokens) == 0:
+            return None
+        return tokens, common.slot_mapping[tokens], positions[tokens]
+
+    def _num_gone(self, common: CommonAttentionMetadata) -> torch.Tensor | None:
+        if self.retain is None or common.max_seq_len <= self.retain.total:
+            return None
+        return (_positions(common) + 1 - self.retain.total).clamp_min(0).long()
+
+
+def _positions(common: CommonAttentionMetadata) -> torch.Tensor:
+    """Where in its request each new token stands: [num_actual_tokens]."""
+    ends = common.query_start_loc[1:]
+    row = torch.arange(common.num_actual_tokens, dtype=ends.dtype, device=ends.device)
+    req = torch.searchsorted(ends, row, right=True).clamp_max(len(ends) - 1)
+    # From a token's row to its position it is as far as from its request's end to its length.
+    return row + (common.seq_lens - ends)[req]
+
+
+def _holds_first_layer(layer_names: list[str], vllm_config: VllmConfig) -> bool:
+    """Whether these are the layers of whose steps all are counted: one group of several is."""
+    layers = get_layers_from_vllm_config(vllm_config, Attention)
+    ours = (name for name, layer in layers.items() if hasattr(layer.impl, "codec"))
+    return next(ours, None) in layer_names
+
+
+def _as_numpy(common: CommonAttentionMetadata) -> tuple[npt.NDArray[Any], ...]:
+    tensors = common.query_start_loc, common.seq_lens, common.block_table_tensor
+    return tuple(tensor.numpy() for tensor in (*tensors, common.slot_mapping))
+
+
+def _plan_copies(pool: CopyPool, common: CommonAttentionMetadata) -> StepCopies:
+    plan = pool.step(*_as_numpy(common))
+    return StepCopies(*map(torch.from_numpy, (plan.table, plan.tokens, plan.rows)))
+
+
+_passed: list[selfcheck.SelfCheckResult] = []
+
+
+def passed_self_checks() -> list[selfcheck.SelfCheckResult]:
+    """The self-checks that have run in this process; one that fails ends it."""
+    return _passed
+
+
+@functools.cache
+def _check_kernels(
+    codec: KVCodec,
+    dtype: torch.dtype,
+    num_q_heads: int,
+    num_kv_heads: int,
+    block_size: int,
+    device: torch.device,
+    key_map: KeyMap | None = None,
+) -> None:
+    """Runs the self-check once per process and combination.
+
+    Raises:
+        RuntimeError: the kernel of this machine disagrees with the oracle.
+    """
+    result = selfcheck.run_self_check(
+        codec, dtype, num_q_heads, num_kv_heads, block_size, device, key_map
+    )
+    _passed.append(result)
+    own_counters()["self_checks"] = len(_passed)
+    logger.info(
+        "FibQuant self-check passed: kernel %s, %s%s, head_dim %d, %d/%d heads, error %.1e of %.1e",
+        result.kernel,
+        dtype,
+        ", mapped keys" if key_map else "",
+        codec.head_dim,
+        num_q_heads,
+        num_kv_heads,
+        result.error,
+        result.tolerance,
+    )

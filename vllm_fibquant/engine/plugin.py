@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The entry point vLLM calls in every process: API server, engine core and workers."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+from vllm_fibquant.codec.config import PRESETS
+from vllm_fibquant.engine import compat, support
+from vllm_fibquant.engine import ranks as agreement
+from vllm_fibquant.options import SECTION
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+REPORT_METHOD = "fibquant_report"
+"""The method of vLLM's workers that returns `report.worker_report`."""
+
+BACKEND_PATH = "vllm_fibquant.engine.attention.FibQuantBackend"
+
+RANKS_TIMEOUT_S = 600.0
+"""How long ranks wait for each other before they compare: others may still be compiling."""
+
+
+def register() -> None:
+    """Adds our presets to vLLM. May be called any number of times; never raises.
+
+    vLLM does not catch what a plugin raises, and a user who does not want our cache must not be
+    stopped by it. So a problem is kept and told when one of our dtypes is asked for. The guard
+    goes in first: without it no name is accepted.
+    """
+    from vllm.logger import init_logger
+
+    logger = init_logger(f"vllm.{__name__}")
+    problem = compat.version_problem()
+    try:
+        compat.install_guard(functools.partial(_check, problem))
+        if problem is None:
+            _register_backend()
+            compat.store_as_bytes(list(PRESETS))
+            compat.select_backend(list(PRESETS), support.BACKEND_NAME, _choose_backend)
+            compat.give_layers_dtypes(list(PRESETS), _layer_dtypes)
+            compat.before_pages_are_allocated(_prepare)
+            compat.add_worker_method(REPORT_METHOD, _report)
+        compat.accept_names(list(PRESETS))
+    except Exception as error:
+        logger.warning(
+            "FibQuant is not available: %s", problem or f"{type(error).__name__}: {error}"
+        )
+
+
+def _register_backend() -> None:
+    """Registers the backend under its name, which vLLM asks every attention layer for."""
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    if support.BACKEND_NAME not in AttentionBackendEnum.__members__:
+        register_backend(support.BACKEND_NAME, BACKEND_PATH)
+
+
+def _check(problem: str | None, vllm_config: VllmConfig) -> None:
+    """Refuses a configuration that asks for one of our dtypes and cannot have it.
+
+    Raises:
+        ValueError: with every reason.
+    """
+    from vllm.logger import init_logger
+
+    cache_config = vllm_config.cache_config
+    if cache_config is None or not support.is_ours(cache_config.cache_dtype):
+        options = vllm_config.additional_config
+        if isinstance(options, dict) and SECTION in options:
+            init_logger(f"vllm.{__name__}").warning_once(
+                'additional_config["%s"] has no effect without --kv-cache-dtype fibquant', SECTION
+            )
+        return
+    problems = [problem] if problem else support.config_problems(vllm_config)
+    if problems:
+        raise ValueError(support.refusal(cache_config.cache_dtype, problems))
+    for told in support.told_defaults(vllm_config):
+        init_logger(f"vllm.{__name__}").warning_once("FibQuant goes without a default: %s", told)
+
+
+def _choose_backend(vllm_config: VllmConfig, layer: dict[str, Any]) -> type:
+    """The backend class of one layer.
+
+    Raises:
+        ValueError: the layer cannot be served.
+    """
+    from vllm_fibquant.engine import attention
+
+    name = layer["kv_cache_dtype"]
+    backend = attention.backend_for(support.run_options(vllm_config).for_layer(name))
+    problems = backend.validate_configuration(device_capability=None, **layer)
+    if problems:
+        raise ValueError(
+            support.refusal(
+                name,
+                [
+                    f"layer: must be supported, got {problem}; use --kv-cache-dtype auto"
+                    for problem in problems
+                ],
+            )
+        )
+    return backend
+
+
+def _layer_dtypes(vllm_config: VllmConfig) -> dict[int, str]:
+    """The cache dtypes of layers that have another than --kv-cache-dtype, by number."""
+    return dict(support.run_options(vllm_config).layers)
+
+
+def _prepare(worker: Any, available_bytes: int) -> int:
+    """What is done in a worker once its model is loaded. Returns the bytes left for pages.
+
+    Raises:
+        ValueError: ranks of this engine would encode or read pages differently, codes cost this
+            model too much, or a GPU would lose its keys.
+        RuntimeError: a rank does not use our cache.
+    """
+    vllm_config = worker.vllm_config
+    if not support.is_ours(vllm_config.cache_config.cache_dtype):
+        return available_bytes
+    from vllm.logger import init_logger
+
+    from vllm_fibquant.engine import attention, calibrate, gate, key_bias
+
+    layers = attention.our_layers(vllm_config)
+    if vllm_config.device_config.device_type == "cuda":
+        biased = key_bias.biased_layers(worker.model_runner.get_model(), layers)
+        if biased:
+            name = vllm_config.cache_config.cache_dtype
+            raise ValueError(support.refusal(name, [support.key_bias_problem(biased)]))
+    # Settings first: ranks calibrate together, or not at all.
+    _compare_ranks(vllm_config, list(layers.values()))
+    if vllm_config.device_config.device_type != "cuda":
+        calibrate.calibrate_layers(worker.model_runner, vllm_config, layers)
+    gather = functools.partial(compat.gather_from_ranks, timeout_s=RANKS_TIMEOUT_S)
+    model, options = worker.model_runner.get_model(), support.run_options(vllm_config)
+    gate.check_fidelity(model, vllm_config, layers, options, gather)
+    facts = _compare_ranks(vllm_config, list(layers.values()))
+    init_logger(f"vllm.{__name__}").info(
+        "FibQuant settings, codebooks and calibration have digest %s", agreement.digest_of(facts)
+    )
+    return available_bytes - attention.allocate_copies(vllm_config, available_bytes)
+
+
+def _compare_ranks(vllm_config: VllmConfig, layers: list[Any]) -> dict[str, str]:
+    """Refuses to serve with ranks that differ. Returns what they have in common.
+
+    Raises:
+        ValueError: naming what differs, and the ranks.
+        RuntimeError: naming the ranks that say nothing.
+    """
+    # Not each layer's own options: other pipeline stages have layers with other presets.
+    options = support.run_options(vllm_config)
+    facts = agreement.facts_of((options, layer.codec, layer.calibration) for layer in layers)
+    # Every rank takes part, also one of whose layers none is ours.
+    problems = agreement.differences(compat.gather_from_ranks(facts, RANKS_TIMEOUT_S))
+    if problems:
+        problems[-1] += "; give every node the same installation, codebooks and command line"
+        raise ValueError(support.refusal(vllm_config.cache_config.cache_dtype, problems))
+    return facts
+
+
+def _report(worker: Any) -> dict[str, Any]:
+    from vllm_fibquant.engine.report import worker_report
+
+    return worker_report(worker.vllm_config)

@@ -1,0 +1,430 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which models and settings are served, and what is said about the others.
+
+`config_problems` is asked once, when vLLM has assembled its configuration and before anything is
+started; it gives every reason at once. What is known only of a single layer (attention type,
+ALiBi slopes) is refused by `attention.py` when the layer is built.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vllm_fibquant import ops
+from vllm_fibquant.codec.codec import KVCodec
+from vllm_fibquant.codec.config import PRESETS, Preset
+from vllm_fibquant.keys.transform import transform_problem
+from vllm_fibquant.ops.checks import DTYPES
+from vllm_fibquant.options import Options, Part, given_options, parse_options
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+UNMEASURED_HYBRID = (
+    "layers beside attention (Mamba, linear attention) have their state only once there are pages, "
+    "and keys are measured before"
+)
+
+BACKEND_NAME = "FIBQUANT"
+"""vLLM's name for our attention backend."""
+
+# Models of which every layer attends what its rotary embedding returns, with no norm in between.
+# Read in vLLM 0.32.0's model files; the rotary embedding itself is probed when a layer is built.
+RETAIN_ARCHITECTURES = (
+    "GPTJForCausalLM",
+    "GemmaForCausalLM",
+    "GraniteForCausalLM",
+    "LlamaForCausalLM",
+    "MistralForCausalLM",
+    "Qwen2ForCausalLM",
+    "Qwen3ForCausalLM",
+    "StableLmForCausalLM",
+)
+
+# These size their buffers from vLLM's dense shapes and would copy the wrong bytes of a page.
+REFUSED_CONNECTORS = ("LMCache",)
+
+# vLLM 0.32.0's offloading to host memory copies on GPU streams. On CPUs these fail late, with any
+# cache dtype: "only supported on CUDA-alike and XPU GPUs", and an AttributeError.
+GPU_CONNECTORS = ("OffloadingConnector", "SimpleCPUOffloadConnector")
+
+
+def run_options(vllm_config: VllmConfig) -> Options:
+    """The options of a run whose --kv-cache-dtype is ours: defaults are those it can have."""
+    options = parse_options(
+        vllm_config.cache_config.cache_dtype,
+        vllm_config.additional_config,
+        lacking_parts(vllm_config),
+    )
+    if options.calibrate == "auto" and _moves_pages(vllm_config):
+        return replace(options, calibrate="means")  # a transform is not the same on two machines
+    return options
+
+
+def lacking_parts(vllm_config: VllmConfig) -> dict[Part, str]:
+    """Which parts of the defaults this run goes without, and why."""
+    reasons: dict[Part, str] = {}
+    model, device = vllm_config.model_config, vllm_config.device_config.device_type
+    given = given_options(vllm_config.additional_config)
+    given = given if isinstance(given, dict) else {}
+    if device != "cpu":
+        reasons["copies"] = reasons["calibration"] = f"kernels of {device} devices have it not yet"
+    elif given.get("retain") is not None:
+        reasons["copies"] = reasons["calibration"] = "retain bounds what is kept"
+    elif _moves_pages(vllm_config):
+        reasons["copies"] = "KV connectors and offloading move pages, not what is kept beside them"
+        reasons["calibration"] = (
+            "pages that move mean the same only to those who read the same file: give it as "
+            "calibration"
+        )
+    if model is not None and model.is_hybrid and "calibration" not in reasons:
+        reasons["calibration"] = UNMEASURED_HYBRID
+    return reasons
+
+
+def told_defaults(vllm_config: VllmConfig) -> list[str]:
+    """A sentence for each part of the defaults that this run goes without."""
+    named = {
+        "copies": ("mode", 'mode is "exact"', "recent_window"),
+        "calibration": ("calibrate", "keys are not calibrated", "calibration"),
+    }
+    given = given_options(vllm_config.additional_config)
+    return [
+        f"{told}: {reason}"
+        for part, reason in lacking_parts(vllm_config).items()
+        for option, told, other in [named[part]]
+        if option not in given and other not in given
+    ]
+
+
+def head_dim_problem(preset: Preset, head_dim: int, device_type: str = "cpu") -> str | None:
+    """Why vectors of `head_dim` cannot be stored on a device, or None. Loads the codebooks."""
+    try:
+        codec = KVCodec.from_preset(preset, head_dim)
+    except (ValueError, OSError) as error:
+        return str(error)
+    return ops.unsupported_codec(codec, device_type)
+
+
+def config_problems(vllm_config: VllmConfig) -> list[str]:
+    """Every reason why this configuration cannot be served with its kv_cache_dtype."""
+    problems: list[str] = []
+    cache, device = vllm_config.cache_config, vllm_config.device_config.device_type
+    try:
+        options = run_options(vllm_config)
+    except ValueError as error:
+        return [str(error)]
+
+    def require(is_met: bool, what: str, must: str, got: Any, remedy: str) -> None:
+        if not is_met:
+            problems.append(f"{what}: must be {must}, got {got}; {remedy}")
+
+    other_dtype = "use --kv-cache-dtype auto for this model"
+
+    model = vllm_config.model_config
+    if model is not None:
+        require(
+            not model.use_mla,
+            "attention",
+            "standard multi-head or grouped-query attention",
+            "multi-head latent attention (MLA)",
+            other_dtype,
+        )
+        require(
+            not model.is_encoder_decoder,
+            "model",
+            "decoder-only",
+            "an encoder-decoder model",
+            other_dtype,
+        )
+        require(
+            model.runner_type != "pooling",
+            "runner",
+            "generate",
+            model.runner_type,
+            "embedding models keep no KV cache worth compressing; " + other_dtype,
+        )
+        require(
+            model.dtype in DTYPES,
+            "dtype",
+            "float32, bfloat16 or float16",
+            model.dtype,
+            "give --dtype bfloat16",
+        )
+        require(
+            not model.is_mm_prefix_lm,
+            "attention mask",
+            "causal",
+            "bidirectional attention between the tokens of an image",
+            other_dtype,
+        )
+        require(
+            model.rswa_window is None,
+            "attention mask",
+            "causal, optionally with a sliding window",
+            "reference sliding-window attention",
+            other_dtype,
+        )
+        chunk = getattr(model.hf_text_config, "attention_chunk_size", None)
+        require(
+            chunk is None,
+            "attention",
+            "full or sliding-window",
+            f"chunked local attention (attention_chunk_size {chunk})",
+            other_dtype,
+        )
+        if not model.use_mla:
+            found = (head_dim_problem(p, model.get_head_size(), device) for p in options.presets)
+            problems += [problem for problem in found if problem]
+
+    require(
+        device == "cpu" or (device == "cuda" and options.unproven_gpu),
+        "device",
+        "cpu",
+        device,
+        "run it on vLLM's CPU build, or help to prove the GPU kernels, which have been interpreted "
+        'and compiled but have not run on a GPU: give "unproven_gpu": true',
+    )
+    if device == "cuda":
+        require(not _is_rocm(), "device", "an NVIDIA GPU", "an AMD GPU (ROCm)", other_dtype)
+        require(
+            model is None or model.dtype != torch.float32,
+            "dtype",
+            "bfloat16 or float16 on a GPU, whose kernels multiply in float16",
+            "float32",
+            "give --dtype bfloat16",
+        )
+        for name, asked in (
+            ("recent_window", options.recent_window),
+            ("retain", options.retain),
+            ("monitor", options.monitor),
+            # "auto" asks for no more than a device has.
+            ("calibrate", "" if options.calibrate in ("none", "auto") else options.calibrate),
+            ("layers", dict(options.layers)),
+        ):
+            hint = 'use "mode": "exact" without it'
+            if name == "recent_window":
+                hint = 'give "prefill": "raw", which GPUs have, in the place of "mode": "quality"'
+            require(not asked, name, "left out on a GPU", asked, hint)
+
+    parallel = vllm_config.parallel_config
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        size = getattr(parallel, name)
+        require(size == 1, name, "1", size, "use tensor, pipeline or data parallel")
+
+    attention = vllm_config.attention_config
+    require(
+        not attention.use_non_causal, "use_non_causal", "false", "true", "leave the setting out"
+    )
+    require(
+        not cache.kv_sharing_fast_prefill,
+        "--kv-sharing-fast-prefill",
+        "off",
+        "on",
+        "leave the flag out; layers that share KV work without it",
+    )
+    require(
+        cache.kv_offloading_size is None or cache.kv_offloading_backend == "native",
+        "--kv-offloading-backend",
+        "native",
+        cache.kv_offloading_backend,
+        "LMCache sizes its buffers wrongly for packed pages",
+    )
+    transfer = vllm_config.kv_transfer_config
+    connectors = _connector_names(transfer)
+    refused = [c for c in connectors if any(r.lower() in c.lower() for r in REFUSED_CONNECTORS)]
+    require(
+        not refused,
+        "KV connector",
+        "one that copies pages as bytes",
+        ", ".join(refused),
+        "LMCache sizes its buffers wrongly for packed pages; use another connector",
+    )
+    offloading = [c for c in connectors if c in GPU_CONNECTORS]
+    require(
+        device != "cpu" or not offloading,
+        "KV offloading",
+        "off on CPUs, whose cache is in host memory already",
+        ", ".join(offloading),
+        "leave --kv-offloading-size out and give --kv-cache-memory-bytes more",
+    )
+    require(
+        not options.recent_window or not (connectors or cache.kv_offloading_size),
+        "recent_window",
+        "0 with a KV connector or KV offloading, which write pages behind the copies' back",
+        options.recent_window,
+        'give "mode": "exact" or "recent_window": 0 with it',
+    )
+    require(
+        options.monitor is None or not (connectors or cache.kv_offloading_size),
+        "monitor",
+        "false with a KV connector or KV offloading, which write pages behind its back",
+        "true",
+        "leave it out",
+    )
+    if options.retain:
+        problems += [f"retain: {problem}" for problem in retain_problems(vllm_config)]
+    if options.layers:
+        problems += [f"layers: {problem}" for problem in layers_problems(vllm_config, options)]
+    if options.calibrate != "none":
+        problems += [
+            f"calibrate: {problem}" for problem in calibrate_problems(vllm_config, options)
+        ]
+    return problems
+
+
+def _is_rocm() -> bool:
+    """Whether vLLM runs on AMD GPUs, which it calls "cuda" as well."""
+    from vllm.platforms import current_platform
+
+    return current_platform.is_rocm()
+
+
+def key_bias_problem(biased: list[str]) -> str:
+    """Why a model whose layers `biased` have a bias on keys is not served on a GPU."""
+    return (
+        f"model: must have no bias on keys on a GPU, got one in {len(biased)} layers, the first "
+        f"{biased[0]}; codes lose such keys without a calibration, which GPUs do not have yet: "
+        "use --kv-cache-dtype auto for this model"
+    )
+
+
+def _draft_problems(vllm_config: VllmConfig, why: str) -> list[str]:
+    """Why this configuration's draft model cannot be used, if it has one; `why` is of the draft."""
+    speculation = vllm_config.speculative_config
+    if speculation is None or speculation.method == "ngram":
+        return []
+    return [
+        f"speculative decoding must be off or ngram, got {speculation.method}, whose draft {why}; "
+        "leave --speculative-config out"
+    ]
+
+
+def _moves_pages(vllm_config: VllmConfig) -> bool:
+    """Whether pages leave this cache: KV connectors and offloading."""
+    offloading_size = vllm_config.cache_config.kv_offloading_size
+    return vllm_config.kv_transfer_config is not None or offloading_size is not None
+
+
+def calibrate_problems(vllm_config: VllmConfig, options: Options) -> list[str]:
+    """Every reason why this configuration's keys cannot be coded by a calibration."""
+    problems = []
+    model = vllm_config.model_config
+    if model is not None and model.is_hybrid:
+        problems.append(
+            f"layers must all be attention, got {model.architecture}: {UNMEASURED_HYBRID}; leave "
+            "calibrate out for this model"
+        )
+    if model is not None and options.calibrate == "transform" and not model.use_mla:
+        found = (transform_problem(p.key, model.get_head_size()) for p in options.presets)
+        problems += [problem for problem in found if problem]
+    moves_pages = _moves_pages(vllm_config)
+    if moves_pages and options.transforms_keys:
+        problems.append(
+            f'it must be "means" with KV connectors and offloading, got "{options.calibrate}": a '
+            "transform may come out with other last digits on two machines"
+        )
+    if moves_pages and not (options.calibration and Path(options.calibration).is_file()):
+        problems.append(
+            "calibration must be an existing file with KV connectors and offloading, got "
+            f"{options.calibration!r}: pages mean the same only to those who read the same file; "
+            "run: vllm-fibquant calibrate MODEL --output FILE"
+        )
+    return problems
+
+
+def layers_problems(vllm_config: VllmConfig, options: Options) -> list[str]:
+    """Every reason why some layers of this configuration cannot have a preset of their own."""
+    problems = []
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    skipped = cache.kv_cache_dtype_skip_layers
+    both = [str(number) for number, _ in options.layers if str(number) in skipped]
+    if both or "sliding_window" in skipped:
+        problems.append(
+            "they must not be among --kv-cache-dtype-skip-layers, got "
+            f"{', '.join(both) or 'sliding_window'} there; name each layer in one of the two"
+        )
+    problems += _draft_problems(vllm_config, "model has layers of the same numbers")
+    if _moves_pages(vllm_config):
+        problems.append(
+            "KV connectors and offloading must be off, got one: many take all layers' pages for "
+            "equally large; leave --kv-transfer-config and --kv-offloading-size out"
+        )
+    if model is None:
+        return problems
+    num_layers = model.get_total_num_hidden_layers()
+    beyond = [str(number) for number, _ in options.layers if number >= num_layers]
+    if beyond:
+        problems.append(
+            f"they must be from 0 to {num_layers - 1} for this model, got {', '.join(beyond)}; "
+            "leave those out"
+        )
+    if model.is_hybrid:
+        problems.append(
+            f"the model's layers must all be attention, got {model.architecture}; leave layers out"
+        )
+    layer_types = getattr(model.hf_text_config, "layer_types", None) or ()
+    is_mixed = len(set(layer_types)) > 1
+    if is_mixed and not vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+        problems.append(
+            "pages must be equally large in models that mix full and sliding-window attention, "
+            "where vLLM pads every page to the largest and nothing would be saved; leave layers "
+            "out, or give --disable-hybrid-kv-cache-manager, which keeps all tokens of all layers"
+        )
+    return problems
+
+
+def retain_problems(vllm_config: VllmConfig) -> list[str]:
+    """Every reason why this configuration cannot keep a request's first and newest tokens alone."""
+    problems = []
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    if model is not None and model.architecture not in RETAIN_ARCHITECTURES:
+        problems.append(
+            f"model must be one of {', '.join(RETAIN_ARCHITECTURES)}, whose queries can be turned "
+            f"back, got {model.architecture}; leave retain out for this model"
+        )
+    layer_types = getattr(model.hf_text_config, "layer_types", None) if model is not None else None
+    if cache.sliding_window is not None or "sliding_attention" in (layer_types or ()):
+        problems.append(
+            "layers must all have full attention, got a sliding window, which bounds those layers' "
+            "cache already; leave retain out for this model"
+        )
+    if cache.kv_cache_dtype_skip_layers:
+        problems.append(
+            "--kv-cache-dtype-skip-layers must be empty, got "
+            f"{', '.join(cache.kv_cache_dtype_skip_layers)}: their cache would grow without bound; "
+            "leave the flag out"
+        )
+    problems += _draft_problems(vllm_config, "model's cache has not been verified with it")
+    if _moves_pages(vllm_config):
+        problems.append(
+            "KV connectors and offloading must be off, got one: they move pages by position, and "
+            "some are gone; leave --kv-transfer-config and --kv-offloading-size out"
+        )
+    return problems
+
+
+def _connector_names(transfer: Any) -> list[str]:
+    """The connector and, for a connector that holds several, each of those."""
+    if transfer is None or not transfer.kv_connector:
+        return []
+    names = [transfer.kv_connector]
+    for inner in transfer.kv_connector_extra_config.get("connectors", []):
+        if isinstance(inner, dict):
+            names.append(str(inner.get("kv_connector")))
+    return names
+
+
+def refusal(kv_cache_dtype: str, problems: list[str]) -> str:
+    """The message of a refusal: every reason on a line of its own."""
+    lines = "".join(f"\n  - {problem}" for problem in problems)
+    return f"--kv-cache-dtype {kv_cache_dtype} cannot be used here:{lines}"
+
+
+def is_ours(kv_cache_dtype: str | None) -> bool:
+    """Whether a kv_cache_dtype is one of our presets."""
+    return kv_cache_dtype in PRESETS

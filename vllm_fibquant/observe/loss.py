@@ -1,0 +1,381 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What codes cost a model on one short text: how it is measured, in layers and in next tokens, and
+what is said of it.
+
+A layer's cosine is of attention outputs over codes and over keys and values as the model computed
+them, for the same queries. Codes are read as decode attention reads them: in prefill mode "raw" all
+but a query's newest tokens, and all but its copied ones, come from records.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+
+from vllm_fibquant import ops
+from vllm_fibquant.codec.codec import KVCodec
+from vllm_fibquant.keys.key_map import KeyMap
+from vllm_fibquant.ops.reference import TokenCopies
+from vllm_fibquant.options import Options
+
+CHUNK = 16
+"""New tokens of a step, which prefill mode "raw" reads as computed."""
+BLOCK_SIZE = 16
+
+State = Literal["passed", "warned", "refused", "accepted", "skipped", "unmeasured"]
+"""Below the first threshold, between both, above the second; the same with "accept_loss"; with
+"fidelity_gate": false; where nothing could be told."""
+
+WARN_KL, REFUSE_KL = 0.1, 0.3
+"""Nats. Above the first a start warns, above the second it is refused (docs/serving.md)."""
+
+KNOWS_NOTHING = 0.25
+"""Of the vocabulary's size: random weights give a perplexity of about that size or more."""
+
+NUM_NAMED = 4
+"""Worst layers that a message names."""
+
+
+class Layer(Protocol):
+    """What is needed of an attention layer."""
+
+    options: Options
+    codec: KVCodec
+    scale: float
+    soft_cap: float
+    window: int
+    sinks: torch.Tensor | None
+    num_kv_heads: int
+    keep_first: int
+    key_map: KeyMap | None
+
+
+class LayerReading:
+    """Attention of one layer over one text, from codes and as the model computed it.
+
+    Args:
+        layer: the layer.
+        judged_from: queries from this position on count.
+
+    Attributes:
+        reads_codes: whether a call's output is of codes.
+        sums: over query heads and positions: how many, cosines, squared lengths of differences
+            and of exact outputs.
+    """
+
+    def __init__(self, layer: Layer, judged_from: int) -> None:
+        self._layer = layer
+        self._judged = slice(judged_from, None)
+        # A layer that retains few tokens reads this text whole: what is dropped is not measured.
+        self._window = 0 if layer.keep_first else layer.window
+        self.reads_codes = False
+        self.sums = (0.0, 0.0, 0.0, 0.0)
+
+    def __call__(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor
+    ) -> torch.Tensor:
+        """Attends query to key and value [num_tokens, heads, head_dim], causally, into output."""
+        if self.reads_codes:
+            return self.from_codes(query, key, value, output)
+        self.exact(query, key, value, output)
+        found = self.from_codes(query, key, value, torch.empty_like(output))
+        a, b = output[self._judged].float(), found[self._judged].float()
+        cosines = torch.cosine_similarity(a, b, dim=-1)
+        self.sums = (
+            cosines.numel(),
+            float(cosines.sum()),
+            float((a - b).square().sum()),
+            float(a.square().sum()),
+        )
+        return output
+
+    def exact(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor
+    ) -> None:
+        """Attends to keys and values as they are."""
+        cache = self._new_cache(1)
+        ends = torch.tensor([0, len(query)], dtype=torch.int32, device=query.device)
+        blocks = torch.zeros(
+            1, -(-len(query) // BLOCK_SIZE), dtype=torch.int32, device=query.device
+        )
+        self._attend(query, cache, ends, ends[1:], blocks, output, raw=(key, value), key_map=None)
+
+    def from_codes(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor
+    ) -> torch.Tensor:
+        """Writes records of all tokens and attends to them, as this layer will serve."""
+        layer, device, num_tokens = self._layer, query.device, len(query)
+        cache = self._new_cache(-(-num_tokens // BLOCK_SIZE)).to(device)
+        positions = torch.arange(num_tokens, device=device)
+        ops.encode_kv(key, value, cache, positions, layer.codec, layer.key_map, positions)
+        if layer.key_map is not None and layer.key_map.num_plain:
+            first = slice(0, layer.key_map.num_plain)
+            plain = layer.key_map.without_first(key[first], value[first], positions[first])
+            ops.encode_kv(*plain, cache, positions[first], layer.codec)
+        is_raw = layer.options.prefill == "raw"
+        # Every step of the text is a request of its own over the same blocks.
+        step = CHUNK if is_raw else num_tokens
+        ends = torch.tensor(
+            [*range(0, num_tokens, step), num_tokens], dtype=torch.int32, device=device
+        )
+        table = torch.arange(len(cache), dtype=torch.int32, device=device)
+        blocks = table.repeat(len(ends) - 1, 1)
+        self._attend(
+            query, cache, ends, ends[1:].clone(), blocks, output,
+            raw=(key, value) if is_raw else (None, None),
+            copies=self._copies(key, value, ends), key_map=layer.key_map,
+        )  # fmt: skip
+        return output
+
+    def _copies(
+        self, key: torch.Tensor, value: torch.Tensor, ends: torch.Tensor
+    ) -> TokenCopies | None:
+        """Copies of the first and the newest tokens before each step; their rows are positions."""
+        options = self._layer.options
+        if not options.recent_window:
+            return None
+        num_first = options.num_copied_first
+        context = ends[:-1, None]
+        first = torch.arange(num_first, device=key.device).expand(len(context), num_first)
+        newest = torch.arange(-options.recent_window, 0, device=key.device)
+        recent = context + newest
+        rows = torch.cat((first, torch.where(recent >= num_first, recent, -1)), 1)
+        rows = torch.where(rows < context, rows, -1).to(torch.int32).contiguous()
+        dtype = torch.bfloat16 if key.dtype == torch.float32 else key.dtype
+        key, value = (x.to(dtype).contiguous() for x in (key, value))
+        return TokenCopies(key, value, rows, num_first)
+
+    def _new_cache(self, num_blocks: int) -> torch.Tensor:
+        shape = (
+            num_blocks,
+            self._layer.num_kv_heads,
+            BLOCK_SIZE,
+            self._layer.codec.layout.record_bytes,
+        )
+        # 0xFF bytes are NaN norms: reading a slot nobody wrote would show.
+        return torch.full(shape, 0xFF, dtype=torch.uint8)
+
+    def _attend(
+        self, query: torch.Tensor, cache: torch.Tensor, ends: torch.Tensor,
+        seq_lens: torch.Tensor, blocks: torch.Tensor, output: torch.Tensor, *, raw: Any,
+        copies: TokenCopies | None = None, key_map: KeyMap | None,
+    ) -> None:  # fmt: skip
+        layer = self._layer
+        ops.paged_attention(
+            query, cache.to(query.device), layer.codec, ends, seq_lens, blocks, output,
+            scale=layer.scale, window=self._window, soft_cap=layer.soft_cap, sinks=layer.sinks,
+            raw_key=raw[0], raw_value=raw[1], copies=copies, key_map=key_map,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LayerLoss:
+    """What codes cost one layer: mean cosine and relative error of its attention outputs."""
+
+    cosine: float
+    error: float
+
+
+@dataclass
+class NextTokens:
+    """Sums over positions of what two passes say of the next token.
+
+    Attributes:
+        num_tokens: positions.
+        kl_sum: of KL(exact || codes), in nats.
+        exact_nll, nll: negative log-probabilities of the text's next tokens.
+        vocab_size: entries of each distribution.
+    """
+
+    num_tokens: int = 0
+    vocab_size: int = 0
+    kl_sum: float = 0.0
+    exact_nll: float = 0.0
+    nll: float = 0.0
+
+    def add(self, exact: torch.Tensor, found: torch.Tensor, targets: torch.Tensor) -> None:
+        """Adds positions: logits [n, vocab_size] of both passes, and the n tokens that follow."""
+        p, q = (x.float().log_softmax(-1) for x in (exact, found))
+        # A vocabulary's padding has logits of -inf in both.
+        terms = torch.where(p > -torch.inf, p.exp() * (p - q), 0.0)
+        at = targets.view(-1, 1)
+        self.num_tokens += len(targets)
+        self.vocab_size = exact.shape[-1]
+        self.kl_sum += float(terms.double().sum())
+        self.exact_nll -= float(p.gather(1, at).double().sum())
+        self.nll -= float(q.gather(1, at).double().sum())
+
+
+@dataclass(frozen=True)
+class RankLoss:
+    """What one rank measured: sums of its layers by number, (heads, cosines, squared errors,
+    squared sizes), and next tokens where it has the model's head."""
+
+    layers: dict[int, tuple[float, float, float, float]]
+    next_tokens: NextTokens | None
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What codes cost a model on one text.
+
+    Attributes:
+        layers: by number.
+        num_tokens: positions whose next token was compared, 0 where no rank could.
+        kl: mean KL(exact || codes) of next-token distributions, in nats; not finite where codes
+            make the model overflow.
+        perplexity: of the model with exact attention on those tokens.
+        increase: of perplexity by codes, a share.
+        knows_nothing: whether the model with exact attention predicts no more of the text than one
+            with random weights, whose distributions mean nothing, changed or not.
+    """
+
+    layers: dict[int, LayerLoss]
+    num_tokens: int
+    kl: float
+    perplexity: float
+    increase: float
+    knows_nothing: bool = False
+
+    @classmethod
+    def of_ranks(cls, ranks: Iterable[RankLoss]) -> Loss:
+        """What all ranks of an engine measured together."""
+        sums: dict[int, list[float]] = {}
+        words: list[NextTokens] = []
+        for rank in ranks:
+            for number, own in rank.layers.items():
+                sums[number] = [
+                    a + b for a, b in zip(sums.get(number, [0.0] * 4), own, strict=True)
+                ]
+            words += [rank.next_tokens] if rank.next_tokens else []
+        layers = {
+            number: LayerLoss(cosines / max(num, 1), (error / size) ** 0.5 if size else 0.0)
+            for number, (num, cosines, error, size) in sorted(sums.items())
+        }
+        # Ranks of one stage have the same logits; should they differ, the worst counts.
+        worst = NextTokens()
+        for found in words:
+            if not worst.num_tokens or not found.kl_sum <= worst.kl_sum:
+                worst = found
+        n = max(worst.num_tokens, 1)
+        perplexity = _exp(worst.exact_nll / n)
+        increase = _exp((worst.nll - worst.exact_nll) / n) - 1
+        knows_nothing = perplexity > KNOWS_NOTHING * max(worst.vocab_size, 1)
+        return cls(layers, worst.num_tokens, worst.kl_sum / n, perplexity, increase, knows_nothing)
+
+    @property
+    def reason(self) -> str:
+        """Why next tokens cannot be judged; empty where they can."""
+        if not self.num_tokens:
+            return "no rank has the model's next-token logits"
+        if self.knows_nothing:
+            return (
+                f"the model predicts nothing of an English text (perplexity {self.perplexity:.3g})"
+            )
+        return ""
+
+    @property
+    def worst(self) -> list[int]:
+        """Numbers of all layers, that with the lowest cosine first."""
+        return sorted(self.layers, key=lambda number: self.layers[number].cosine)
+
+    @property
+    def state(self) -> State:
+        """What a start makes of it: "passed", "warned", "refused" or "unmeasured"."""
+        if self.reason:
+            return "unmeasured"
+        if not self.kl <= REFUSE_KL:  # nor a NaN
+            return "refused"
+        return "warned" if self.kl > WARN_KL else "passed"
+
+    def __str__(self) -> str:
+        parts = []
+        if self.num_tokens:
+            parts = [f"expected KL {self.kl:.2g} nats, perplexity {self.increase:+.1%}"]
+        if self.layers:
+            number = self.worst[0]
+            parts += [f"worst layer {number} with cosine {self.layers[number].cosine:.4f}"]
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a start says of the loss of its codes.
+
+    Attributes:
+        state: as STATES.
+        loss: None where nothing was measured.
+        reason: why nothing or not all was.
+        seconds: it took.
+    """
+
+    state: State
+    loss: Loss | None = None
+    reason: str = ""
+    seconds: float = 0.0
+
+    def facts(self) -> dict[str, Any]:
+        """In types that JSON has; figures are None where there are none or they are not finite."""
+        facts: dict[str, Any] = {
+            "state": self.state,
+            "reason": self.reason,
+            "seconds": round(self.seconds, 2),
+            "warn_kl": WARN_KL,
+            "refuse_kl": REFUSE_KL,
+            "num_tokens": 0,
+            **dict.fromkeys(("kl", "perplexity", "perplexity_increase", "worst_layer",
+                             "worst_layer_cosine")),
+            "layer_cosines": {},
+        }  # fmt: skip
+        if (loss := self.loss) is None:
+            return facts
+        if loss.num_tokens:
+            facts |= {
+                "num_tokens": loss.num_tokens,
+                "kl": _finite(loss.kl),
+                "perplexity": _finite(loss.perplexity),
+                "perplexity_increase": _finite(loss.increase),
+            }
+        if loss.layers:
+            cosines = {number: _finite(found.cosine) for number, found in loss.layers.items()}
+            facts |= {
+                "worst_layer": loss.worst[0],
+                "worst_layer_cosine": cosines[loss.worst[0]],
+                "layer_cosines": {str(number): cosine for number, cosine in cosines.items()},
+            }
+        return facts
+
+
+def refusal_of(loss: Loss, options: Options) -> str:
+    """Why codes that lose so much are not served, and what to do."""
+    named = ", ".join(
+        f"{number} (cosine {loss.layers[number].cosine:.3f})" for number in loss.worst[:NUM_NAMED]
+    )
+    numbers = ",".join(map(str, sorted(loss.worst[:NUM_NAMED])))
+    remedies = []
+    if options.calibrate == "none":
+        remedies.append('have the model\'s keys measured ("calibrate": "auto")')
+    if options.prefill == "codes":
+        remedies.append('give "mode": "quality"')
+    remedies += [
+        "take a preset with more bits",
+        f'give the worst layers one ("layers": {{"{numbers}": "fibquant_k5v3"}})',
+        'or serve it all the same with "accept_loss": true',
+    ]
+    return (
+        f"fidelity: expected KL must be at most {REFUSE_KL} nats per token, got {loss.kl:.3g} "
+        f"(perplexity {loss.increase:+.0%} on a text of {loss.num_tokens} tokens); worst layers: "
+        f"{named}; {', '.join(remedies)}"
+    )
+
+
+def _finite(number: float) -> float | None:
+    return number if math.isfinite(number) else None
+
+
+def _exp(number: float) -> float:
+    return math.exp(number) if number < 700 else math.inf

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Start-up check: the kernel this machine will use, against the oracle, before serving.
+
+A miscompiled library, a damaged codebook in memory or an instruction set that misbehaves shows here
+as an error, not as fluent nonsense behind a green health check.
+
+A kernel may err twice as much as plain PyTorch does on the same inputs, the oracle in float64 being
+right. Plain PyTorch computes in float32 and rounds its output to the model's dtype, as kernels do:
+with keys of length 350 it errs a hundred times as much as with short ones, and in bfloat16 all the
+way by as much as the outputs themselves, which would allow anything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vllm_fibquant import ops
+from vllm_fibquant.codec.codec import KVCodec
+from vllm_fibquant.keys.key_map import KeyMap
+from vllm_fibquant.ops import reference
+
+MAX_RECORD_MISMATCH = 0.02
+"""Share of records that may differ between kernel and oracle: ties of the two nearest codewords."""
+
+NUM_ULP = 2
+"""Units in the last place of the largest output that a kernel may err even where plain PyTorch,
+by chance, does not."""
+
+_SEQ_LENS, _QUERY_LENS = (1, 37, 130), (1, 4, 21)
+
+
+@dataclass(frozen=True)
+class SelfCheckResult:
+    """Outcome of one self-check.
+
+    Attributes:
+        kernel: name of the kernel checked.
+        record_mismatch: share of records that differ from the oracle's.
+        error: largest absolute difference of attention outputs from the oracle's in float64.
+        tolerance: what `error` had to stay below.
+    """
+
+    kernel: str
+    record_mismatch: float
+    error: float
+    tolerance: float
+
+
+def run_self_check(
+    codec: KVCodec,
+    dtype: torch.dtype,
+    num_q_heads: int,
+    num_kv_heads: int,
+    block_size: int,
+    device: torch.device | None = None,
+    key_map: KeyMap | None = None,
+) -> SelfCheckResult:
+    """Encodes and attends a small random batch with the kernel and with the oracle.
+
+    Args:
+        codec: the codec to be served.
+        dtype: the model's dtype.
+        num_q_heads, num_kv_heads, block_size: as the model will use them.
+        device: where the kernel runs; None for the CPU. The oracle runs on the CPU.
+        key_map: the map of a layer's keys, or None.
+
+    Returns:
+        The result, when it is within bounds.
+
+    Raises:
+        RuntimeError: the kernel disagrees with the oracle; nothing may be served with it.
+    """
+    # Two KV heads are enough to see a wrong stride, and keep this well under a second.
+    group_size, num_kv_heads = num_q_heads // num_kv_heads, min(num_kv_heads, 2)
+    num_q_heads = group_size * num_kv_heads
+    if key_map is not None:
+        key_map = key_map.first_heads(num_kv_heads)
+    generator = torch.Generator().manual_seed(0)
+
+    def random(num_tokens: int, num_heads: int) -> torch.Tensor:
+        shape = (num_tokens, num_heads, codec.head_dim)
+        return torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype)
+
+    blocks_of = [-(-n // block_size) for n in _SEQ_LENS]
+    num_blocks = sum(blocks_of) + 1
+    order = torch.randperm(num_blocks, generator=generator, dtype=torch.int64)
+    block_table = torch.zeros(len(_SEQ_LENS), max(blocks_of), dtype=torch.int32)
+    slots = []
+    for req, (seq_len, count) in enumerate(zip(_SEQ_LENS, blocks_of, strict=True)):
+        begin = sum(blocks_of[:req])
+        block_table[req, :count] = order[begin : begin + count].to(torch.int32)
+        positions = torch.arange(seq_len, dtype=torch.int64)
+        slots.append(
+            block_table[req].long()[positions // block_size] * block_size + positions % block_size
+        )
+    slot_mapping = torch.cat(slots)
+    key, value = random(sum(_SEQ_LENS), num_kv_heads), random(sum(_SEQ_LENS), num_kv_heads)
+    shape = (num_blocks, num_kv_heads, block_size, codec.layout.record_bytes)
+    # 0xFF bytes are NaN norms: reading a slot nobody wrote would show.
+    cache, expected_cache = (torch.full(shape, 0xFF, dtype=torch.uint8) for _ in range(2))
+    cache = cache.to(device)
+
+    positions = torch.cat([torch.arange(n) for n in _SEQ_LENS])
+    if key_map is not None:  # as such a model's are: a mean, and what tells keys apart
+        key = (key.float() + key_map.mean_at(positions, torch.float32)).to(dtype)
+
+    def store(key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, key_map: KeyMap | None):
+        on_device = key.to(device), value.to(device), cache, slots.to(device)
+        ops.encode_kv(*on_device, codec, key_map, positions)
+        reference.encode_kv(key, value, expected_cache, slots, codec, key_map, positions)
+
+    store(key, value, slot_mapping, key_map)
+    if key_map is not None:
+        is_first = positions < key_map.num_plain
+        first = key_map.without_first(key[is_first], value[is_first], positions[is_first])
+        store(*first, slot_mapping[is_first], None)
+    written = len(slot_mapping) * num_kv_heads
+    mismatch = int((cache.cpu() != expected_cache).any(-1).sum()) / written
+
+    query = random(sum(_QUERY_LENS), num_q_heads)
+    bounds = torch.tensor([0, *_QUERY_LENS]).cumsum(0).to(torch.int32)
+    seq_lens = torch.tensor(_SEQ_LENS, dtype=torch.int32)
+    out, plain = torch.empty_like(query), torch.empty_like(query)
+    expected = torch.empty_like(query, dtype=torch.float64)
+    scale = codec.head_dim**-0.5
+    out = out.to(device)
+    batch = bounds.to(device), seq_lens.to(device), block_table.to(device)
+    ops.paged_attention(query.to(device), cache, codec, *batch, out, scale=scale, key_map=key_map)
+    args = (cache.cpu(), codec, bounds, seq_lens, block_table)
+    for found, compute_dtype in ((expected, torch.float64), (plain, torch.float32)):
+        reference.paged_attention(
+            query, *args, found, scale=scale, key_map=key_map, compute_dtype=compute_dtype
+        )
+    error = _largest(out.cpu() - expected)
+    largest = _largest(expected)
+    tolerance = 2 * _largest(plain - expected) + NUM_ULP * torch.finfo(dtype).eps * largest
+    if key_map is not None:
+        tolerance += _mean_rounding(query, key_map, scale) * largest
+
+    result = SelfCheckResult(ops.kernel_name(cache, codec), mismatch, error, tolerance)
+    if not (mismatch <= MAX_RECORD_MISMATCH and error <= tolerance):
+        raise RuntimeError(
+            f"run_self_check: kernel {result.kernel} must equal the oracle (at most "
+            f"{MAX_RECORD_MISMATCH:.0%} of records differing, attention error at most twice that "
+            f"of plain PyTorch, {tolerance:.1e}), got {mismatch:.1%} and {error:.1e} with head_dim "
+            f"{codec.head_dim}; "
+            "refusing to serve: rebuild the library, and report this processor if it persists"
+        )
+    return result
+
+
+def _largest(x: torch.Tensor) -> float:
+    return float(x.double().abs().max())
+
+
+def _mean_rounding(query: torch.Tensor, key_map: KeyMap, scale: float) -> float:
+    """What rounding the means' part of a score to float32 may change in a weight, as a share.
+
+    Kernels add that part, <q, mean>, as one number to the scores of all mapped keys. So its
+    rounding, half a unit in the last place, is common to them and stands against the first tokens,
+    which are coded without it. Plain PyTorch rounds every key's score by itself, which averages.
+    """
+    positions = torch.arange(max(_SEQ_LENS))
+    mean = key_map.mean_at(positions, torch.float64).expand(len(positions), *key_map.mean.shape)
+    grouped = query.double().unflatten(1, (mean.shape[1], -1))  # [num_tokens, kv heads, group, d]
+    scores = torch.einsum("qhgd,shd->qhgs", grouped, mean) * scale
+    return torch.finfo(torch.float32).eps / 2 * _largest(scores)
