@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -322,9 +324,10 @@ def test_the_door_chooses_the_library_where_it_fits(library, monkeypatch) -> Non
     monkeypatch.setattr(native_cuda, "is_built", lambda: False)
     assert "not built" in gpu.why_not_cuda(cache, codec)
     monkeypatch.setattr(native_cuda, "is_built", lambda: True)
-    assert "has no code for cpu" in gpu.why_not_cuda(cache, codec)
+    assert "cannot run on cpu: it is no GPU" in gpu.why_not_cuda(cache, codec)
     monkeypatch.setattr(native_cuda, "library", lambda: library)
-    monkeypatch.setattr(gpu, "_runs_on", lambda device: True)
+    monkeypatch.setattr(gpu, "_why_not_on", lambda device: None)
+    monkeypatch.setattr(gpu, "_chosen", {})
     assert gpu.kernel_name(cache, codec) == "cuda"
     assert gpu.kernel_name(cache, codec_of("fibquant_2bit", 80)) == "triton"
     assert gpu.kernel_name(cache[:, :, :8], codec) == "triton"
@@ -338,6 +341,37 @@ def test_the_door_chooses_the_library_where_it_fits(library, monkeypatch) -> Non
     assert gpu.encode_kv(paged.new_key, paged.new_value, cache, slots, codec) == 0
     reference.encode_kv(paged.new_key, paged.new_value, expected, slots, codec)
     assert float((cache != expected).any(-1).float().mean()) <= MAX_TIES
+
+
+def test_why_a_device_is_not_usable_is_the_runtimes_word(library, monkeypatch, caplog) -> None:
+    class Old:
+        """What a library built by nvcc 13 says under an older driver."""
+
+        support = library.support
+
+        def why_unusable(self) -> str:
+            return "CUDA driver version is insufficient for CUDA runtime version"
+
+    codec, device = codec_of("fibquant_2bit", 64), torch.device("cuda", 0)
+    pages = SimpleNamespace(
+        device=device, is_cuda=True, shape=(1, 1, 16, 36), data_ptr=lambda: 0,
+        stride=lambda: (576, 576, 36, 1),
+    )  # fmt: skip
+    monkeypatch.setattr(native_cuda, "is_built", lambda: True)
+    monkeypatch.setattr(native_cuda, "library", Old)
+    monkeypatch.setattr(gpu, "_current", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(gpu, "_chosen", {})
+    said: list[str] = []
+    monkeypatch.setattr(gpu.logger, "warning", lambda text, *args: said.append(text % args))
+    gpu._why_not_on.cache_clear()
+    gpu._warn_of_triton.cache_clear()
+    try:
+        for _ in range(2):
+            assert gpu.kernel_name(pages, codec) == "triton"
+    finally:
+        gpu._why_not_on.cache_clear()
+    assert len(said) == 1 and "slower than --kv-cache-dtype auto" in said[0]
+    assert "cannot run on cuda:0: CUDA driver version is insufficient" in said[0]
 
 
 def test_a_library_of_other_sources_is_refused(tmp_path) -> None:
