@@ -178,9 +178,15 @@ def test_bit_equal_for_any_number_of_threads(long_request) -> None:
     assert all(torch.equal(results[0], other) for other in results)
 
 
-def test_bit_equal_whatever_else_is_in_the_batch() -> None:
-    codec = codec_of("fibquant_2bit", 64)
-    batch = make_paged(codec, [600, 33, 1, 250], [1, 33, 1, 3], group_size=3)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("head_dim", "group_size"), [(64, 3), (64, 7), (128, 6), (256, 4)],
+    ids=["SmolLM2-135M", "Qwen2.5-0.5B", "Qwen2.5-1.5B", "Gemma-3-270m"],
+)  # fmt: skip
+def test_bit_equal_whatever_else_is_in_the_batch(head_dim: int, group_size: int, dtype) -> None:
+    codec = codec_of("fibquant_2bit", head_dim)
+    settings = {"group_size": group_size, "dtype": dtype}
+    batch = make_paged(codec, [600, 33, 1, 250], [1, 33, 1, 3], **settings)
     together = batch.attend(window=0)
     for req in range(4):
         begin, end = batch.query_start_loc[req : req + 2].tolist()

@@ -16,7 +16,7 @@ from tests.paged import MAX_TIES, check_records, make_paged
 from vllm_fibquant import ops
 from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.codec.config import PRESETS
-from vllm_fibquant.ops import gpu, native_cuda, reference
+from vllm_fibquant.ops import gpu, native_cuda, reference, selfcheck, splits
 
 PRESET_NAMES = [name for name in PRESETS if name != "fibquant"]
 OTHER_PAIR = {"key": {"subvec_dim": 8, "num_codewords": 256, "storage": "int8"}}
@@ -341,6 +341,65 @@ def test_the_door_chooses_the_library_where_it_fits(library, monkeypatch) -> Non
     assert gpu.encode_kv(paged.new_key, paged.new_value, cache, slots, codec) == 0
     reference.encode_kv(paged.new_key, paged.new_value, expected, slots, codec)
     assert float((cache != expected).any(-1).float().mean()) <= MAX_TIES
+
+
+# ---- the start-up check of a GPU -----------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu_door(library, monkeypatch) -> list[tuple[bool, int]]:
+    """The ops' door leads to the emulated library, of a GPU with 132 multiprocessors; the attention
+    calls that come through it, as (wide, number of splits)."""
+    if emu.native_device(library).type == "cuda":
+        pytest.skip("a GPU needs no stand-in")
+    calls: list[tuple[bool, int]] = []
+
+    def launch(codec, pages, args, stream) -> int:
+        calls.append((bool(args._obj.wide), args._obj.num_splits))
+        return real(codec, pages, args, stream)
+
+    real = library.lib.fq_cuda_paged_attention
+    monkeypatch.setattr(native_cuda, "is_built", lambda: True)
+    monkeypatch.setattr(native_cuda, "library", lambda: library)
+    monkeypatch.setattr(gpu, "_why_not_on", lambda device: None)
+    monkeypatch.setattr(gpu, "_chosen", {})
+    monkeypatch.setattr(splits, "num_sms", lambda device: 132)
+    monkeypatch.setattr(library, "_layers", {})
+    monkeypatch.setattr(library.lib, "fq_cuda_paged_attention", launch)
+
+    def paged_attention(*args, key_map=None, **options) -> None:
+        gpu.paged_attention(*args, **options)
+
+    monkeypatch.setattr(ops, "encode_kv", lambda *args: gpu.encode_kv(*args[:5]))
+    monkeypatch.setattr(ops, "paged_attention", paged_attention)
+    monkeypatch.setattr(ops, "kernel_name", gpu.kernel_name)
+    return calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_start_up_check_runs_what_a_gpu_serves(gpu_door, dtype: torch.dtype) -> None:
+    codec = codec_of("fibquant_k5v3", 64)
+    result = selfcheck.run_self_check(codec, dtype, 8, 2, 16, all_cases=True)
+    assert result.kernel == "cuda" and 0 < result.error <= result.tolerance
+    kinds = {(wide, num_splits > 1) for wide, num_splits in gpu_door}
+    assert kinds == {(False, False), (False, True), (True, False)}
+    assert len(gpu_door) == 6
+
+
+@pytest.mark.parametrize("broken", [(False, True), (True, False)], ids=["splits", "wide"])
+def test_the_start_up_check_sees_each_kernel(library, gpu_door, monkeypatch, broken) -> None:
+    launch = library.lib.fq_cuda_paged_attention
+
+    def no_values(codec, pages, args, stream) -> int:
+        kind = bool(args._obj.wide), args._obj.num_splits > 1
+        if kind == broken:
+            args._obj.scale *= 1.2
+        return launch(codec, pages, args, stream)
+
+    monkeypatch.setattr(library.lib, "fq_cuda_paged_attention", no_values)
+    with pytest.raises(RuntimeError, match="kernel cuda must equal the oracle"):
+        selfcheck.run_self_check(codec_of("fibquant_2bit", 64), torch.float16, 4, 2, 16,
+                                 all_cases=True)  # fmt: skip
 
 
 def test_why_a_device_is_not_usable_is_the_runtimes_word(library, monkeypatch, caplog) -> None:
