@@ -230,14 +230,18 @@ def _attend(
         on["sinks"] = on["sinks"].to(device)
     if "raw_key" in on:
         on |= {"raw_key": key, "raw_value": value}
-    arguments: Any = (query, cache, codec, *(x.to(device) for x in batch))
+    bounds, lens, table = (x.to(device) for x in batch)
+
+    def attend(into: torch.Tensor) -> None:
+        ops.paged_attention(query, cache, codec, bounds, lens, table, into, **on, key_map=key_map)
+
     out = torch.full(query.shape, torch.nan, dtype=query.dtype, device=device)
-    ops.paged_attention(*arguments, out, **on, key_map=key_map)
+    attend(out)
     if not cache.is_cuda:
         return out
     graph, replayed = torch.cuda.CUDAGraph(), torch.full_like(out, torch.nan)
     with torch.cuda.graph(graph):
-        ops.paged_attention(*arguments, replayed, **on, key_map=key_map)
+        attend(replayed)
     replayed.fill_(torch.nan)
     graph.replay()
     if not torch.equal(replayed, out):
