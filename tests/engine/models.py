@@ -95,6 +95,10 @@ def _qwen2():
 
 _SHAPES = {
     "llama": _llama,
+    # As wide as SmolLM2-135M: products of 576 and 1,536 numbers.
+    "llama-wide": lambda: _llama(
+        hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3
+    ),
     "llama-1layer": lambda: _llama(num_hidden_layers=1),
     "llama-4layers": lambda: _llama(num_hidden_layers=4),
     "mistral": _mistral,
