@@ -9,9 +9,11 @@ for every architecture. docs/gpu.md shows the results of a run of all of them.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -89,6 +91,28 @@ def test_the_build_is_for_every_architecture() -> None:
     built = re.search(r'CUDA_ARCHS = "(.*)"', text)[1].split()
     assert built == [arch.rstrip("a") for arch in ARCHS]
     assert "code=compute_{oldest}" in text  # PTX for what has no machine code
+
+
+@pytest.mark.parametrize("listed", ["80 86 89 90", "75 80 86 89 90 90a 100 120 121"])
+def test_the_build_asks_nvcc_what_it_compiles_for(listed: str, tmp_path) -> None:
+    fake, log = tmp_path / "nvcc", tmp_path / "log"
+    answer = "".join(f"sm_{arch}\n" for arch in listed.split())
+    fake.write_text(
+        f"#!/bin/sh\nif [ \"$1\" = --list-gpu-code ]; then printf '{answer}'; exit 0; fi\n"
+        f'echo "$@" >> {log}; exit 3\n'
+    )
+    fake.chmod(0o755)
+    command = [sys.executable, "setup.py", "--quiet", "build_cuda"]
+    environment = {k: v for k, v in os.environ.items() if k != "FIBQUANT_CUDA_ARCHS"}
+    environment["CUDACXX"] = str(fake)
+    shutil.copytree(emu.ROOT / "csrc", tmp_path / "csrc")
+    for name in ("setup.py", "pyproject.toml", "README.md"):
+        shutil.copy(emu.ROOT / name, tmp_path / name)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode != 0, "the stand-in compiles nothing"
+    asked = set(re.findall(r"code=sm_(\w+)", log.read_text()))
+    assert asked == set(listed.split()) & {"80", "86", "89", "90", "100", "120"}
+    assert ("left out" in done.stdout) == ("100" not in listed)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ way by as much as the outputs themselves, which would allow anything.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -231,14 +232,17 @@ def _attend(
         on["sinks"] = on["sinks"].to(device)
     if "raw_key" in on:
         on |= {"raw_key": key, "raw_value": value}
-    arguments: Any = (query, cache, codec, *(x.to(device) for x in batch))
+    attend: Any = functools.partial(
+        ops.paged_attention, query, cache, codec, *(x.to(device) for x in batch), key_map=key_map,
+        **on,
+    )  # fmt: skip
     out = torch.full(query.shape, torch.nan, dtype=query.dtype, device=device)
-    ops.paged_attention(*arguments, out, **on, key_map=key_map)
+    attend(out)
     if not cache.is_cuda:
         return out
     graph, replayed = torch.cuda.CUDAGraph(), torch.full_like(out, torch.nan)
     with torch.cuda.graph(graph):
-        ops.paged_attention(*arguments, replayed, **on, key_map=key_map)
+        attend(replayed)
     replayed.fill_(torch.nan)
     graph.replay()
     if not torch.equal(replayed, out):
