@@ -150,9 +150,8 @@ def run_self_check(
         key = (key.float() + key_map.mean_at(positions, torch.float32)).to(dtype)
 
     def store(key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, key_map: KeyMap | None):
-        both = torch.cat((key, value), 1).to(device).split(num_kv_heads, dim=1)
-        on_device = *both, cache, slots.to(device)
-        ops.encode_kv(*on_device, codec, key_map, positions)
+        on_key, on_value = torch.cat((key, value), 1).to(device).split(num_kv_heads, dim=1)
+        ops.encode_kv(on_key, on_value, cache, slots.to(device), codec, key_map, positions)
         reference.encode_kv(key, value, expected_cache, slots, codec, key_map, positions)
 
     store(key, value, slot_mapping, key_map)
@@ -163,7 +162,8 @@ def run_self_check(
     written = len(slot_mapping) * num_kv_heads
     mismatch = int((cache.cpu() != expected_cache).any(-1).sum()) / written
 
-    shown, cases = cache.cpu(), _CPU_CASES
+    shown = cache.cpu()
+    cases: tuple[_Case, ...] = _CPU_CASES
     if all_cases if all_cases is not None else cache.is_cuda:
         cases = _GPU_CASES + (_RAW_CASES if attends_raw else ())
     results = []
