@@ -23,6 +23,8 @@ ALLOWED_UPWARD = {("kernels", "vllm_fibquant.ops")}
 # Outside engine/: the target of vLLM's console script, and users of its documented classes.
 VLLM_ENTRY = {
     ("cli", "vllm.entrypoints.cli"),
+    ("cli", "vllm.entrypoints.launchers.cli_args"),
+    ("cli", "vllm.utils.argparse_utils"),
     ("cli", "vllm"),
     ("evaluation", "vllm"),
     ("evaluation", "vllm.distributed"),

@@ -8,7 +8,13 @@ from dataclasses import replace
 import pytest
 
 from vllm_fibquant.codec.config import PRESETS
-from vllm_fibquant.options import MonitorOptions, Options, Retain, parse_options
+from vllm_fibquant.options import (
+    MonitorOptions,
+    Options,
+    Retain,
+    misplaced_options,
+    parse_options,
+)
 
 
 @pytest.mark.parametrize("additional", [None, {}, {"other": 1}, "text", {"fibquant": {}}])
@@ -224,3 +230,26 @@ def test_layers() -> None:
 def test_bad_layers_are_refused(given, message):
     with pytest.raises(ValueError, match=message):
         parse_options("fibquant_2bit", {"fibquant": {"layers": given}})
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (
+            {"mode": "quality"},
+            'got mode in its place, which is not read; give {"fibquant": {"mode"',
+        ),
+        ({"FibQuant": {"mode": "quality"}}, "got FibQuant in its place"),
+        ({"fib_quant": {"calibrate": "none"}}, 'give {"fibquant": {"calibrate": "none"}}'),
+        ({"vllm-fibquant": {}}, "got vllm-fibquant in its place"),
+    ],
+)
+def test_misplaced_options_are_told(given, told):
+    assert told in misplaced_options(given)
+
+
+@pytest.mark.parametrize(
+    "given", [None, {}, {"fibquant": {"mode": "exact"}, "mode": 1}, {"other": {"mode": 1}}]
+)
+def test_options_of_others_are_left_alone(given):
+    assert misplaced_options(given) is None

@@ -34,6 +34,7 @@ for by name is given or refused.
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -171,6 +172,31 @@ def given_options(additional_config: Any) -> Any:
     """What a user gave under "fibquant", which need not be valid; an empty object for nothing."""
     given = additional_config.get(SECTION) if isinstance(additional_config, dict) else None
     return {} if given is None else given
+
+
+def misplaced_options(additional_config: Any) -> str | None:
+    """What to say of options that are one level too high, or under a misspelt name.
+
+    Other plugins and platforms read the same object: where ours is in its place, names beside it
+    are theirs.
+    """
+    if not isinstance(additional_config, dict) or SECTION in additional_config:
+        return None
+    known = _OWN_NAMES + _PRESET_NAMES
+    found = {name: x for name, x in additional_config.items() if name in known}
+    for name, inner in additional_config.items():
+        if re.sub(r"[^a-z]", "", str(name).lower()) in (SECTION, f"vllm{SECTION}"):
+            found = inner if isinstance(inner, dict) else {}
+            break
+    else:
+        if not found:
+            return None
+        name = ", ".join(found)
+    example = json.dumps({SECTION: found}, default=str)
+    return (
+        f'--additional-config: FibQuant\'s options must be under "{SECTION}", got {name} in its '
+        f"place, which is not read; give {example}"
+    )
 
 
 def parse_options(

@@ -233,3 +233,80 @@ def test_serve_ends_on_sigterm_before_vllm_handles_it():
 def test_eval_refuses_what_is_no_model(tmp_path, capsys):
     assert cli.main(["eval", str(tmp_path), "--out", str(tmp_path)]) == 1
     assert "model must be a folder with a config.json" in capsys.readouterr().err
+
+
+def served(monkeypatch, *args):
+    """What `serve` passes on to vLLM, in order."""
+    passed = []
+    monkeypatch.setattr(launcher, "this_machine", lambda: GPU)
+    monkeypatch.setattr(launcher, "_run_vllm", lambda given: passed.append(given) or 0)
+    monkeypatch.setenv("VLLM_PLUGINS", "fibquant")
+    assert cli.main(["serve", *args]) == 0
+    return passed[0]
+
+
+@pytest.mark.parametrize(
+    "args, rest",
+    [
+        (["--port", "9000", "org/model"], ["--port", "9000"]),
+        (["--port=9000", "org/model", "--enforce-eager"], ["--port=9000", "--enforce-eager"]),
+        (["--enforce-eager", "org/model", "-tp", "2"], ["--enforce-eager", "-tp", "2"]),
+        (
+            ["--tokenizer", "org/model", "--port", "9000", "org/model"],
+            ["--tokenizer", "org/model", "--port", "9000"],
+        ),
+    ],
+)
+def test_the_model_may_be_anywhere(monkeypatch, args, rest):
+    pytest.importorskip("vllm", reason="asks vLLM's parser which word is the model")
+    expected = ["org/model", *rest, "--kv-cache-dtype", "fibquant"]
+    assert served(monkeypatch, *args) == expected
+
+
+def test_arrange_asks_the_parser_only_where_words_are_loose():
+    assert launcher.arrange(["org/model", "--port", "9"], None) == ["org/model", "--port", "9"]
+    assert launcher.arrange(["--port=9", "--enforce-eager"], None) == [
+        "--port=9",
+        "--enforce-eager",
+    ]
+    assert launcher.arrange(["--port", "9"], lambda args: None) == ["--port", "9"]
+
+
+@pytest.mark.parametrize("spelling", [["--config", "{}"], ["--config={}"]])
+def test_a_config_file_is_read_however_it_is_given(monkeypatch, tmp_path, spelling):
+    pytest.importorskip("vllm", reason="asks vLLM's parser which word is the model")
+    path = tmp_path / "serve.yaml"
+    path.write_text("model: org/other\nkv-cache-dtype: auto\n")
+    config = [word.format(path) for word in spelling]
+    assert served(monkeypatch, *config) == ["--config", str(path)]
+    # As in vLLM, the model of the command line goes before the file's.
+    args = served(monkeypatch, "--port", "9000", *config, "org/model")
+    assert args == ["org/model", "--config", str(path), "--port", "9000"]
+
+
+@pytest.mark.parametrize(
+    "args, told",
+    [
+        (["--config=missing.yaml"], "must be a YAML file (.yaml or .yml) of flags and values, got"),
+        (["org/model", "--config", "missing.yaml"], "got missing.yaml; give the path of one"),
+        (["org/model", "--config"], "got nothing"),
+        (["org/model", "--config=a.yaml", "--config", "b.yaml"], "--config must be given once"),
+    ],
+)
+def test_a_bad_config_is_refused(monkeypatch, capsys, args, told):
+    monkeypatch.setattr(launcher, "this_machine", lambda: GPU)
+    monkeypatch.setattr(launcher, "_run_vllm", None)
+    monkeypatch.setattr(launcher, "_vllms_positional", lambda args: None)
+    monkeypatch.setenv("VLLM_PLUGINS", "fibquant")
+    assert cli.main(["serve", *args]) == 1
+    assert told in capsys.readouterr().err
+
+
+def test_a_config_that_holds_no_flags_is_refused(tmp_path):
+    path = tmp_path / "a.yml"
+    path.write_text("- model\n")
+    with pytest.raises(ValueError, match="got list in"):
+        launcher.GivenFlags(["--config", str(path)])
+    path.write_text("{")
+    with pytest.raises(ValueError, match="got .*a.yml: while parsing"):
+        launcher.GivenFlags(["--config", str(path)])

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from vllm_fibquant.codec import codec
 
-from .harness import engine
+from .harness import engine, generate, varied_prompts
 from .models import VOCAB_SIZE, make_config_only, make_model
 
 MLA_MODEL = {
@@ -103,6 +105,59 @@ def test_unknown_option(model_folder):
     )
     assert "got 'window'" in told
     assert "prefill" in told
+
+
+def test_options_one_level_too_high(model_folder):
+    told = refusal_of(make_model("llama", model_folder), additional_config={"mode": "quality"})
+    assert 'options must be under "fibquant", got mode in its place' in told
+
+
+@pytest.mark.parametrize("block_size", [8, 24, 100])
+def test_block_size(model_folder, block_size):
+    told = refusal_of(make_model("llama", model_folder), block_size=block_size)
+    assert f"--block-size: must be a multiple of 16, got {block_size}; give another" in told
+
+
+def test_a_drafts_head_dim_is_told_as_the_drafts(model_folder):
+    draft = make_model("llama-d62", model_folder)
+    settings = {"method": "draft_model", "model": draft, "num_speculative_tokens": 2}
+    told = refusal_of(make_model("llama", model_folder), speculative_config=settings)
+    assert re.search(rf"draft model {draft}: .*must divide head_dim, got .* head_dim 62", told)
+    assert '"kv_cache_dtype": "auto" in --speculative-config' in told
+    assert told.count("\n  - ") == 1
+
+
+def test_a_draft_whose_own_cache_is_in_16_bits_is_served(model_folder):
+    speculation = {
+        "method": "draft_model",
+        "model": make_model("llama-d48", model_folder),
+        "num_speculative_tokens": 2,
+        "kv_cache_dtype": "auto",
+    }
+    model, prompts = make_model("llama", model_folder), varied_prompts(4, VOCAB_SIZE)
+    with engine(model, "fibquant_2bit", speculative_config=speculation) as llm:
+        answers = generate(llm, prompts)
+    with engine(model, "fibquant_2bit") as llm:
+        expected = generate(llm, prompts)
+    assert [a.tokens for a in answers] == [a.tokens for a in expected]
+
+
+def test_a_refusals_hint_leads_to_a_server(model_folder, tmp_path, monkeypatch):
+    """Every codebook that is missing is named at once; with those built nothing is refused."""
+    from vllm_fibquant.cli.main import main
+
+    monkeypatch.setenv("FIBQUANT_CACHE_DIR", str(tmp_path))
+    model = make_model("llama-d48", model_folder)
+    told = refusal_of(model, "fibquant_k5v3")
+    commands = re.findall(r"python -m vllm_fibquant (codebook build [^;\n\[]*)", told)
+    assert len(commands) == 2
+    quick = ["--restarts", "1", "--samples", "4096", "--iterations", "2"]
+    for command in commands:
+        assert main([*command.split(), *quick]) == 0
+    codec._kv_codec.cache_clear()
+    with engine(model, "fibquant_k5v3") as llm:
+        assert len(generate(llm, [[3, 4, 5]])[0].tokens) == 8
+    codec._kv_codec.cache_clear()
 
 
 def test_layers_where_they_cannot_have_their_own_presets(model_folder):

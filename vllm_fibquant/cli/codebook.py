@@ -23,7 +23,7 @@ from vllm_fibquant.codec.codebook_build import (
 )
 from vllm_fibquant.codec.config import CodeSpec
 from vllm_fibquant.codec.layout import NORM_BYTES
-from vllm_fibquant.codec.source_law import distortion_bound, scalar_mse
+from vllm_fibquant.codec.source_law import distortion_bound, scalar_mse, scipy_special
 
 MSE_TOLERANCE = 0.01
 """Relative; two measurements on 2^18 samples differ by about 0.002."""
@@ -69,6 +69,7 @@ def run_build(args: argparse.Namespace) -> int:
     spec = CodeSpec(args.subvec_dim, args.num_codewords, args.folded, storage=args.storage)
     spec.num_subvecs(args.head_dim)
     options = BuildOptions(args.seed, args.restarts, args.samples, args.iterations)
+    scipy_special()  # refused now if it is missing, not after the samples
     path = args.out or files.place(cache_name(spec, args.head_dim))
     if path is None or not files.is_writable(path.parent):
         raise ValueError(
@@ -123,6 +124,7 @@ def run_verify(args: argparse.Namespace) -> int:
 
 
 def run_rebuild(args: argparse.Namespace) -> int:
+    scipy_special()  # refused now if it is missing, not after the samples
     for spec, head_dim in shipped_codes():
         _build(spec, head_dim, SHIPPED_OPTIONS, args.out / codebook_filename(spec, head_dim))
     return 0

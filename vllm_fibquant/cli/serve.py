@@ -20,10 +20,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import os
 import signal
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,8 +34,8 @@ from vllm_fibquant.codec.config import get_preset, is_fibquant
 
 HELP = """usage: vllm-fibquant serve [MODEL] [any flag of vLLM's server]
 
-MODEL is a directory or a Hugging Face name and comes first; without it the demo model
-(SmolLM2-135M-Instruct) is fetched, converted and served.
+MODEL is a directory or a Hugging Face name, before, between or after the flags; without it the demo
+model (SmolLM2-135M-Instruct) is fetched, converted and served.
 """
 
 ROUTES_GROUP = "vllm.endpoint_plugins"
@@ -86,9 +87,8 @@ class GivenFlags:
             if arg.startswith("-"):
                 name, has_value, value = arg.partition("=")
                 self.values[_canonical(name)] = value if has_value else following
-        config = self.values.get("config")
-        if config and Path(config).is_file():
-            for name, value in _read_config(config).items():
+        if "config" in self.values:
+            for name, value in _read_config(self.values["config"]).items():
                 self.values.setdefault(_canonical(name), str(value))
 
     def __contains__(self, name: str) -> bool:
@@ -104,11 +104,68 @@ def _canonical(name: str) -> str:
 
 
 def _read_config(path: str) -> dict[str, Any]:
+    """The flags in a --config file.
+
+    Raises:
+        ValueError: there is no such file, or vLLM would not take it.
+    """
     import yaml
 
-    with open(path) as file:
-        content = yaml.safe_load(file)
-    return content if isinstance(content, dict) else {}
+    must = "serve: --config must be a YAML file (.yaml or .yml) of flags and values"
+    if not path.endswith((".yaml", ".yml")) or not Path(path).is_file():
+        raise ValueError(f"{must}, got {path or 'nothing'}; give the path of one")
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{must}, got {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{must}, got {type(content).__name__} in {path}")
+    return content
+
+
+def arrange(args: list[str], positional: Callable[[list[str]], str | None]) -> list[str]:
+    """The same arguments as vLLM understands all of them: the model first, --config FILE next.
+
+    vLLM's parser takes the model anywhere, but what it does before parsing looks for it in the
+    first place alone, and it ignores --config=FILE.
+
+    Args:
+        args: the user's.
+        positional: the model that arguments name without a flag, or None, as vLLM parses them.
+
+    Raises:
+        ValueError: --config is given more than once.
+    """
+    words: list[str] = []
+    for arg in args:
+        is_config = arg.startswith("--config=")
+        words += ["--config", arg.partition("=")[2]] if is_config else [arg]
+    if words.count("--config") > 1:
+        raise ValueError("serve: --config must be given once, got several; put all into one file")
+    loose = [i for i, word in enumerate(words) if not word.startswith("-")]
+    if not loose or loose[0] == 0:
+        return words
+    at = words.index("--config") if "--config" in words else len(words)
+    bare = words[:at] + words[at + 2 :]  # the file's flags name no model without a flag
+    model = positional(bare)
+    if model is None:
+        return words
+    # A value may be spelt like the model: it is the word without which no model is named.
+    for i in [i for i, word in enumerate(bare) if word == model]:
+        rest = bare[:i] + bare[i + 1 :]
+        with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):
+            if bare.count(model) == 1 or positional(rest) is None:
+                return [model, *words[at : at + 2], *rest]
+    return words
+
+
+def _vllms_positional(args: list[str]) -> str | None:
+    """The model that arguments name without a flag, by vLLM's own parser."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = make_arg_parser(FlexibleArgumentParser(prog="vllm-fibquant serve"))
+    return parser.parse_args(args).model_tag
 
 
 def decide(
@@ -256,6 +313,8 @@ def serve(args: list[str]) -> int:
         if any(arg.split("=")[0] in ("-h", "--help") for arg in args):
             print(HELP)
             return _run_vllm(args)
+        os.environ["VLLM_PLUGINS"] = plugins_to_load(os.environ, _installed_plugins())
+        args = arrange(args, _vllms_positional)
         demo_model = None
         if _model_of(args, GivenFlags(args)) is None:
             from vllm_fibquant.demo_model import ensure_demo_model

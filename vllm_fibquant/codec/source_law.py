@@ -21,7 +21,7 @@ import numpy as np
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
-def _special() -> ModuleType:
+def scipy_special() -> ModuleType:
     """scipy.special, imported only where a codebook is built or judged."""
     try:
         from scipy import special
@@ -62,7 +62,7 @@ def initial_radii(head_dim: int, subvec_dim: int, count: int) -> np.ndarray:
     if k == 2:
         return np.sqrt(1 - (1 - q) ** (4 / head_dim))
     beta = k / (k + 2) * (head_dim - k - 2) / 2 + 1
-    return np.sqrt(_special().betaincinv(k / 2, beta, q))
+    return np.sqrt(scipy_special().betaincinv(k / 2, beta, q))
 
 
 def initial_directions(subvec_dim: int, count: int) -> np.ndarray:
@@ -91,7 +91,7 @@ def initial_directions(subvec_dim: int, count: int) -> np.ndarray:
     for _ in range(64):  # the root of x^(k+1) = x + 1, a contraction
         ratio = (1 + ratio) ** (1 / (k + 1))
     u = (0.5 + np.outer(n + 1, ratio ** -np.arange(1.0, k + 1))) % 1
-    points = _special().ndtri(np.clip(u, 1e-12, 1 - 1e-12))
+    points = scipy_special().ndtri(np.clip(u, 1e-12, 1 - 1e-12))
     return points / np.linalg.norm(points, axis=1, keepdims=True)
 
 
@@ -102,7 +102,7 @@ def initial_codebook(head_dim: int, subvec_dim: int, count: int) -> np.ndarray:
         u = 2 * (np.arange(count) + 0.5) / count - 1
         if head_dim == 1:
             return np.sign(u)[:, None].astype(np.float32)
-        radii = np.sqrt(_special().betaincinv(0.5, (head_dim - 3) / 6 + 1, np.abs(u)))
+        radii = np.sqrt(scipy_special().betaincinv(0.5, (head_dim - 3) / 6 + 1, np.abs(u)))
         return (np.sign(u) * radii)[:, None].astype(np.float32)
     radii = initial_radii(head_dim, subvec_dim, count)
     return (radii[:, None] * initial_directions(subvec_dim, count)).astype(np.float32)
@@ -118,7 +118,7 @@ def scalar_mse(head_dim: int, num_levels: int) -> float:
         head_dim: d, at least 3.
         num_levels: at least 1.
     """
-    special = _special()
+    special = scipy_special()
     half = (head_dim - 1) / 2
     density_at_0 = math.exp(-special.betaln(0.5, half))
     levels = initial_codebook(head_dim, 1, num_levels)[:, 0].astype(np.float64)
@@ -147,7 +147,7 @@ def distortion_bound(head_dim: int, rate: float) -> float:
         head_dim: d, at least 3.
         rate: bits per coordinate, above 1/d.
     """
-    special = _special()
+    special = scipy_special()
     half = (head_dim - 1) / 2
     log_share = -head_dim * rate * math.log(2)
     log_beta = special.betaln(half, 0.5)

@@ -38,8 +38,9 @@ from vllm_fibquant.codec.config import PRESETS
 from vllm_fibquant.codec.layout import preset_layout
 from vllm_fibquant.engine import non_finite, rotary
 from vllm_fibquant.engine.copies import num_copy_rows
+from vllm_fibquant.engine.head_dims import head_dim_problem
 from vllm_fibquant.engine.metadata import FibQuantMetadata, FibQuantMetadataBuilder, StepCopies
-from vllm_fibquant.engine.support import BACKEND_NAME, head_dim_problem, refusal, run_options
+from vllm_fibquant.engine.support import BACKEND_NAME, BLOCK_MULTIPLE, refusal, run_options
 from vllm_fibquant.keys.key_map import KeyMap
 from vllm_fibquant.observe.counters import own_counters
 from vllm_fibquant.ops.checks import DTYPES
@@ -73,7 +74,7 @@ class FibQuantBackend(AttentionBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
-        return [MultipleOf(16)]
+        return [MultipleOf(BLOCK_MULTIPLE)]
 
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:

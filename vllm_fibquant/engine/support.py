@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vllm_fibquant import ops
-from vllm_fibquant.codec.codec import KVCodec
-from vllm_fibquant.codec.config import PRESETS, Preset
+from vllm_fibquant.codec.config import PRESETS
+from vllm_fibquant.engine.head_dims import draft_problems, head_dim_problem
 from vllm_fibquant.keys.transform import transform_problem
 from vllm_fibquant.ops.checks import DTYPES
-from vllm_fibquant.options import Options, Part, given_options, parse_options
+from vllm_fibquant.options import Options, Part, given_options, misplaced_options, parse_options
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -28,6 +27,9 @@ UNMEASURED_HYBRID = (
     "layers beside attention (Mamba, linear attention) have their state only once there are pages, "
     "and keys are measured before"
 )
+
+BLOCK_MULTIPLE = 16
+"""Tokens: a block has a multiple of it."""
 
 BACKEND_NAME = "FIBQUANT"
 """vLLM's name for our attention backend."""
@@ -101,15 +103,6 @@ def told_defaults(vllm_config: VllmConfig) -> list[str]:
     ]
 
 
-def head_dim_problem(preset: Preset, head_dim: int, device_type: str = "cpu") -> str | None:
-    """Why vectors of `head_dim` cannot be stored on a device, or None. Loads the codebooks."""
-    try:
-        codec = KVCodec.from_preset(preset, head_dim)
-    except (ValueError, OSError) as error:
-        return str(error)
-    return ops.unsupported_codec(codec, device_type)
-
-
 def config_problems(vllm_config: VllmConfig) -> list[str]:
     """Every reason why this configuration cannot be served with its kv_cache_dtype."""
     problems: list[str] = []
@@ -123,6 +116,8 @@ def config_problems(vllm_config: VllmConfig) -> list[str]:
         if not is_met:
             problems.append(f"{what}: must be {must}, got {got}; {remedy}")
 
+    if misplaced := misplaced_options(vllm_config.additional_config):
+        problems.append(misplaced)
     other_dtype = "use --kv-cache-dtype auto for this model"
 
     model = vllm_config.model_config
@@ -180,6 +175,7 @@ def config_problems(vllm_config: VllmConfig) -> list[str]:
         if not model.use_mla:
             found = (head_dim_problem(p, model.get_head_size(), device) for p in options.presets)
             problems += [problem for problem in found if problem]
+            problems += draft_problems(vllm_config, options, device)
 
     require(
         device == "cpu" or (device == "cuda" and options.unproven_gpu),
@@ -211,6 +207,13 @@ def config_problems(vllm_config: VllmConfig) -> list[str]:
                 hint = 'give "prefill": "raw", which GPUs have, in the place of "mode": "quality"'
             require(not asked, name, "left out on a GPU", asked, hint)
 
+    require(
+        not cache.user_specified_block_size or cache.block_size % BLOCK_MULTIPLE == 0,
+        "--block-size",
+        f"a multiple of {BLOCK_MULTIPLE}",
+        cache.block_size,
+        "give another or leave the flag out",
+    )
     parallel = vllm_config.parallel_config
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         size = getattr(parallel, name)

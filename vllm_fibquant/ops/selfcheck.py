@@ -12,7 +12,6 @@ way by as much as the outputs themselves, which would allow anything.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,8 +149,9 @@ def run_self_check(
         key = (key.float() + key_map.mean_at(positions, torch.float32)).to(dtype)
 
     def store(key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, key_map: KeyMap | None):
-        on_key, on_value = torch.cat((key, value), 1).to(device).split(num_kv_heads, dim=1)
-        ops.encode_kv(on_key, on_value, cache, slots.to(device), codec, key_map, positions)
+        # As views of one tensor, whose strides are not those of a tensor of its own.
+        keys, values = torch.cat((key, value), 1).to(device).split(num_kv_heads, dim=1)
+        ops.encode_kv(keys, values, cache, slots.to(device), codec, key_map, positions)
         reference.encode_kv(key, value, expected_cache, slots, codec, key_map, positions)
 
     store(key, value, slot_mapping, key_map)
@@ -192,8 +192,7 @@ def run_self_check(
             )  # fmt: skip
         error, largest = _largest(out - expected), _largest(expected)
         tolerance = 2 * _largest(plain - expected) + NUM_ULP * torch.finfo(dtype).eps * largest
-        if key_map is not None:
-            tolerance += _mean_rounding(query, key_map, options["scale"]) * largest
+        tolerance += _score_rounding(query, key, options["scale"]) * largest
         result = SelfCheckResult(ops.kernel_name(cache, codec), mismatch, error, tolerance)
         if not (mismatch <= MAX_RECORD_MISMATCH and error <= tolerance):
             raise RuntimeError(
@@ -232,10 +231,11 @@ def _attend(
         on["sinks"] = on["sinks"].to(device)
     if "raw_key" in on:
         on |= {"raw_key": key, "raw_value": value}
-    attend: Any = functools.partial(
-        ops.paged_attention, query, cache, codec, *(x.to(device) for x in batch), key_map=key_map,
-        **on,
-    )  # fmt: skip
+    bounds, lens, table = (x.to(device) for x in batch)
+
+    def attend(into: torch.Tensor) -> None:
+        ops.paged_attention(query, cache, codec, bounds, lens, table, into, **on, key_map=key_map)
+
     out = torch.full(query.shape, torch.nan, dtype=query.dtype, device=device)
     attend(out)
     if not cache.is_cuda:
@@ -257,15 +257,13 @@ def _largest(x: torch.Tensor) -> float:
     return float(x.double().abs().max())
 
 
-def _mean_rounding(query: torch.Tensor, key_map: KeyMap, scale: float) -> float:
-    """What rounding the means' part of a score to float32 may change in a weight, as a share.
+def _score_rounding(query: torch.Tensor, key: torch.Tensor, scale: float) -> float:
+    """What rounding the largest possible score to float32 may change in a weight, as a share.
 
-    Kernels add that part, <q, mean>, as one number to the scores of all mapped keys. So its
-    rounding, half a unit in the last place, is common to them and stands against the first tokens,
-    which are coded without it. Plain PyTorch rounds every key's score by itself, which averages.
+    Kernels sum a score's parts in another order than plain PyTorch, and add what all keys have in
+    common, <q, mean>, as one number to the scores of mapped keys. Its rounding, half a unit in the
+    last place, is common to them and stands against the first tokens, which are coded without it;
+    plain PyTorch rounds every key's score by itself, which averages.
     """
-    positions = torch.arange(max(_SEQ_LENS))
-    mean = key_map.mean_at(positions, torch.float64).expand(len(positions), *key_map.mean.shape)
-    grouped = query.double().unflatten(1, (mean.shape[1], -1))  # [num_tokens, kv heads, group, d]
-    scores = torch.einsum("qhgd,shd->qhgs", grouped, mean) * scale
-    return torch.finfo(torch.float32).eps / 2 * _largest(scores)
+    largest = query.double().norm(dim=-1).max() * key.double().norm(dim=-1).max() * scale
+    return torch.finfo(torch.float32).eps / 2 * float(largest)

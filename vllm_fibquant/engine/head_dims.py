@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether vectors of a head_dim can be stored: by the model's layers, and by its draft's."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm_fibquant import ops
+from vllm_fibquant.codec.codebook import load_codebook
+from vllm_fibquant.codec.codec import KVCodec
+from vllm_fibquant.codec.config import PRESETS, Preset
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from vllm_fibquant.options import Options
+
+
+def head_dim_problem(preset: Preset, head_dim: int, device_type: str = "cpu") -> str | None:
+    """Why vectors of `head_dim` cannot be stored on a device, or None. Loads the codebooks.
+
+    What building a codebook would not help comes first; then every codebook that is missing, so
+    that whoever follows the advice is served.
+    """
+    specs = list(dict.fromkeys((preset.key, preset.value)))
+    try:
+        for spec in specs:
+            spec.num_subvecs(head_dim)
+    except ValueError as error:
+        return str(error)
+    if device_type == "cpu" and (reason := ops.unsupported_head_dim(head_dim)):
+        return f"{reason}; use --kv-cache-dtype auto for this model"
+    problems = []
+    for spec in specs:
+        try:
+            load_codebook(spec, head_dim)
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+    if problems:
+        return "; and ".join(dict.fromkeys(problems))
+    return ops.unsupported_codec(KVCodec.from_preset(preset, head_dim), device_type)
+
+
+def draft_problems(vllm_config: VllmConfig, options: Options, device_type: str) -> list[str]:
+    """Why the cache of a speculative draft model cannot be stored as the target's is.
+
+    vLLM gives the draft the target's --kv-cache-dtype, unless --speculative-config names another,
+    and builds it when the target is loaded: said here, it is said before.
+    """
+    speculation, model = vllm_config.speculative_config, vllm_config.model_config
+    draft = getattr(speculation, "draft_model_config", None)
+    if draft is None or draft is model or draft.use_mla:
+        return []
+    name = speculation.kv_cache_dtype
+    presets = options.presets if name is None else [PRESETS[name]] if name in PRESETS else []
+    found = (head_dim_problem(preset, draft.get_head_size(), device_type) for preset in presets)
+    return [
+        f"draft model {draft.model}: {problem}; or keep the draft's own cache in 16 bits, with "
+        '"kv_cache_dtype": "auto" in --speculative-config'
+        for problem in dict.fromkeys(found)
+        if problem
+    ]
