@@ -71,7 +71,7 @@ load: $(VENV)/.dev $(LIBRARY)  ## measure requests per second of the server when
 	$(BIN)/python -m benchmarks.bench_load --out docs/results/load.jsonl $(ARGS)
 	$(BIN)/python -m benchmarks --plot-only
 
-eval: $(VENV)/.dev $(LIBRARY)  ## quality of every format, ours and others: about an hour (ARGS=--quick: minutes)
+eval: $(VENV)/.dev $(LIBRARY)  ## quality of every format, ours and others: hours (MODEL=, ARGS="--rows core" or --quick)
 	$(BIN)/vllm-fibquant eval $(MODEL) --out docs/results --images docs/images $(ARGS)
 
 wheel: $(VENV)/.deps  ## build a wheel into dist/

@@ -42,6 +42,8 @@ if X86:
     )
     # GCC 12 warns about its own AVX-512 headers.
     ISA_FLAGS["avx512"].append("-Wno-maybe-uninitialized")
+    ISA_FLAGS["avx512_vnni"] = [*ISA_FLAGS["avx512"], "-mavx512vbmi", "-mavx512vnni"]
+    ISA_FLAGS["avx512_vnni"].append("-Wno-uninitialized")
 
 
 def compile_units() -> list[tuple[str, str, list[str]]]:

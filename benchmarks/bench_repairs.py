@@ -11,53 +11,13 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from benchmarks.bench_attention import SHAPES, Case
+from benchmarks.bench_attention import PLAIN, SHAPES, Case, options_of
 from benchmarks.common import add_one_thread, add_out, append, clock_of
 from vllm_fibquant import ops
-from vllm_fibquant.codec.config import PRESETS
-from vllm_fibquant.codec.layout import preset_layout
-from vllm_fibquant.keys.calibration import num_turning
-from vllm_fibquant.keys.key_map import FirstMeans, KeyMap, TurningMean, Turns
-from vllm_fibquant.keys.transform import make_transform, transform_problem
-from vllm_fibquant.ops.reference import TokenCopies
-from vllm_fibquant.options import parse_options
-
-PLAIN = "codes alone"
-
-
-def options_of(case: Case, preset: str) -> dict[str, dict[str, Any]]:
-    """Options of paged attention by the name of the repair."""
-    heads, dim = case.num_kv_heads, case.head_dim
-    quality = parse_options(preset, {"fibquant": {"mode": "quality"}})
-    rows = quality.num_copies * case.num_reqs
-    key, value = torch.randn(2, rows, heads, dim).to(case.dtype)
-    table = torch.arange(rows, dtype=torch.int32).view(case.num_reqs, -1)
-    new = {"raw_key": key[: case.num_reqs], "raw_value": value[: case.num_reqs]}
-    kept = (x.bfloat16() for x in (key, value))  # as in service
-    copies = TokenCopies(*kept, table, quality.num_copied_first)
-    pairs = torch.arange(dim, dtype=torch.int32).view(2, -1).T.contiguous()
-    frequency = 1e4 ** (-torch.arange(dim // 2).double() / (dim // 2))
-    turns = Turns(pairs, frequency, 1.0, case.context)
-    mean = torch.randn(heads, dim)
-    turning = TurningMean.strongest(torch.randn(heads, dim), turns, num_turning(turns))
-    first = FirstMeans(*torch.randn(2, heads, quality.first_tokens, dim))
-    found: dict[str, dict[str, Any]] = {
-        PLAIN: {},
-        "copies": {"copies": copies, **new},
-        "means": {"key_map": KeyMap(mean, first.num_first, None, turning, first)},
-    }
-    if transform_problem(PRESETS[preset].key, dim) is None:
-        basis = torch.randn(heads, dim, dim)
-        index_bytes = preset_layout(PRESETS[preset], dim).key_index_bytes
-        transform = make_transform(basis @ basis.mT, basis.mT @ basis, index_bytes)
-        both = KeyMap(mean, first.num_first, transform, turning, first)
-        found["means and transform"] = {"key_map": both}
-    return found
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
 import subprocess
 import sys
 import time
@@ -30,6 +31,16 @@ def clock_of(args: argparse.Namespace) -> Callable[[], float]:
         return time.perf_counter
     torch.set_num_threads(1)
     return time.thread_time
+
+
+def cpu_name() -> str:
+    """The processor as the kernel names it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def append(path: Path | None, **row: Any) -> None:

@@ -16,6 +16,7 @@ COLOURS = {
     "fibquant_1bit": "#d62728",
     "fibquant": "#17becf",
     "auto": "#555555",
+    "vllm_fp8_e5m2": "#9467bd",
 }
 
 
@@ -42,20 +43,29 @@ def attention(rows: list[dict[str, Any]]):
     """Speed of decode attention relative to vLLM's own, by context, one panel per shape."""
     import matplotlib.pyplot as plt
 
+    kernels = list(dict.fromkeys(r["kernel"] for r in rows))
     shapes = list(dict.fromkeys(tuple(r["shape"]) for r in rows))
-    figure, axes = plt.subplots(1, len(shapes), figsize=(4.2 * len(shapes), 3.6), sharey=True)
-    for axis, shape in zip(axes, shapes, strict=True):
-        mine = [r for r in rows if tuple(r["shape"]) == shape and r["batch"] == 1]
-        for name in COLOURS:
-            points = sorted((r["context"], r["vs_vllm"]) for r in mine if r["format"] == name)
-            if points:
-                axis.plot(*zip(*points, strict=True), "o-", color=COLOURS[name], label=name)
-        axis.axhline(1, color="#555555", linestyle="--", label=f"vLLM, {mine[0]['model_dtype']} KV")
-        axis.set_xscale("log", base=2)
-        axis.set_title("d={}, {} KV heads x {} queries".format(*shape))
-        axis.set_xlabel("context (tokens)")
-    axes[0].set_ylabel("speed of decode attention vs vLLM")
-    axes[0].legend(fontsize=8)
+    size = (4.2 * len(shapes), 3.6 * len(kernels))
+    figure, axes = plt.subplots(len(kernels), len(shapes), figsize=size, squeeze=False)
+    for row, kernel in zip(axes, kernels, strict=True):
+        for axis, shape in zip(row, shapes, strict=True):
+            mine = [r for r in rows if tuple(r["shape"]) == shape and r["batch"] == 1]
+            mine = [r for r in mine if r["kernel"] == kernel]
+            if not mine:
+                axis.set_visible(False)
+                continue
+            for name in COLOURS:
+                points = sorted((r["context"], r["vs_vllm"]) for r in mine if r["format"] == name)
+                if points:
+                    axis.plot(*zip(*points, strict=True), "o-", color=COLOURS[name], label=name)
+            label = f"vLLM, {mine[0]['model_dtype']} KV"
+            axis.axhline(1, color="#555555", linestyle="--", label=label)
+            axis.set_xscale("log", base=2)
+            axis.set_title("{}: d={}, {} x {} heads".format(kernel, *shape), fontsize=9)
+            axis.set_xlabel("context (tokens)")
+        row[0].set_ylabel("speed of decode attention vs vLLM")
+        row[0].legend(fontsize=8)
+    figure.tight_layout()
     return figure
 
 

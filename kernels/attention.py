@@ -18,8 +18,6 @@ outside the cache, or a position beyond the block table, gives NaN, never a read
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -41,9 +39,12 @@ DECODE_ROWS, PREFILL_ROWS = 16, 64
 MIN_SPLIT = 256
 """Tokens below which another split costs more in merging than it saves."""
 PROGRAMS_PER_SM = 4
-choose_splits = functools.partial(
-    splits.choose_splits, ctas_per_sm=PROGRAMS_PER_SM, min_split=MIN_SPLIT
-)
+
+
+def choose_splits(num_programs: int, max_tokens: int, device: torch.device) -> int:
+    """See `splits.choose_splits`."""
+    slots = PROGRAMS_PER_SM * splits.num_sms(device)
+    return splits.choose_splits(num_programs, max_tokens, slots, MIN_SPLIT)
 
 
 @triton.jit

@@ -31,7 +31,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("models")
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512"])
+@pytest.fixture(params=["portable", "avx2", "avx512", "avx512-vnni"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction set of this CPU in turn."""
     from vllm_fibquant.ops import native

@@ -15,32 +15,11 @@
 // their own in the model's basis; the two are merged at the end.
 #pragma once
 
+#include "cpu/byte_attention.h"
 #include "cpu/dense.h"
 #include "cpu/job.h"
 
 namespace fq::FQ_ISA {
-
-// Consecutive records of one page.
-struct Run {
-  const uint8_t* record;
-  int count;
-};
-
-static inline Run find_run(Call& call, const RowBlock& b, int position, int end) {
-  const FqPages& pages = call.pages;
-  const int block_size = pages.block_size;
-  const int offset = position % block_size;
-  const int64_t block =
-      call.args.block_table[b.req * call.args.stride_block_table + position / block_size];
-  const int count = end - position < block_size - offset ? end - position : block_size - offset;
-  if (block < 0 || block >= pages.num_blocks) {
-    call.bad_block = true;
-    return {nullptr, count};
-  }
-  return {pages.base + block * pages.stride_block + b.kv_head * pages.stride_head +
-              (int64_t)offset * call.layout.record_bytes,
-          count};
-}
 
 // What the map of keys adds to the scores of a tile that has first tokens: s.first_biases, where
 // `biases` and `bias` are those of its other tokens.
@@ -63,7 +42,7 @@ static void set_first_biases(const FqKeyMap& map, int t0, int count, int rows, c
 
 // Attends positions [begin, end) of one split from codes into `state`, which it clears first.
 static void attend_split(Call& call, const RowBlock& b, int begin, int end, int first_position,
-                         const Scratch& s, const State& state) {
+                         bool is_first, const Scratch& s, const State& state) {
   const FqCodec& codec = call.codec;
   const RecordLayout& layout = call.layout;
   const int head_dim = codec.head_dim, rows = rows_of(call, b), tile = tile_tokens(head_dim);
@@ -72,6 +51,14 @@ static void attend_split(Call& call, const RowBlock& b, int begin, int end, int 
   const int window = is_leading && call.args.keep_first > 0 ? 0 : call.args.window;
   const int oldest = is_leading ? 0 : (int)num_leading(call.args);
   const FqKeyMap* map = is_leading ? nullptr : call.args.key_map;
+#if defined(FQ_BYTES)
+  // By the split's number alone, so that a row has one path whatever its block.
+  const bool has_plain =
+      map && begin / kSplit * kSplit < map->num_plain && num_leading(call.args) == 0;
+  if (call.byte_keys.num_runs > 0 && !is_leading && !has_plain) {
+    return attend_split_bytes(call, b, begin, end, first_position, is_first, s, state);
+  }
+#endif
   const bool turns = map && map->turn_fine;
   const float* bias = map && !turns ? s.bias : nullptr;
   int step = -1;  // whose part of scores s.biases has
@@ -201,16 +188,24 @@ static void run_job(Call& call, const RowBlock& b, const Job& job, const Scratch
     if (i < leading) begin = b.first_begin, end = b.first_end;
     if (i == job.split_begin || i == leading) {
       load_queries(call, b, i < leading ? Queries::kFirst : Queries::kCodes, s, s.query);
+#if defined(FQ_BYTES)
+      const FqKeyMap* map = call.args.key_map;
+      const int dim = map && map->num_coded > 0 ? map->num_coded : head_dim;
+      if (call.byte_keys.num_runs > 0 && i >= leading) {
+        load_digits(call.byte_keys, rows, dim, s.query, s.bytes);
+      }
+#endif
     }
     if (call.args.key_map && begin < call.args.key_map->num_first_means) {
       load_first_means(call, b, s);
     }
+    const bool is_first = i == job.split_begin || i == leading;
     if (b.partial < 0) {
-      attend_split(call, b, begin, end, first_position, s, s.split);
+      attend_split(call, b, begin, end, first_position, is_first, s, s.split);
       merge(s.total, s.split, rows, head_dim);
     } else {
       float* at = call.partials + b.partial + i * state_floats(rows, head_dim);
-      attend_split(call, b, begin, end, first_position, s, state_at(at, rows, head_dim));
+      attend_split(call, b, begin, end, first_position, is_first, s, state_at(at, rows, head_dim));
     }
   }
   if (b.partial < 0) finish(call, b, s);
@@ -275,8 +270,20 @@ static int64_t list_blocks(const Call& call, RowBlock* out) {
 // Returns 0, or 1 when a block table entry lies outside the cache, or check_lengths' error.
 static int paged_attention(const FqCodec& codec, const FqPages& pages, const FqAttend& args) {
   const int head_dim = codec.head_dim;
-  Call call = {codec,   pages, args, {}, code_kernels(codec.key), code_kernels(codec.value),
-               nullptr, 0,     false};
+  Call call = {
+      codec,
+      pages,
+      args,
+      {},
+      code_kernels(codec.key),
+      code_kernels(codec.value),
+      nullptr,
+      0,
+      false,
+#if defined(FQ_BYTES)
+      byte_keys(codec, args.key_map, args.dtype),
+#endif
+  };
   call.layout = layout_of(head_dim, codec.key, codec.value);
   call.group_size = args.num_q_heads / pages.num_kv_heads;
   const int num_threads = args.num_threads;
@@ -327,7 +334,7 @@ static int paged_attention(const FqCodec& codec, const FqPages& pages, const FqA
   const int max_rows = call.group_size > kMaxRows ? call.group_size : kMaxRows;
 #pragma omp parallel num_threads(num_threads) if (work >= kMinParallelWork || args.raw_key)
   {
-    const Scratch scratch = make_scratch(max_rows, head_dim);
+    const Scratch scratch = make_scratch(call, max_rows);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < num_jobs; ++i) run_job(call, blocks[jobs[i].block], jobs[i], scratch);
     if (partial_floats > 0) {

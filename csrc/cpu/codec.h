@@ -321,13 +321,21 @@ constexpr float kMinNormal = 1.17549435e-38f;
 
 // The largest magnitude among the coordinates of x, or infinity if one is a NaN or infinite.
 static inline float peak(const float* x, int count) {
-  float largest = 0.0f;
-  for (int i = 0; i < count; ++i) {
-    const float magnitude = __builtin_fabsf(x[i]);
-    if (!(magnitude < __builtin_inff())) return __builtin_inff();
-    largest = fmax2(largest, magnitude);
+  vf largest = {};
+  vi finite = vi{} - 1;
+  for (int i = 0; i < count; i += kLanes) {
+    const vf magnitude = vabs(load(x + i));
+    finite &= magnitude < __builtin_inff();
+    largest = vmax(largest, magnitude);
   }
-  return largest;
+  return lane_bits(finite) == (1u << kLanes) - 1 ? max_lane(largest) : __builtin_inff();
+}
+
+// Sums in one order whatever kLanes is.
+static inline float sum_of_16(const float* partial) {
+  float sum = 0.0f;
+  for (int j = 0; j < 16; ++j) sum += partial[j];
+  return sum;
 }
 
 // Divides x, of which no square overflows, by its length, which it returns; zeros stay.
@@ -336,9 +344,7 @@ static inline float normalise(float* x, int count) {
   for (int i = 0; i < count; i += 16) {
     for (int j = 0; j < 16; ++j) partial[j] += x[i + j] * x[i + j];
   }
-  float length_sq = 0.0f;
-  for (int j = 0; j < 16; ++j) length_sq += partial[j];
-  const float length = __builtin_sqrtf(length_sq);
+  const float length = __builtin_sqrtf(sum_of_16(partial));
   for (int i = 0; length > 0.0f && i < count; ++i) x[i] = x[i] / length;
   return length;
 }
@@ -367,13 +373,55 @@ static inline Magnitude to_direction(const FqCodec& codec, float* x) {
 // Takes the signs from the directions x of some vectors: `patterns` gets each subvector's, bit j
 // that of coordinate j.
 static inline void fold(const FqCode& code, int num_subvecs, float* x, uint32_t* patterns) {
-  for (int s = 0; s < num_subvecs; ++s, x += code.subvec_dim) {
+  const int dim = code.subvec_dim, count = num_subvecs * dim;
+  if (kLanes % dim == 0) {
+    for (int i = 0; i < count; i += kLanes) {
+      const vf v = load(x + i);
+      const uint32_t bits = lane_bits(v < 0.0f);
+      for (int j = 0; j < kLanes; j += dim) patterns[(i + j) / dim] = bits >> j & ((1u << dim) - 1);
+      store(x + i, vabs(v));
+    }
+    return;
+  }
+  for (int s = 0; s < num_subvecs; ++s, x += dim) {
     patterns[s] = 0;
-    for (int j = 0; j < code.subvec_dim; ++j) {
+    for (int j = 0; j < dim; ++j) {
       patterns[s] |= (uint32_t)(x[j] < 0.0f) << j;
       x[j] = __builtin_fabsf(x[j]);
     }
   }
+}
+
+// The rows that `index` names, one behind the other.
+template <int kDim>
+static inline void copy_rows(const FqCode& code, const uint32_t* index, int num_subvecs,
+                             float* out) {
+  const int dim = kDim ? kDim : code.subvec_dim;
+  for (int s = 0; s < num_subvecs; ++s, out += dim) {
+    memcpy(out, code.rows + (int64_t)index[s] * dim, (size_t)dim * 4);
+  }
+}
+
+static inline void copy_rows(const FqCode& code, const uint32_t* index, int num_subvecs,
+                             float* out) {
+  if (code.subvec_dim == 2) return copy_rows<2>(code, index, num_subvecs, out);
+  if (code.subvec_dim == 4) return copy_rows<4>(code, index, num_subvecs, out);
+  if (code.subvec_dim == 8) return copy_rows<8>(code, index, num_subvecs, out);
+  copy_rows<0>(code, index, num_subvecs, out);
+}
+
+// <y, v> and |v|^2 of `count` coordinates, a multiple of 16.
+static inline void dot_and_square(const float* y, const float* v, int count, float* dot,
+                                  float* square) {
+  float dots[16] = {}, squares[16] = {};
+  for (int i = 0; i < count; i += 16) {
+    for (int j = 0; j < 16; ++j) {
+      dots[j] += y[i + j] * v[i + j];
+      squares[j] += v[i + j] * v[i + j];
+    }
+  }
+  *dot = sum_of_16(dots);
+  *square = sum_of_16(squares);
 }
 
 // Packs the indices of a direction y, folded if the code is, into a zeroed field. Returns the norm.
@@ -381,18 +429,20 @@ static inline uint16_t pack_vector(const FqCodec& codec, const FqCode& code, con
                                    Magnitude size, const uint32_t* index, const uint32_t* patterns,
                                    uint8_t* field) {
   if (size.peak == 0.0f || size.peak == __builtin_inff()) return 0;
-  const int dim = code.subvec_dim;
-  // <y, v> and |v|^2 of the decoded direction v; the signs of a folded code cancel in both.
-  float dot = 0.0f, decoded_sq = 0.0f;
-  for (int s = 0; s < codec.head_dim / dim; ++s) {
-    const float* row = code.rows + (int64_t)index[s] * dim;
-    for (int j = 0; j < dim; ++j) {
-      dot += y[s * dim + j] * row[j];
-      decoded_sq += row[j] * row[j];
+  const int num_subvecs = codec.head_dim / code.subvec_dim;
+  if (code.index_bits == 8 && !code.folded) {
+    for (int s = 0; s < num_subvecs; ++s) field[s] = (uint8_t)index[s];
+  } else {
+    for (int s = 0; s < num_subvecs; ++s) {
+      const uint32_t sign = code.folded ? patterns[s] * (uint32_t)code.num_rows : 0;
+      pack_index(field, s, code.index_bits, sign + index[s]);
     }
-    const uint32_t full = code.folded ? patterns[s] * (uint32_t)code.num_rows + index[s] : index[s];
-    pack_index(field, s, code.index_bits, full);
   }
+  // Of the decoded direction v; the signs of a folded code cancel in both.
+  alignas(64) float v[kMaxHeadDim];
+  copy_rows(code, index, num_subvecs, v);
+  float dot, decoded_sq;
+  dot_and_square(y, v, codec.head_dim, &dot, &decoded_sq);
   float gain = size.length;
   if (code.gain == kFqPreserve) gain = size.length / __builtin_sqrtf(fmax2(decoded_sq, 1e-12f));
   if (code.gain == kFqMse) gain = size.length * fmax2(dot, 0.0f) / fmax2(decoded_sq, 1e-12f);

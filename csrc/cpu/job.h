@@ -2,6 +2,7 @@
 // What a thread of paged attention works on and with: row blocks, jobs, scratch.
 #pragma once
 
+#include "cpu/byte_job.h"
 #include "cpu/codec.h"
 #include "cpu/mapped.h"
 #include "cpu/params.h"
@@ -11,7 +12,6 @@
 
 namespace fq::FQ_ISA {
 
-constexpr int kSplit = 512;
 constexpr int kMaxFirstMeans = 16;
 constexpr int64_t kMinParallelWork = 2048;  // rows times tokens, about 10 us: less is one thread's
 constexpr int kMaxRows = 48;  // rows that share a decoded tile; their queries and outputs fit L2
@@ -42,7 +42,10 @@ struct Call {
   CodeKernels key, value;
   float* partials;
   int group_size;
-  bool bad_block;  // a block table entry outside the cache was met
+  bool bad_block;  // a block table entry outside the cache was met; written atomically
+#if defined(FQ_BYTES)
+  ByteKeys byte_keys;
+#endif
 };
 
 // Scratch of one thread.
@@ -52,12 +55,16 @@ struct Scratch {
   float *first_value, *ones;         // [kMaxFirstMeans, head_dim] and [kMaxTile]
   float *first_bias, *first_biases;  // [rows, kMaxFirstMeans] and [rows, kMaxTile]
   State split, total, raw;
+#if defined(FQ_BYTES)
+  ByteScratch bytes;
+#endif
 };
 
 static inline int64_t padded(int64_t floats) { return (floats + 15) & ~int64_t{15}; }
 
 // Divides `base`, null to count alone, among a thread's scratch; sets the floats it takes.
-static inline Scratch divide_scratch(float* base, int rows, int head_dim, int64_t* total) {
+static inline Scratch divide_scratch(const Call& call, float* base, int rows, int64_t* total) {
+  const int head_dim = call.codec.head_dim;
   *total = 0;
   const auto take = [&](int64_t floats) {
     float* p = base ? base + *total : nullptr;
@@ -86,14 +93,19 @@ static inline Scratch divide_scratch(float* base, int rows, int head_dim, int64_
   s.split = state_at(take(state), rows, head_dim);
   s.total = state_at(take(state), rows, head_dim);
   s.raw = state_at(take(state), rows, head_dim);
+#if defined(FQ_BYTES)
+  if (call.byte_keys.num_runs > 0) {
+    s.bytes = divide_byte_scratch(rows, head_dim, call.layout.record_bytes, take);
+  }
+#endif
   return s;
 }
 
-static inline Scratch make_scratch(int rows, int head_dim) {
+static inline Scratch make_scratch(const Call& call, int rows) {
   int64_t total;
-  divide_scratch(nullptr, rows, head_dim, &total);
+  divide_scratch(call, nullptr, rows, &total);
   float* base = static_cast<float*>(thread_scratch((size_t)total * 4));
-  const Scratch s = divide_scratch(base, rows, head_dim, &total);
+  const Scratch s = divide_scratch(call, base, rows, &total);
   for (int i = 0; i < kMaxTile; ++i) s.ones[i] = 1.0f;
   return s;
 }
@@ -106,6 +118,28 @@ static inline int rows_of(const Call& call, const RowBlock& b) {
 static inline int context_len(const Call& call, int req) {
   const FqAttend& a = call.args;
   return a.seq_lens[req] - (a.query_start_loc[req + 1] - a.query_start_loc[req]);
+}
+
+// Consecutive records of one page.
+struct Run {
+  const uint8_t* record;
+  int count;
+};
+
+static inline Run find_run(Call& call, const RowBlock& b, int position, int end) {
+  const FqPages& pages = call.pages;
+  const int block_size = pages.block_size;
+  const int offset = position % block_size;
+  const int64_t block =
+      call.args.block_table[b.req * call.args.stride_block_table + position / block_size];
+  const int count = end - position < block_size - offset ? end - position : block_size - offset;
+  if (block < 0 || block >= pages.num_blocks) {
+    __atomic_store_n(&call.bad_block, true, __ATOMIC_RELAXED);
+    return {nullptr, count};
+  }
+  return {pages.base + block * pages.stride_block + b.kv_head * pages.stride_head +
+              (int64_t)offset * call.layout.record_bytes,
+          count};
 }
 
 enum class Queries { kRaw, kCodes, kFirst };  // for raw keys, for codes, for the leading split

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CPU kernels for one instruction set: compiled once each for FQ_ISA = portable, avx2, avx512.
+// The CPU kernels for one instruction set: compiled once each for FQ_ISA = portable, avx2, avx512,
+// avx512_vnni.
 #include "cpu/attention.h"
 #include "cpu/dispatch.h"
 #include "cpu/encode.h"

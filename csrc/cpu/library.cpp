@@ -22,6 +22,9 @@ extern const Kernels kernels;
 namespace avx512 {
 extern const Kernels kernels;
 }
+namespace avx512_vnni {
+extern const Kernels kernels;
+}
 #endif
 
 namespace {
@@ -45,8 +48,8 @@ struct Buffer {
 
 thread_local Buffer thread_buffer, call_buffer;
 
-enum Isa { kPortable, kAvx2, kAvx512, kNumIsas };
-const char* const kIsaNames[kNumIsas] = {"portable", "avx2", "avx512"};
+enum Isa { kPortable, kAvx2, kAvx512, kAvx512Vnni, kNumIsas };
+const char* const kIsaNames[kNumIsas] = {"portable", "avx2", "avx512", "avx512-vnni"};
 
 bool supported(int isa) {
 #if defined(__x86_64__)
@@ -54,9 +57,12 @@ bool supported(int isa) {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2");
   if (isa == kAvx2) return avx2;
-  if (isa == kAvx512) {
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                      __builtin_cpu_supports("avx512dq");
+  if (isa == kAvx512) return avx512;
+  if (isa == kAvx512Vnni) {
+    return avx512 && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni");
   }
 #endif
   return isa == kPortable;
@@ -71,10 +77,10 @@ int best_isa() {
 
 const Kernels* const* table() {
 #if defined(__x86_64__)
-  static const Kernels* const all[kNumIsas] = {&portable::kernels, &avx2::kernels,
-                                               &avx512::kernels};
+  static const Kernels* const all[kNumIsas] = {&portable::kernels, &avx2::kernels, &avx512::kernels,
+                                               &avx512_vnni::kernels};
 #else
-  static const Kernels* const all[kNumIsas] = {&portable::kernels, nullptr, nullptr};
+  static const Kernels* const all[kNumIsas] = {&portable::kernels, nullptr, nullptr, nullptr};
 #endif
   return all;
 }
@@ -104,11 +110,12 @@ static fq::AbiText describe_abi() {
   fq::AbiText abi;
   {
     using S = FqCode;
-    abi.add(sizeof(S), {FQ_FIELD(subvec_dim), FQ_FIELD(index_bits), FQ_FIELD(num_rows),
-                        FQ_FIELD(folded), FQ_FIELD(gain), FQ_FIELD(num_rows_padded),
-                        FQ_FIELD(norm_bytes), FQ_FIELD(rows), FQ_FIELD(rows_t), FQ_FIELD(half_sq),
-                        FQ_FIELD(num_cells), FQ_FIELD(num_lists), FQ_FIELD(cell_tiles),
-                        FQ_FIELD(list_tiles), FQ_FIELD(list_begin), FQ_FIELD(list_index)});
+    abi.add(sizeof(S),
+            {FQ_FIELD(subvec_dim), FQ_FIELD(index_bits), FQ_FIELD(num_rows), FQ_FIELD(folded),
+             FQ_FIELD(gain), FQ_FIELD(num_rows_padded), FQ_FIELD(norm_bytes), FQ_FIELD(rows),
+             FQ_FIELD(rows_t), FQ_FIELD(half_sq), FQ_FIELD(num_cells), FQ_FIELD(num_lists),
+             FQ_FIELD(cell_tiles), FQ_FIELD(list_tiles), FQ_FIELD(list_begin), FQ_FIELD(list_index),
+             FQ_FIELD(planes), FQ_FIELD(plane_step)});
   }
   {
     using S = FqCodec;

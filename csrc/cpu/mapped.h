@@ -98,21 +98,31 @@ static inline void turning_rows(const FqKeyMap& map, const int32_t* pair, const 
   turn_weights<kRows>(map, coarse, weights, bias, turned, step_bias);
   constexpr int kVectors = kHalf / kLanes;
   const int n = map.num_fast_columns;
+  // Few rows' sums of cosines and of sines side by side: each alone would wait for itself.
+  constexpr int kParts = kRows * kVectors <= 4 ? 2 : 1;
   vf sums[2][kRows][kVectors];
-  for (int part = 0; part < 2; ++part) {  // cosines, sines
-    vf acc[kRows][kVectors];
-    for (int r = 0; r < kRows; ++r) {
-      for (int v = 0; v < kVectors; ++v) acc[r][v] = part ? vf{} : splat(step_bias[r]);
-    }
-    for (int j = 0; j < map.num_fast; ++j) {
-      const int column = part * n + pair[3 * j + 2];
-      const float* fine = map.turn_fine + column * kHalf;
+  for (int first = 0; first < 2; first += kParts) {  // cosines, sines
+    vf acc[kParts][kRows][kVectors];
+    for (int p = 0; p < kParts; ++p) {
       for (int r = 0; r < kRows; ++r) {
-        const vf w = splat(turned[r * 2 * n + column]);
-        for (int v = 0; v < kVectors; ++v) acc[r][v] = madd(w, load(fine + v * kLanes), acc[r][v]);
+        for (int v = 0; v < kVectors; ++v) {
+          acc[p][r][v] = first + p ? vf{} : splat(step_bias[r]);
+        }
       }
     }
-    memcpy(sums[part], acc, sizeof(acc));
+    for (int j = 0; j < map.num_fast; ++j) {
+      for (int p = 0; p < kParts; ++p) {
+        const int column = (first + p) * n + pair[3 * j + 2];
+        const float* fine = map.turn_fine + column * kHalf;
+        for (int r = 0; r < kRows; ++r) {
+          const vf w = splat(turned[r * 2 * n + column]);
+          for (int v = 0; v < kVectors; ++v) {
+            acc[p][r][v] = madd(w, load(fine + v * kLanes), acc[p][r][v]);
+          }
+        }
+      }
+    }
+    memcpy(sums[first], acc, sizeof(acc));
   }
   for (int r = 0; r < kRows; ++r, out += kStep) {
     for (int v = 0; v < kVectors; ++v) {
@@ -142,21 +152,14 @@ static void turning_step(const FqKeyMap& map, int head, const float* weights, co
   if (rows - r == 1) turning_rows<1>(map, pair, coarse, weights, bias, turned, out);
 }
 
-// Codes one run of subvectors y; adds their weighted <y, v> and <v, v>. Returns their number of
-// coordinates.
+// Codes one run of subvectors y, whose decoded coordinates v gets. Returns their number.
 template <int kDim>
-static inline int encode_run(const FqCode& code, int num_subvecs, const float* y,
-                             const float* weight, uint8_t* field, float* dot, float* decoded_sq) {
+static inline int encode_run(const FqCode& code, int num_subvecs, const float* y, uint8_t* field,
+                             float* v) {
   uint32_t index[kMaxHeadDim];
   nearest_all<kDim>(code, num_subvecs, y, index);
-  for (int s = 0; s < num_subvecs; ++s, y += kDim, weight += kDim) {
-    const float* row = code.rows + index[s] * kDim;
-    for (int j = 0; j < kDim; ++j) {
-      *dot += weight[j] * y[j] * row[j];
-      *decoded_sq += weight[j] * row[j] * row[j];
-    }
-    field[s] = (uint8_t)index[s];
-  }
+  for (int s = 0; s < num_subvecs; ++s) field[s] = (uint8_t)index[s];
+  copy_rows<kDim>(code, index, num_subvecs, v);
   return num_subvecs * kDim;
 }
 
@@ -186,12 +189,21 @@ static inline bool encode_transformed(const FqKeyMap& map, int head, int head_di
 
   const float* weight = map.weight + (int64_t)head * map.num_coded;
   const int32_t* count = map.num_subvecs;
-  float dot = 0.0f, decoded_sq = 0.0f;
-  int at = encode_run<2>(map.codes[0], count[0], y, weight, field, &dot, &decoded_sq);
+  alignas(64) float v[kMaxHeadDim];
+  int at = encode_run<2>(map.codes[0], count[0], y, field, v);
   field += count[0];
-  at += encode_run<4>(map.codes[1], count[1], y + at, weight + at, field, &dot, &decoded_sq);
+  at += encode_run<4>(map.codes[1], count[1], y + at, field, v + at);
   field += count[1];
-  encode_run<8>(map.codes[2], count[2], y + at, weight + at, field, &dot, &decoded_sq);
+  at += encode_run<8>(map.codes[2], count[2], y + at, field, v + at);
+  for (; at < map.num_coded; ++at) v[at] = 0.0f;
+  float dots[16] = {}, squares[16] = {};
+  for (int i = 0; i < map.num_coded; i += 16) {
+    for (int j = 0; j < 16; ++j) {
+      dots[j] += weight[i + j] * y[i + j] * v[i + j];
+      squares[j] += weight[i + j] * v[i + j] * v[i + j];
+    }
+  }
+  const float dot = sum_of_16(dots), decoded_sq = sum_of_16(squares);
   // The gain of least weighted error.
   const float gain = fmax2(dot, 0.0f) / fmax2(decoded_sq, 1e-12f);
   const float stored = gain * length / map.source_scale * largest;

@@ -30,6 +30,12 @@ struct FqCode {
   const float* list_tiles;    // [list_begin[num_cells]] tiles, 64-byte aligned
   const int32_t* list_begin;  // [num_cells + 1], first tile of each cell's list
   const int32_t* list_index;  // [list_begin[num_cells], 16], row numbers, ascending in a list
+  // The rows as integers, for dot products of bytes (byte_codes.h): [subvec_dim, 256] int8, or
+  // [2, subvec_dim, 256], high and then low bytes, 64-byte aligned; null without. With H and L a
+  // coordinate's bytes it is plane_step * H or plane_step * (H + L / 256); in a folded code
+  // H + 1/2 and L + 1/2 stand in their place, so that a negated coordinate has inverted bytes.
+  const uint8_t* planes;
+  float plane_step;
 };
 
 // Both codes and the rotation they share.

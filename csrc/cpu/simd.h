@@ -8,6 +8,8 @@
 
 #include <cstdint>
 #include <cstring>
+
+#include "abi.h"
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -89,6 +91,21 @@ static inline vf in_register(vf x) {
 }
 
 static inline vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
+
+// Bit i is lane i of a comparison's result.
+static inline uint32_t lane_bits(vi mask) {
+#if defined(FQ_AVX512)
+  return _mm512_movepi32_mask((__m512i)mask);
+#elif defined(FQ_AVX2)
+  return (uint32_t)_mm256_movemask_ps((__m256)mask);
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= (uint32_t)(mask[i] != 0) << i;
+  return bits;
+#endif
+}
+
+static inline vf vabs(vf x) { return (vf)((vi)x & INT32_MAX); }
 
 static inline vf vmax(vf a, vf b) {
 #if defined(FQ_AVX512)

@@ -12,6 +12,7 @@ namespace fq::FQ_ISA {
 
 constexpr float kEmptyMax = -1e30f;  // running maximum of no tokens; finite, so no inf - inf
 constexpr int kMaxTile = 32;
+constexpr int kSplit = 512;  // tokens of a split
 
 // Tokens per tile; a tile of keys stays within half the L1 cache.
 static inline int tile_tokens(int head_dim) { return head_dim <= 128 ? 32 : 16; }

@@ -10,8 +10,9 @@
 //   S^T [16 tokens, 8 rows]  = K [16, d] Q^T [d, 8]       then times key norms
 //   O^T [d, 8 rows]         += V^T [d, 16] P^T [16, 8]    P = weights times value norms
 // The order in which a product sums over coordinates is free, so a lane's codewords are its operand
-// registers as they are: lane 4 g + t takes coordinates t d/4 ... of keys of tokens g and g + 8,
-// and coordinates g d/8 ... of values of tokens 2t, 2t + 1, 2t + 8, 2t + 9.
+// registers as they are: lane 4 g + t takes coordinates t d/4 ... of keys of rows g and g + 8, and
+// coordinates g d/8 ... of values of rows 2t, 2t + 1, 2t + 8, 2t + 9. Which of a tile's tokens is
+// in which row is token_order.h's choice.
 //
 // Shared memory: tables | query fragments | row constants | a ring of record tiles per warp. The
 // tables' place is used again for the final merge.
@@ -25,19 +26,12 @@
 #include "cuda/codes.h"
 #include "cuda/params.h"
 #include "cuda/rotation.h"
+#include "cuda/token_order.h"
 #include "page_layout.h"
 
 namespace fq {
 
-constexpr int kTokens = 16, kStages = 3, kMaxWarps = 8;
-// CTAs of decode on a multiprocessor, for whose registers the compiler leaves room. Where there are
-// 100 KiB of shared memory one CTA fills it, and need not save registers.
-#if defined(__CUDA_ARCH__) && \
-    (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
-constexpr int kMaxCtas = 1;
-#else
-constexpr int kMaxCtas = 2;
-#endif
+constexpr int kStages = 3;
 constexpr int kCtaReserve = 1 << 10;         // shared memory that CUDA takes for each CTA
 constexpr float kLeastNorm = 5.9604645e-8f;  // the least float16 above 0
 constexpr float kEmpty = -1e30f, kSlack = 6.0f, kLog2e = 1.4426950408889634f;
@@ -50,7 +44,9 @@ struct AttendArgs {
   int32_t key_kind, value_kind;  // CodeKind
   // What the launcher knows and a register need not hold.
   int32_t tiles_per_block, step_blocks, step_tiles;  // num_warps tiles are so many blocks and tiles
-  float cap_in, cap_out;  // a score becomes cap_out * tanh(cap_in / 2 * score / log2(e))
+  TokenOrder order;
+  int32_t bytes_1, bytes_8;  // from the record of row 0 to those of rows 1 and 8
+  float cap_in, cap_out;     // a score becomes cap_out * tanh(cap_in / 2 * score / log2(e))
 };
 
 // Which rows a CTA owns. Rows of a request and KV head are numbered token first, head of the group
@@ -103,18 +99,20 @@ struct AttendShape {
   static constexpr int kQueryBytes = kColumns * kHeadDim * 2;
   static constexpr int kRowBytes = kColumns * 8;  // factor and position of each row
   static constexpr int kFixedBytes = kTableBytes + kQueryBytes + kRowBytes;
-  static constexpr int kCtas = kTiles == 1 && kHeadDim <= 128 ? kMaxCtas : 1;  // by registers
+  // By registers: 16 warps of at most 128 each, or 8.
+  static constexpr int kMaxWarps = kTiles == 1 && kHeadDim <= 128 ? 16 : 8;
+  static constexpr int kCtas = kMaxWarps / 8;
   static constexpr int shared_bytes(int record_bytes, int num_warps) {
     return kFixedBytes + num_warps * kStages * kTokens * record_bytes;
   }
-  // The most warps at once, in as few CTAs as have them: each CTA fills its own tables.
+  // The most warps at once; of equally many, in more CTAs: while one begins or ends, another works.
   static Occupancy occupancy(int record_bytes, SharedLimits limits) {
     Occupancy best = {1, 1, shared_bytes(record_bytes, 1)};
     for (int ctas = 1; ctas <= kCtas; ++ctas) {
-      for (int warps = 1; warps <= kMaxWarps; ++warps) {
+      for (int warps = 1; warps <= kMaxWarps / ctas; ++warps) {
         const int bytes = shared_bytes(record_bytes, warps);
         if (bytes > limits.per_cta || ctas * (bytes + kCtaReserve) > limits.per_sm) break;
-        if (ctas * warps > best.ctas * best.warps) best = {ctas, warps, bytes};
+        if (ctas * warps >= best.ctas * best.warps) best = {ctas, warps, bytes};
       }
     }
     return best;
@@ -150,7 +148,7 @@ FQ_DEVICE void load_queries(const AttendArgs& args, const RowBlock& b, int group
     rotate<kHeadDim>(args.codec, x, scratch, false);
     for (int i = 0; i < kPerLane; ++i) peak = maximum(peak, absolute(x[i]));
     peak = warp_max(peak);
-    const float inverse = peak > 0.0f ? 1.0f / peak : 0.0f;
+    const float inverse = peak >= kMinNormal ? 1.0f / peak : 0.0f;  // of less it is infinite
     for (int i = 0; i < kPerLane; ++i) {
       const int coord = lane_idx() * kPerLane + i;
       const int part = coord / (kHeadDim / 4), within = coord % (kHeadDim / 4);
@@ -167,42 +165,52 @@ FQ_DEVICE void load_queries(const AttendArgs& args, const RowBlock& b, int group
   }
 }
 
-// acc += K Q^T for the 16 tokens whose records are at `tile`.
+// acc += K Q^T for the 16 tokens whose records are at `tile`; `own` is where the record of this
+// lane's row g begins, `bytes_8` how far from there row g + 8's does.
 template <int kKind, int kHeadDim, int kTiles>
-FQ_DEVICE void score_tile(const uint8_t* tables, const uint8_t* tile, int record_bytes,
+FQ_DEVICE void score_tile(const uint8_t* tables, const uint8_t* own, int bytes_8,
                           const uint8_t* fragments, const Pair* held, float (&acc)[kTiles][4]) {
   constexpr int kSteps = kHeadDim / 16;
-  using Keys = Lookup<kKind, kHeadDim / 4>;
-  const int group = lane_idx() / 4;
-  const Keys keys = Keys::make(tables, 0, lane_idx() % 4);
+  using Keys = Lookup<kKind, kHeadDim / 4, false>;
+  constexpr int kTogether = Keys::kTogether;
+  static_assert(Keys::kQuads == kSteps && kSteps % kTogether == 0);
+  const Keys keys = Keys::make(tables, lane_idx() % 4);
   uint32_t low[Keys::kWords], high[Keys::kWords];
-  keys.read(tile + group * record_bytes, low);
-  keys.read(tile + (group + 8) * record_bytes, high);
+  keys.read(own, low);
+  keys.read(own + bytes_8, high);
 #pragma unroll
-  for (int step = 0; step < kSteps; ++step) {
-    const Pair a = keys.quad(low, step), b = keys.quad(high, step);
+  for (int first = 0; first < kSteps; first += kTogether) {
+    Pair a[kTogether], b[kTogether];
+    keys.quads(low, first, a);
+    keys.quads(high, first, b);
 #pragma unroll
-    for (int i = 0; i < kTiles; ++i) {
-      const Pair q = kTiles == 1
-                         ? held[step]
-                         : load_pair(fragments + ((i * kSteps + step) * kWarp + lane_idx()) * 8);
-      mma(acc[i], a.x, b.x, a.y, b.y, q.x, q.y);
+    for (int j = 0; j < kTogether; ++j) {
+      const int step = first + j;
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) {
+        const Pair q = kTiles == 1
+                           ? held[step]
+                           : load_pair(fragments + ((i * kSteps + step) * kWarp + lane_idx()) * 8);
+        mma(acc[i], a[j].x, b[j].x, a[j].y, b[j].y, q.x, q.y);
+      }
     }
   }
 }
 
-// o += V^T P^T for the 16 tokens whose value fields begin at `fields`.
+// o += V^T P^T for the 16 tokens of a tile; `own` is where the value field of this lane's row 2t
+// begins, `bytes_1` and `bytes_8` how far from there those of rows 2t + 1 and 2t + 8 do.
 template <int kKind, int kHeadDim, int kTiles>
-FQ_DEVICE void output_tile(const uint8_t* tables, const uint8_t* fields, int record_bytes,
+FQ_DEVICE void output_tile(const uint8_t* tables, const uint8_t* own, int bytes_1, int bytes_8,
                            const uint32_t (&p)[kTiles][2], float (&o)[kTiles][kHeadDim / 16][4]) {
-  using Values = Lookup<kKind, kHeadDim / 8>;
-  const Values values = Values::make(tables, 1, lane_idx() / 4);
-  const uint8_t* first = fields + lane_idx() % 4 * 2 * record_bytes;
+  using Values = Lookup<kKind, kHeadDim / 8, true>;
+  static_assert(Values::kQuads == kHeadDim / 32 && Values::kTogether == 1);
+  const Values values = Values::make(tables, lane_idx() / 4);
   uint32_t words[4][Values::kWords];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) values.read(first + ((i & 1) + (i & 2) * 4) * record_bytes, words[i]);
+  for (int i = 0; i < 4; ++i)
+    values.read(own + (i & 1) * bytes_1 + (i & 2) / 2 * bytes_8, words[i]);
 #pragma unroll
-  for (int u = 0; u < kHeadDim / 32; ++u) {
+  for (int u = 0; u < Values::kQuads; ++u) {
     Pair e[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) e[i] = values.quad(words[i], u);
@@ -243,26 +251,26 @@ FQ_DEVICE void with_kind(int32_t kind, Function&& function) {
 
 template <int kHeadDim, int kTiles>
 struct ScoreTile {
-  const uint8_t *tables, *tile;
-  int record_bytes;
+  const uint8_t *tables, *own;
+  int bytes_8;
   const uint8_t* fragments;
   const Pair* held;
   float (&acc)[kTiles][4];
   template <int kKind>
   FQ_DEVICE void run() {
-    score_tile<kKind, kHeadDim, kTiles>(tables, tile, record_bytes, fragments, held, acc);
+    score_tile<kKind, kHeadDim, kTiles>(tables, own, bytes_8, fragments, held, acc);
   }
 };
 
 template <int kHeadDim, int kTiles>
 struct OutputTile {
-  const uint8_t *tables, *fields;
-  int record_bytes;
+  const uint8_t *tables, *own;
+  int bytes_1, bytes_8;
   const uint32_t (&p)[kTiles][2];
   float (&o)[kTiles][kHeadDim / 16][4];
   template <int kKind>
   FQ_DEVICE void run() {
-    output_tile<kKind, kHeadDim, kTiles>(tables, fields, record_bytes, p, o);
+    output_tile<kKind, kHeadDim, kTiles>(tables, own, bytes_1, bytes_8, p, o);
   }
 };
 

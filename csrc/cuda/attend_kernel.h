@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/attend.h"
+#include "cuda/merge.h"
 
 namespace fq {
 
@@ -15,15 +16,30 @@ struct WarpState {
   float top;                         // largest value norm met, the same in all lanes; never 0
 };
 
-// Merges the warps' states and stores the split's. `scratch` is kTableBytes, `factors` kMaxWarps *
-// 24 floats. All threads take part; nothing else in shared memory is alive.
+// The largest score of a row, and the sum of its weights relative to it, over all warps.
+FQ_DEVICE void sum_up(const float* factors, int num_warps, int column, float* m, float* l) {
+  *m = kEmpty;
+  *l = 0.0f;
+  for (int w = 0; w < num_warps; ++w) *m = maximum(*m, factors[(w * 8 + column) * 3]);
+  for (int w = 0; w < num_warps; ++w) {
+    const float* f = factors + (w * 8 + column) * 3;
+    if (f[1] != 0.0f) *l += f[1] * exp2_fast(f[0] - *m);  // NaN is not 0
+  }
+}
+
+// Merges the warps' states. Stores the split's, or, where there is one split alone, the outputs.
+// `scratch` is kTableBytes, `factors` 24 floats a warp. All threads take part; nothing else in
+// shared memory is alive.
 template <int kHeadDim, int kTiles>
-FQ_DEVICE void store_state(const FqCudaAttend& a, const RowBlock& b, int group, int kv_head,
+FQ_DEVICE void store_state(const AttendArgs& args, const RowBlock& b, int group, int kv_head,
                            int split, WarpState<kHeadDim, kTiles>& s, float* scratch,
                            float* factors) {
-  constexpr int kSteps = kHeadDim / 16;
+  constexpr int kSteps = kHeadDim / 16, kPerLane = kHeadDim / kWarp;
+  const FqCudaAttend& a = args.call;
   const int g = lane_idx() / 4, t = lane_idx() % 4, num_warps = num_threads() / kWarp;
-  float* own = scratch + warp_idx() * 8 * kHeadDim;  // [8, kHeadDim]
+  const bool swaps = args.value_kind == kK8 && kHeadDim / 8 % 8 == 0;  // as Lookup::kSwaps
+  const int swap = swaps ? 2 * swap_halves() : 0;                      // of pairs of coordinates
+  float* own = scratch + warp_idx() * 8 * kHeadDim;                    // [8, kHeadDim]
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
     sync_cta();  // the scratch is free
@@ -38,7 +54,7 @@ FQ_DEVICE void store_state(const FqCudaAttend& a, const RowBlock& b, int group, 
       }
 #pragma unroll
       for (int i = 0; i < kSteps; ++i) {
-        float* to = own + (2 * t + c) * kHeadDim + g * (kHeadDim / 8) + 2 * i;
+        float* to = own + (2 * t + c) * kHeadDim + g * (kHeadDim / 8) + 2 * (i ^ swap);
         to[0] = s.o[tile][i][c];
         to[1] = s.o[tile][i][c + 2];
       }
@@ -47,14 +63,16 @@ FQ_DEVICE void store_state(const FqCudaAttend& a, const RowBlock& b, int group, 
     for (int i = thread_idx(); i < 8 * kHeadDim; i += num_threads()) {
       const int column = i / kHeadDim, coord = i % kHeadDim, row = tile * 8 + column;
       if (row >= b.num_rows) continue;
-      float m = kEmpty, l = 0.0f, o = 0.0f;
-      for (int w = 0; w < num_warps; ++w) m = maximum(m, factors[(w * 8 + column) * 3]);
+      float m, l, o = 0.0f;
+      sum_up(factors, num_warps, column, &m, &l);
       for (int w = 0; w < num_warps; ++w) {
         const float* f = factors + (w * 8 + column) * 3;
-        if (f[1] == 0.0f) continue;  // NaN is not 0
-        const float weight = exp2_fast(f[0] - m);
-        l += f[1] * weight;
-        o += scratch[(w * 8 + column) * kHeadDim + coord] * (weight * f[2]);
+        if (f[1] == 0.0f) continue;
+        o += scratch[(w * 8 + column) * kHeadDim + coord] * (exp2_fast(f[0] - m) * f[2]);
+      }
+      if (a.num_splits == 1) {
+        scratch[i] = o;  // no other thread reads this element
+        continue;
       }
       const int64_t at = state_row(a, b, group, kv_head, row) * a.num_splits + split;
       a.state_o[at * kHeadDim + coord] = o;
@@ -63,12 +81,22 @@ FQ_DEVICE void store_state(const FqCudaAttend& a, const RowBlock& b, int group, 
         a.state_ml[at * 2 + 1] = l;
       }
     }
+    if (a.num_splits > 1) continue;
+    sync_cta();
+    for (int column = warp_idx(); column < 8; column += num_warps) {
+      const int row = tile * 8 + column;
+      if (row >= b.num_rows) break;
+      float m, l, o[kPerLane], *merged = scratch + column * kHeadDim;
+      sum_up(factors, num_warps, column, &m, &l);
+      for (int i = 0; i < kPerLane; ++i) o[i] = merged[lane_idx() * kPerLane + i];
+      write_row<kHeadDim>(args, state_row(a, b, group, kv_head, row), m, l, o, merged);
+    }
   }
 }
 
-// grid [row blocks, num_kv_heads, num_splits], a whole number of warps per CTA, at most kMaxWarps.
+// grid [row blocks, num_kv_heads, num_splits], a whole number of warps per CTA.
 template <int kHeadDim, int kKeyKind, int kValueKind, int kTiles>
-FQ_KERNEL(kMaxWarps* kWarp, (AttendShape<kHeadDim, kTiles>::kCtas))
+FQ_KERNEL((AttendShape<kHeadDim, kTiles>::kMaxWarps * kWarp), 1)
 attend(FQ_PARAM AttendArgs args) {
   using Shape = AttendShape<kHeadDim, kTiles>;
   constexpr int kSteps = Shape::kSteps;
@@ -92,6 +120,15 @@ attend(FQ_PARAM AttendArgs args) {
   const int per_split = (last_tile - first_tile + a.num_splits - 1) / a.num_splits;
   const int tile_begin = first_tile + split * per_split;
   const int tile_end = tile_begin + per_split < last_tile ? tile_begin + per_split : last_tile;
+  if (tile_begin >= tile_end && a.num_splits == 1) {
+    for (int row = warp_idx(); row < b.num_rows; row += num_threads() / kWarp) {
+      float nothing[kHeadDim / kWarp] = {};
+      float* scratch = reinterpret_cast<float*>(shared_memory()) + warp_idx() * kHeadDim;
+      write_row<kHeadDim>(args, state_row(a, b, group, kv_head, row), kEmpty, 0.0f, nothing,
+                          scratch);
+    }
+    return;
+  }
   if (tile_begin >= tile_end) {
     for (int row = thread_idx(); row < b.num_rows; row += num_threads()) {
       float* ml = a.state_ml + (state_row(a, b, group, kv_head, row) * a.num_splits + split) * 2;
@@ -116,6 +153,9 @@ attend(FQ_PARAM AttendArgs args) {
   sync_cta();
 
   const int lane = lane_idx(), g = lane / 4, t = lane % 4;
+  const int key_bytes = token_of(args.order, g) * record_bytes;
+  const int value_bytes =
+      token_of(args.order, 2 * t) * record_bytes + args.layout.value_index_offset;
   Pair held[kTiles == 1 ? kSteps : 1];
   if constexpr (kTiles == 1) {
 #pragma unroll
@@ -123,7 +163,6 @@ attend(FQ_PARAM AttendArgs args) {
   }
   WarpState<kHeadDim, kTiles> s;
   float factor[kTiles][2];
-  int position[kTiles][2];
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
@@ -131,7 +170,6 @@ attend(FQ_PARAM AttendArgs args) {
       s.m[i][c] = kEmpty;
       s.l[i][c] = 0.0f;
       factor[i][c] = factors[8 * i + 2 * t + c];
-      position[i][c] = positions[8 * i + 2 * t + c];
     }
 #pragma unroll
     for (int j = 0; j < kSteps; ++j) {
@@ -183,21 +221,25 @@ attend(FQ_PARAM AttendArgs args) {
     const bool exists = known >> stage & 1;
     stage = stage + 1 == kStages ? 0 : stage + 1;
 
-    // ---- scores of tokens g and g + 8
+    // ---- scores of rows g and g + 8
     float acc[kTiles][4] = {};
-    with_kind<kKeyKind>(args.key_kind, ScoreTile<kHeadDim, kTiles>{tables, records, record_bytes,
-                                                                   fragments, held, acc});
+    with_kind<kKeyKind>(args.key_kind,
+                        ScoreTile<kHeadDim, kTiles>{tables, records + key_bytes, args.bytes_8,
+                                                    fragments, held, acc});
     const int first = tile * kTokens;
+    const auto token_of_row = [&](int r) {
+      return first + token_of(args.order, only_here(g) + 8 * r);
+    };
     const bool whole = exists && first >= all_begin && first + kTokens <= all_end;
     float key_norm[2], value_norm[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const uint32_t norms =
-          load_as<uint32_t>(records + (g + 8 * r) * record_bytes + args.layout.key_norm_offset);
+          load_as<uint32_t>(records + key_bytes + r * args.bytes_8 + args.layout.key_norm_offset);
       key_norm[r] = from_half((uint16_t)norms);
       value_norm[r] = from_half((uint16_t)(norms >> 16));
       if (whole) continue;
-      const int token = first + g + 8 * r;
+      const int token = token_of_row(r);
       const bool inside = token >= begin && token < end;
       if (!exists) key_norm[r] = bits_to_float(0x7FC00000);  // NaN
       key_norm[r] = inside ? key_norm[r] : 0.0f;
@@ -219,7 +261,8 @@ attend(FQ_PARAM AttendArgs args) {
       if (!whole) {
 #pragma unroll
         for (int c = 0; c < 4; ++c) {
-          const int token = first + g + 8 * (c / 2), row = position[i][c % 2];
+          const int token = token_of_row(c / 2);
+          const int row = positions[8 * i + 2 * only_here(t) + c % 2];
           const bool hidden = token > row || token >= end || token < begin ||
                               (a.window > 0 && token <= row - a.window);
           if (hidden) acc[i][c] = -bits_to_float(0x7F800000);  // -infinity
@@ -269,13 +312,13 @@ attend(FQ_PARAM AttendArgs args) {
     }
 
     // ---- outputs
-    with_kind<kValueKind>(args.value_kind, OutputTile<kHeadDim, kTiles>{
-                                               tables, records + args.layout.value_index_offset,
-                                               record_bytes, p, s.o});
+    with_kind<kValueKind>(args.value_kind,
+                          OutputTile<kHeadDim, kTiles>{tables, records + value_bytes, args.bytes_1,
+                                                       args.bytes_8, p, s.o});
   }
   wait_copies<0>();
   sync_cta();
-  store_state<kHeadDim, kTiles>(a, b, group, kv_head, split, s, reinterpret_cast<float*>(tables),
+  store_state<kHeadDim, kTiles>(args, b, group, kv_head, split, s, reinterpret_cast<float*>(tables),
                                 reinterpret_cast<float*>(rings));
 }
 

@@ -3,8 +3,10 @@
 //
 // Both codebooks are replicated over the banks: row r of the tables is 256 bytes,
 //   [copies of key row r, 128 bytes] [copies of value row r, 128 bytes]
-// and a lane reads the copy in its own banks, so that 32 lanes never conflict, whatever the
-// indices. A row's address is one byte permutation: byte 0 the lane's copy, byte 1 the index.
+// and a lane reads the whole copy in its own banks, so that 32 lanes never conflict, whatever the
+// indices. (Where two lanes share a codeword, at head_dim 96 with subvectors of 8, they read
+// halves, and two lanes may meet.) A row's address is one byte permutation: byte 0 the lane's copy,
+// byte 1 the index.
 #pragma once
 
 #include "cuda/supported.h"
@@ -40,12 +42,15 @@ FQ_DEVICE uint32_t lane_copy(int dim) {
   return (uint32_t)(lane_idx() % (kSideBytes / (2 * dim)) * 2 * dim);
 }
 
+// Whether a lane begins with the second half of a value's codewords of 8 coordinates.
+FQ_DEVICE int swap_halves() { return lane_idx() / 8 % 2; }
+
 // kCoords coordinates of one vector, at a place that depends on the lane, as indices in registers.
 //
 // Field of a lane: bits [part * kFieldBits, ...) of the vector's packed indices. Where that is not
 // the first bit of a subvector (head_dim 96 with subvectors of 8), it is moved to it, and `skip` is
 // the half of the codeword to begin with.
-template <int kKind, int kCoords>
+template <int kKind, int kCoords, bool kIsValue>
 struct Lookup {
   using C = Code<kKind>;
   static constexpr bool kSplit = kCoords % C::kDim != 0;  // codewords shared by two lanes
@@ -53,6 +58,12 @@ struct Lookup {
   static constexpr int kFieldBits = kSubvecs * C::kBits;
   static constexpr int kWords = (kFieldBits + 31) / 32;
   static constexpr bool kAligned = !kSplit && kFieldBits % 32 == 0;
+  static constexpr int kQuads = kCoords / 4;
+  // Codewords of 8 coordinates are two quads. Were all lanes to read the same half, 16 of them
+  // would meet in 16 banks. Of keys, a lane reads both halves at once. Of values, whose coordinates
+  // are rows of a product and in any order, lanes 8 to 15 of every 16 begin with the other half.
+  static constexpr int kTogether = C::kDim == 8 && !kSplit && !kIsValue ? 2 : 1;
+  static constexpr bool kSwaps = C::kDim == 8 && !kSplit && kIsValue;
   static_assert(!kSplit || (C::kDim == 8 && kCoords % 4 == 0));
 
   const uint8_t* side;  // the tables, or kSideBytes beyond them for values
@@ -60,10 +71,11 @@ struct Lookup {
   int first_word;
   uint32_t shift, skip;
 
-  FQ_DEVICE static Lookup make(const uint8_t* tables, int which, int part) {
+  FQ_DEVICE static Lookup make(const uint8_t* tables, int part) {
     Lookup at;
-    at.side = tables + which * kSideBytes;
+    at.side = tables + kIsValue * kSideBytes;
     at.copy = lane_copy(C::kDim);
+    if (kSwaps) at.copy += swap_halves() * 8;
     const int coord = part * kCoords;
     const int bit = coord / C::kDim * C::kBits;
     at.first_word = bit / 32;
@@ -88,6 +100,17 @@ struct Lookup {
     }
   }
 
+  // kTogether quads from number `first` on, which is a multiple of it.
+  FQ_DEVICE void quads(const uint32_t (&words)[kWords], int first, Pair (&out)[kTogether]) const {
+    if constexpr (kTogether == 2) {
+      const Quad c = load_quad(row(words, first / 2));
+      out[0] = {c.x, c.y};
+      out[1] = {c.z, c.w};
+    } else {
+      out[0] = quad(words, first);
+    }
+  }
+
   // Four coordinates, 4 * quad to 4 * quad + 3 of the lane's, as float16 pairs (0 1) and (2 3).
   FQ_DEVICE Pair quad(const uint32_t (&words)[kWords], int quad) const {
     if constexpr (C::kDim == 2) {
@@ -98,7 +121,7 @@ struct Lookup {
       const Pair c = load_pair(row(words, quad));
       return {c.x ^ signs(words, quad, 0), c.y ^ signs(words, quad, 2)};
     } else if constexpr (!kSplit) {
-      return load_pair(row(words, quad / 2) + quad % 2 * 8);
+      return load_pair(side + (offset(words, quad / 2) ^ (uint32_t)quad % 2 * 8));
     } else {  // which codeword depends on the lane
       const uint32_t half = (uint32_t)quad + skip;
       const uint8_t* even = row(words, quad / 2);
@@ -114,11 +137,15 @@ struct Lookup {
     if (offset + C::kBits <= 32) return words[word] >> offset;
     return shift_right(words[word], words[word + 1 < kWords ? word + 1 : word], offset);
   }
-  // The row of index number i; its low byte is the row's number.
-  FQ_DEVICE const uint8_t* row(const uint32_t (&words)[kWords], int i) const {
+  // Where this lane's copy of the row of index number i begins; the row's number is the low byte
+  // of the index.
+  FQ_DEVICE uint32_t offset(const uint32_t (&words)[kWords], int i) const {
     if (C::kBits == 8)  // no shift
-      return side + permute_bytes(words[i / 4], copy, 0x5504 | (uint32_t)(i % 4) << 4);
-    return side + permute_bytes(index(words, i), copy, 0x5504);
+      return permute_bytes(words[i / 4], copy, 0x5504 | (uint32_t)(i % 4) << 4);
+    return permute_bytes(index(words, i), copy, 0x5504);
+  }
+  FQ_DEVICE const uint8_t* row(const uint32_t (&words)[kWords], int i) const {
+    return side + offset(words, i);
   }
   // Sign bits of coordinates `first` (0 or 2) and first + 1, which are bits 8 + first and 9 + first
   // of the index, where float16 pairs have theirs. One product makes both shifts: its two terms

@@ -18,6 +18,7 @@
 #include <vector>
 
 #define FQ_DEVICE inline
+#define FQ_BOTH inline
 #define FQ_KERNEL(threads, ctas) void
 #define FQ_PARAM const
 
@@ -329,6 +330,7 @@ FQ_DEVICE void wait_copies() {
   }
 }
 
+FQ_DEVICE int only_here(int x) { return x; }
 FQ_DEVICE void atomic_add(int32_t* p, int32_t x) { *p += x; }
 
 template <class T>

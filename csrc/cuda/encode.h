@@ -19,7 +19,7 @@
 namespace fq {
 
 constexpr int kEncodeWarps = 8, kMaxSubvecDim = 8;
-constexpr float kMinNormal = 1.17549435e-38f, kMaxNorm = 65504.0f, kMinCosine = 0.25f;
+constexpr float kMaxNorm = 65504.0f, kMinCosine = 0.25f;
 
 struct EncodeArgs {
   FqCudaCodec codec;

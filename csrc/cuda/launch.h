@@ -2,6 +2,8 @@
 // Launching kernels: on a GPU, or in the emulator.
 #pragma once
 
+#include <atomic>
+
 #include "cuda/attend.h"
 #include "cuda/encode.h"
 
@@ -13,16 +15,34 @@ struct Grid {
 
 #ifdef __CUDACC__
 
+constexpr int kMaxDevices = 64;
+
+// Lets a kernel have all of a device's shared memory, once per device.
+template <auto kKernel>
+cudaError_t allow_shared() {
+  static std::atomic<bool> done[kMaxDevices];
+  int device = 0, most = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess || (device < kMaxDevices && done[device])) return error;
+  error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess)
+    error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  if (error == cudaSuccess)  // or the driver may leave too little for two CTAs
+    error = cudaFuncSetAttribute(kKernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                 cudaSharedmemCarveoutMaxShared);
+  if (error == cudaSuccess && device < kMaxDevices) done[device] = true;
+  return error;
+}
+
 // Returns 0 or a cudaError_t.
-template <class Args>
-int launch(void (*kernel)(Args), Grid grid, void* stream, const Args& args) {
+template <auto kKernel, class Args>
+int launch(Grid grid, void* stream, const Args& args) {
   if (grid.shared_bytes > 48 << 10) {
-    const cudaError_t error = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, grid.shared_bytes);
+    const cudaError_t error = allow_shared<kKernel>();
     if (error != cudaSuccess) return error;
   }
-  kernel<<<dim3(grid.x, grid.y, grid.z), grid.threads, grid.shared_bytes,
-           static_cast<cudaStream_t>(stream)>>>(args);
+  kKernel<<<dim3(grid.x, grid.y, grid.z), grid.threads, grid.shared_bytes,
+            static_cast<cudaStream_t>(stream)>>>(args);
   return cudaGetLastError();
 }
 
@@ -38,9 +58,9 @@ struct Emulated {
   }
 };
 
-template <class Args>
-int launch(void (*kernel)(Args), Grid grid, void*, const Args& args) {
-  const Emulated<Args> emulated = {kernel, args};
+template <auto kKernel, class Args>
+int launch(Grid grid, void*, const Args& args) {
+  const Emulated<Args> emulated = {kKernel, args};
   emulator::run_grid({grid.x, grid.y, grid.z}, grid.threads, (size_t)grid.shared_bytes,
                      &Emulated<Args>::run, &emulated);
   return 0;
@@ -51,6 +71,7 @@ int launch(void (*kernel)(Args), Grid grid, void*, const Args& args) {
 // The launchers of one head_dim, compiled by kernels.cu. They return 0 or a cudaError_t.
 template <int kHeadDim>
 struct Kernels {
+  static TokenOrder token_order(int key_kind, int value_kind);
   static int encode(const EncodeArgs& args, void* stream);
   static int attend(const AttendArgs& args, SharedLimits limits, void* stream);
   static int usable();  // 0 if the current device can run them

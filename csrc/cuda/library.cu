@@ -11,6 +11,8 @@ namespace fq {
 
 #define FQ_EXTERN(dim, columns)                                                        \
   template <>                                                                          \
+  TokenOrder Kernels<dim>::token_order(int key_kind, int value_kind);                  \
+  template <>                                                                          \
   int Kernels<dim>::encode(const EncodeArgs& args, void* stream);                      \
   template <>                                                                          \
   int Kernels<dim>::attend(const AttendArgs& args, SharedLimits limits, void* stream); \
@@ -161,6 +163,21 @@ FQ_EXPORT void fq_cuda_occupancy(int head_dim, int record_bytes, int wide, int p
   out[0] = found.ctas;
   out[1] = found.warps;
   out[2] = found.shared_bytes;
+}
+
+// The tokens of the rows of a tile with these codes, four bits each (token_order.h); 0 where there
+// is no kernel.
+FQ_EXPORT uint64_t fq_cuda_token_order(int head_dim, const FqCudaCode* key,
+                                       const FqCudaCode* value) {
+  fq::TokenOrder found = {};
+  const int k = fq::find_kind(key->subvec_dim, key->index_bits, key->folded);
+  const int v = fq::find_kind(value->subvec_dim, value->index_bits, value->folded);
+#define FQ_FIND(dim, columns)                                      \
+  if (head_dim == dim && k != fq::kNumKinds && v != fq::kNumKinds) \
+    found = fq::Kernels<dim>::token_order(k, v);
+  FQ_HEAD_DIMS(FQ_FIND)
+#undef FQ_FIND
+  return found.tokens;
 }
 
 // 0 if the current device can run the kernels of this build.

@@ -2,38 +2,30 @@
 // Merges the states of splits, in order of position, with raw new tokens and sinks, un-rotates, and
 // writes outputs. A warp owns one row. A row that saw no token is zeros. Rows of tokens outside
 // query_start_loc are not touched.
+//
+// Lanes read the (m, l) of 32 splits at once; what is left per split is to add its o, and those
+// loads wait for nothing but their weights.
+//
+// Shared memory: per warp, scratch of a rotation [d], weights of 32 splits.
 #pragma once
 
 #include "cuda/attend.h"
 
 namespace fq {
 
-constexpr int kMergeWarps = 4;
+constexpr int kMergeWarps = 4, kMergeAhead = 8;
 
+constexpr int merge_shared_bytes(int head_dim) { return kMergeWarps * (head_dim + kWarp) * 4; }
+
+// Writes the output of one row of the query tensor, row = token * num_q_heads + head, from the
+// state (m, l, o) of its codes, rotated and in units of value.table_scale.
 template <int kHeadDim>
-FQ_KERNEL(kMergeWarps* kWarp, 1)
-merge(FQ_PARAM AttendArgs args) {
+FQ_DEVICE void write_row(const AttendArgs& args, int64_t row, float m, float l,
+                         float (&o)[kHeadDim / kWarp], float* scratch) {
   constexpr int kPerLane = kHeadDim / kWarp;
   const FqCudaAttend& a = args.call;
-  const int64_t row = (int64_t)cta_idx().x * kMergeWarps + warp_idx();
   const int64_t token = row / a.num_q_heads;
-  const int head = (int)(row % a.num_q_heads);
-  if (token < a.query_start_loc[0] || token >= a.query_start_loc[a.num_reqs]) return;
-
-  const int first = lane_idx() * kPerLane;
-  float m = kEmpty, l = 0.0f, o[kPerLane] = {};
-  for (int split = 0; split < a.num_splits; ++split) {
-    const int64_t at = row * a.num_splits + split;
-    const float split_m = a.state_ml[at * 2], split_l = a.state_ml[at * 2 + 1];
-    if (split_l == 0.0f) continue;  // nothing seen; NaN is not 0
-    const float new_m = maximum(m, split_m);
-    const float here = exp2_fast(m - new_m), there = exp2_fast(split_m - new_m);
-    for (int i = 0; i < kPerLane; ++i)
-      o[i] = o[i] * here + a.state_o[at * kHeadDim + first + i] * there;
-    l = l * here + split_l * there;
-    m = new_m;
-  }
-  float* scratch = reinterpret_cast<float*>(shared_memory()) + warp_idx() * kHeadDim;
+  const int head = (int)(row % a.num_q_heads), first = lane_idx() * kPerLane;
   rotate<kHeadDim>(args.codec, o, scratch, true);
 
   // The weights of the parts: codes, raw tokens, the sink (a logit without a value).
@@ -63,6 +55,55 @@ merge(FQ_PARAM AttendArgs args) {
     if (raw_l != 0.0f) x += a.raw_o[row * kHeadDim + first + i] * raw_weight;
     store_element(a.out, at_out + i, a.dtype, x * inverse);
   }
+}
+
+template <int kHeadDim>
+FQ_KERNEL(kMergeWarps* kWarp, 1)
+merge(FQ_PARAM AttendArgs args) {
+  constexpr int kPerLane = kHeadDim / kWarp;
+  const FqCudaAttend& a = args.call;
+  const int64_t row = (int64_t)cta_idx().x * kMergeWarps + warp_idx();
+  const int64_t token = row / a.num_q_heads;
+  if (token < a.query_start_loc[0] || token >= a.query_start_loc[a.num_reqs]) return;
+
+  float* scratch = reinterpret_cast<float*>(shared_memory()) + warp_idx() * (kHeadDim + kWarp);
+  float* weights = scratch + kHeadDim;
+  const float* from = a.state_o + row * a.num_splits * kHeadDim + lane_idx() * kPerLane;
+  float m = kEmpty, l = 0.0f, o[kPerLane] = {};
+  for (int begin = 0; begin < a.num_splits; begin += kWarp) {
+    const int split = begin + lane_idx();
+    float split_m = kEmpty, split_l = 0.0f;
+    if (split < a.num_splits) {
+      const Pair ml = load_pair(a.state_ml + (row * a.num_splits + split) * 2);
+      split_m = bits_to_float(ml.x);
+      split_l = bits_to_float(ml.y);
+    }
+    const bool seen = split_l != 0.0f;  // NaN is not 0
+    const float new_m = maximum(m, warp_max(seen ? split_m : kEmpty));
+    const float weight = seen ? exp2_fast(split_m - new_m) : 0.0f, old = exp2_fast(m - new_m);
+    sync_warp();  // the weights before these have been read
+    weights[lane_idx()] = weight;
+    sync_warp();
+    l = l * old + warp_sum(seen ? split_l * weight : 0.0f);
+    m = new_m;
+    for (int i = 0; i < kPerLane; ++i) o[i] *= old;
+    const int count = a.num_splits - begin < kWarp ? a.num_splits - begin : kWarp;
+    for (int at = 0; at < count; at += kMergeAhead) {
+      float part[kMergeAhead][kPerLane];
+#pragma unroll
+      for (int j = 0; j < kMergeAhead; ++j) {
+        for (int i = 0; i < kPerLane; ++i) part[j][i] = 0.0f;
+        if (at + j < count && weights[at + j] != 0.0f)  // what saw nothing has stored no o
+          load_floats(from + (int64_t)(begin + at + j) * kHeadDim, part[j]);
+      }
+#pragma unroll
+      for (int j = 0; j < kMergeAhead; ++j) {
+        if (at + j >= count) continue;
+        for (int i = 0; i < kPerLane; ++i) o[i] += part[j][i] * weights[at + j];
+      }
+    }
+  }
+  write_row<kHeadDim>(args, row, m, l, o, scratch);
 }
 
 }  // namespace fq

@@ -57,9 +57,10 @@ struct FqCudaAttend {
   const float* raw_o;  // [num_tokens * num_q_heads, head_dim] or null
   const float* raw_m;  // [num_tokens * num_q_heads] or null
   const float* raw_l;  // [num_tokens * num_q_heads] or null
-  // Scratch that the launch fills and reads again: states of splits.
-  float* state_o;              // [num_tokens * num_q_heads, num_splits, head_dim]
-  float* state_ml;             // [num_tokens * num_q_heads, num_splits, 2]
+  // Scratch that the launch fills and reads again: states of splits. Null with one split, whose
+  // outputs are written directly.
+  float* state_o;              // [num_tokens * num_q_heads, num_splits, head_dim], 16-byte aligned
+  float* state_ml;             // [num_tokens * num_q_heads, num_splits, 2], 8-byte aligned
   int64_t stride_block_table;  // elements
   int64_t stride_query_token, stride_query_head;
   int64_t stride_out_token, stride_out_head;

@@ -196,7 +196,9 @@ function showFacts(now) {
   show("model", `${info.model_name} · ${info.kv_cache_dtype}`);
   const per = (name) => {
     const steps = rate(now, "fibquant:steps_total");
-    return steps ? `${(1000 * rate(now, name) / steps).toFixed(2)} ms` : "idle";
+    if (!steps) return "idle";
+    const seconds = rate(now, name);  // a GPU's are not measured: an op returns before it ends
+    return seconds ? `${(1000 * seconds / steps).toFixed(2)} ms` : "not measured";
   };
   const facts = {
     preset: info.preset, "key code": info.key_code, "value code": info.value_code,

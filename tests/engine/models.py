@@ -129,6 +129,10 @@ _SHAPES = {
     "granite": lambda: _of("Granite", hidden_size=256),
     "olmo2": lambda: _of("Olmo2", hidden_size=256),
     "llama": _llama,
+    # As wide as SmolLM2-135M: products of 576 and 1,536 numbers.
+    "llama-wide": lambda: _llama(
+        hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3
+    ),
     "llama-1layer": lambda: _llama(num_hidden_layers=1),
     "llama-4layers": lambda: _llama(num_hidden_layers=4),
     "mistral": _mistral,

@@ -101,7 +101,7 @@ def test_a_bias_is_never_coded(model_folder):
         got = generate(llm, prompts, 1)
         maps = [impl.key_map for impl in impls_of(llm).values()]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vllm_fibquant.key_bias.has_bias", lambda impl: False)
+        patch.setattr("vllm_fibquant.engine.key_bias.has_bias", lambda impl: False)
         with engine(model, "fibquant_4bit") as llm:
             coded = generate(llm, prompts, 1)
     assert largest_difference(expected, got)[2] < 0.3 * largest_difference(expected, coded)[2]

@@ -7,6 +7,7 @@ import json
 import random
 
 import pytest
+import torch
 
 from tests.engine.models import VOCAB_SIZE, make_model
 
@@ -32,33 +33,40 @@ def test_the_suite(tmp_path, words, monkeypatch):
     monkeypatch.setattr(attention, "copy_dtype", lambda model_dtype: model_dtype)
     monkeypatch.setattr(texts, "EVALUATION", words)
     monkeypatch.setattr(suite, "CALIBRATION", words)
-    wanted = {"float32 through vLLM", "2bit, exact", "2bit, quality", "2bit, exact, simulated",
-              "2bit, quality, simulated", "KIVI 2 bits, residual 32"}  # fmt: skip
+    wanted = {"uncompressed, simulated", "2bit, exact, uncalibrated", "2bit, quality, uncalibrated",
+              "2bit, exact, uncalibrated, simulated", "2bit, quality, uncalibrated, simulated",
+              "KIVI 2 bits, residual 64", "2bit, quality"}  # fmt: skip
     sizes = texts.SMOKE
     rows = [row for row in all_rows(sizes.step) if row.name in wanted]
     rows.append(Row("KVQuant", "rival", KVQuant(3), main=True))
     model, path = make_model("llama", tmp_path), tmp_path / "out" / "results.jsonl"
 
-    first = suite.Suite(model, sizes, path, rows=rows)
-    assert len(first.missing) == len(first.jobs) > 3 * len(rows)
+    given = {"rows": rows, "sources": ["prose"]}
+    first = suite.Suite(model, sizes, path, **given)
+    assert len(first.missing) == len(first.jobs) >= 2 * len(rows)
+    first.prepare()
     first.run()
     numbers = {s.row.name: s.numbers for s in report.summarise_all(first)}
-    assert numbers["float32 through vLLM"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert numbers["uncompressed, simulated"]["kl"] == pytest.approx(0, abs=1e-6)
     for mode in ("exact", "quality"):
-        engine, simulated = numbers[f"2bit, {mode}"], numbers[f"2bit, {mode}, simulated"]
+        engine = numbers[f"2bit, {mode}, uncalibrated"]
+        simulated = numbers[f"2bit, {mode}, uncalibrated, simulated"]
         assert engine["kl"] > 1e-3, "two bits must show"
         assert engine["kl"] == pytest.approx(simulated["kl"], rel=0.01)
+        assert engine["cosine"] == pytest.approx(simulated["cosine"], abs=0.02)
+        assert engine["worst_cosine"] <= engine["cosine"] < 1
         assert engine["delta"] == pytest.approx(simulated["delta"], abs=2e-3)
-    assert numbers["2bit, quality"]["kl"] < numbers["2bit, exact"]["kl"]
+    assert numbers["2bit, quality, uncalibrated"]["kl"] < numbers["2bit, exact, uncalibrated"]["kl"]
 
     lines = path.read_text().splitlines()
     assert len(lines) == len(first.jobs)
     path.write_text("\n".join(lines[:-3]) + "\n")
-    again = suite.Suite(model, sizes, path, rows=rows)
+    again = suite.Suite(model, sizes, path, **given)
     lost = [json.loads(line) for line in lines[-3:]]
     assert {(job.row.name, job.unit.name) for job in again.missing} == {
         (line["row"], line["unit"]) for line in lost
     }
+    again.prepare()
     again.run()
     again.prune()
     assert len(path.read_text().splitlines()) == len(first.jobs)
@@ -66,5 +74,63 @@ def test_the_suite(tmp_path, words, monkeypatch):
     assert "## Engine against simulation" in text and "| 2bit, quality |" in text
 
     monkeypatch.setattr(suite, "code_digest", lambda is_calibrated: "other code")
-    assert len(suite.Suite(model, sizes, path, rows=rows).missing) == len(first.jobs)
-    assert not suite.Suite(model, sizes, path, rows=rows, any_code=True).missing
+    assert len(suite.Suite(model, sizes, path, **given).missing) == len(first.jobs)
+    assert not suite.Suite(model, sizes, path, **given, any_code=True).missing
+
+
+def test_texts_read_together_are_read_as_alone(tmp_path):
+    """Of different lengths, two with one beginning, in mode quality: windows are each one's."""
+    from vllm_fibquant.evaluation.engine import Engine
+    from vllm_fibquant.evaluation.watch import AttentionWatch
+
+    draw = random.Random(1)
+    first, second, third = (
+        [draw.randrange(2, VOCAB_SIZE) for _ in range(n)] for n in (150, 97, 131)
+    )
+    texts = [first, first[:40] + second, third]
+    model, options = make_model("gemma2", tmp_path), {"calibrate": "none"}
+    read = []
+    for together in (1, 3):
+        engine = Engine(model, "fibquant_2bit", options, 16, 150, together)
+        try:
+            watch = AttentionWatch()
+            states = engine.hidden(texts, watch)
+            read.append((states, watch.summary(), engine.logits(states[0][-2:])))
+        finally:
+            engine.close()
+    for alone, beside in zip(read[0][0], read[1][0], strict=True):
+        torch.testing.assert_close(beside, alone, rtol=1e-3, atol=1e-3)
+    assert [len(states) for states in read[0][0]] == [150, 137, 131]
+    assert read[0][1] == pytest.approx(read[1][1], abs=1e-4)
+    assert 0.5 < read[0][1]["worst_cosine"] < 0.9999, "two bits must show"
+    assert read[0][2].shape == (2, VOCAB_SIZE)
+
+
+def test_uncompressed_attention_is_exact(tmp_path):
+    """Sliding windows and soft caps are the watch's too: nothing is lost where nothing is coded."""
+    from vllm_fibquant.evaluation.engine import UNCOMPRESSED, Engine
+    from vllm_fibquant.evaluation.watch import AttentionWatch
+
+    draw = random.Random(2)
+    text = [draw.randrange(2, VOCAB_SIZE) for _ in range(150)]
+    engine = Engine(make_model("gemma2", tmp_path), UNCOMPRESSED, {}, 64, 150)
+    try:
+        watch = AttentionWatch()
+        engine.hidden([text], watch)
+    finally:
+        engine.close()
+    assert watch.summary()["worst_cosine"] == pytest.approx(1, abs=1e-5)
+
+
+def test_a_step_that_is_no_text_is_refused():
+    from vllm_fibquant.evaluation.engine import _Reading
+
+    reading = _Reading([[5, 6, 7]])
+    positions = torch.arange(3)
+    with pytest.raises(RuntimeError, match="every step must go on with a text"):
+        reading.begin(torch.tensor([5, 9, 7]), positions)
+    reading = _Reading([[5, 6, 7]])
+    reading.begin(torch.tensor([5, 6]), positions[:2])
+    reading.end(torch.zeros(2, 4))
+    with pytest.raises(RuntimeError, match="must be of 3 tokens, got 2"):
+        reading.result()

@@ -2,15 +2,22 @@
 """`prefill: codes`: an answer does not depend on what was cached, chunked, batched or preempted.
 
 Every comparison is of tokens and log-probabilities, bit by bit, through the real engine. The
-matrix products of vLLM's CPU build give each row the same bits whatever the number of rows
-(oneDNN in float32), so the whole engine is exact, not just attention. Stock vLLM is not: with
-`auto` the same change of batch alters a quarter to a half of the answers, because its attention
-splits work differently; `test_stock_for_comparison` prints by how much.
+matrix products of vLLM's CPU build (oneDNN in float32) give each row the same bits whatever the
+number of rows: for the small models here on every processor, for models as wide as real ones with
+AVX2 and not with AVX-512 (`test_nothing_matters_at_the_widths_of_a_real_model`). Where they do, the
+whole engine is exact, not just attention. Stock vLLM is not: with `auto` the same change of batch
+alters a quarter to a half of the answers, because its attention splits work differently;
+`test_stock_for_comparison` prints by how much.
 """
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
+import torch
 
 from .harness import (
     Answer,
@@ -114,11 +121,61 @@ def test_nothing_matters_for_long_prompts(model_folder):
     assert_exact(answers)
 
 
+def rows_differ_in_batches(num_in: int, num_out: int) -> bool:
+    """Whether vLLM's own linear layer of this width gives a row other bits alone than in batches:
+    then an engine is not exact, whatever its attention is."""
+    from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+    generator = torch.Generator().manual_seed(0)
+    layer = torch.nn.Linear(num_in, num_out, bias=False).requires_grad_(False)
+    layer.weight.normal_(0, 0.1, generator=generator)
+    dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
+    x = torch.randn(48, num_in, generator=generator)
+    alone = torch.cat([layer.cpu_linear(row[None], layer.weight, None) for row in x])
+    return any(
+        not torch.equal(layer.cpu_linear(x[:count], layer.weight, None), alone[:count])
+        for count in (2, 8, 33, 48)
+    )
+
+
+def skip_unless_products_are_exact(widths: dict[str, tuple[int, int]]) -> None:
+    wrong = [name for name, width in widths.items() if rows_differ_in_batches(*width)]
+    if wrong:
+        pytest.skip(
+            f"oneDNN gives rows of this processor's {', '.join(wrong)} other bits in batches than "
+            "alone; with ONEDNN_MAX_CPU_ISA=AVX2 it does not"
+        )
+
+
+SMOL_WIDTHS = {"qkv": (576, 960), "o": (576, 576), "gate and up": (576, 3072), "down": (1536, 576)}
+
+
+def test_nothing_matters_at_the_widths_of_a_real_model(model_folder):
+    skip_unless_products_are_exact(SMOL_WIDTHS)
+    prompts = varied_prompts(24, VOCAB_SIZE, seed=4)
+    assert_exact(
+        run_everything(make_model("llama-wide", model_folder), "fibquant_2bit", prompts, 2)
+    )
+
+
+@pytest.mark.slow
+def test_the_setting_that_makes_products_exact():
+    """What the skip above and the documents say, in a process that has it."""
+    name = f"{__file__}::{test_nothing_matters_at_the_widths_of_a_real_model.__name__}"
+    found = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", name],
+        env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"}, capture_output=True, text=True,
+        timeout=1200,
+    )  # fmt: skip
+    assert "1 passed" in found.stdout, found.stdout[-3000:]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["fibquant_2bit", "fibquant"])
 def test_nothing_matters_for_a_real_model(preset):
     from vllm_fibquant.demo_model import ensure_demo_model
 
+    skip_unless_products_are_exact(SMOL_WIDTHS)
     prompts = varied_prompts(NUM_PROMPTS, 49_000, seed=2)
     assert_exact(run_everything(str(ensure_demo_model()), preset, prompts, 4))
 

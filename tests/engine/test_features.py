@@ -137,13 +137,13 @@ def test_other_dtypes(model_folder, dtype):
 
 
 def test_non_finite_keys_are_counted_and_do_not_spread(model_folder, monkeypatch):
-    from vllm_fibquant.engine import attention
+    from vllm_fibquant.engine import attention, non_finite
 
     prompts = varied_prompts(2, VOCAB_SIZE, longest=60)
     model = make_model("llama", model_folder)
     with engine(model, "fibquant_4bit") as llm:
         expected = generate(llm, prompts[:1], 4)
-        before = attention.non_finite_vectors()
+        before = non_finite.non_finite_vectors()
         update = attention.FibQuantImpl.do_kv_cache_update
 
         def poisoned(self, layer, key, value, kv_cache, slot_mapping):
@@ -151,6 +151,6 @@ def test_non_finite_keys_are_counted_and_do_not_spread(model_folder, monkeypatch
 
         monkeypatch.setattr(attention.FibQuantImpl, "do_kv_cache_update", poisoned)
         generate(llm, prompts[1:], 4)
-        assert attention.non_finite_vectors() > before
+        assert non_finite.non_finite_vectors() > before
         monkeypatch.undo()
         assert bits(generate(llm, prompts[:1], 4)) == bits(expected)

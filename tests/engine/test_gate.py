@@ -135,7 +135,7 @@ def test_random_models_are_not_judged(model_folder, shape, preset, options):
     assert found["state"] == "unmeasured"
     assert "predicts nothing" in found["reason"]
     assert found["num_tokens"] == 127
-    assert all(0.9 < cosine < 1 for cosine in found["layer_cosines"].values())
+    assert all(0.6 < cosine < 1 for cosine in found["layer_cosines"].values())
 
 
 def test_measuring_leaves_no_trace(model_folder):
@@ -203,16 +203,17 @@ def test_a_model_that_cannot_be_read_like_this_is_served(biased, biases_are_code
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "is_refused"),
-    [({"calibrate": "none"}, True), ({"calibrate": "means"}, False)],
+    [({"calibrate": "none"}, True), ({"mode": "quality", "calibrate": "auto"}, False)],
     ids=["nothing measured", "measured"],
 )
-def test_qwen(monkeypatch, request, options, is_refused):
+def test_qwen(monkeypatch, request, tmp_path, options, is_refused):
     """The best-known case: key biases of several hundred."""
     folder = os.environ.get("FIBQUANT_TEST_MODELS")
     path = Path(folder or "") / "Qwen2.5-Coder-1.5B-Instruct"
     if not folder or not path.is_dir():
         pytest.skip("FIBQUANT_TEST_MODELS names no folder that holds Qwen2.5-Coder-1.5B-Instruct")
     monkeypatch.undo()
+    monkeypatch.setenv("FIBQUANT_CACHE_DIR", str(tmp_path))
     if is_refused:
         request.getfixturevalue("biases_are_coded")
     settings = {"dtype": "bfloat16", "kv_cache_memory_bytes": 256 << 20}

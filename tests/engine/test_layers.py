@@ -9,9 +9,10 @@ import torch
 from vllm_fibquant.cli import plan
 from vllm_fibquant.codec.config import PRESETS
 from vllm_fibquant.codec.layout import preset_layout
+from vllm_fibquant.engine import measure
 from vllm_fibquant.engine.report import worker_report
 
-from .harness import cache_tensors, engine, generate, in_batches, varied_prompts
+from .harness import cache_tensors, engine, generate, in_batches, random_text, varied_prompts
 from .models import VOCAB_SIZE, make_model
 from .test_exactness import assert_exact, run_everything
 
@@ -112,7 +113,8 @@ def test_quality_lies_between_the_presets(model):
 )
 def test_all_layers_named_is_the_other_preset(model, options, tmp_path, monkeypatch):
     """With every option that works layer by layer."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("FIBQUANT_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(measure, "text_sequences", random_text)
     prompts = varied_prompts(10, VOCAB_SIZE, longest=300)
     answers = []
     for preset, layers in ((HIGH, {}), (LOW, {"layers": {"0-3": HIGH}}), (LOW, SOME)):
@@ -126,7 +128,7 @@ def test_two_names_of_one_preset_are_the_same(model, mode):
     """Two groups of layers, each with its own metadata and pool of copies, of the same codes."""
     prompts = varied_prompts(10, VOCAB_SIZE, longest=300)
     answers = []
-    for layers in ({}, {"layers": {"0,2": "fibquant_k5v3"}}):
+    for layers in ({}, {"layers": {"0,2": "fibquant_3bit"}}):
         with engine(model, "fibquant", fibquant={"mode": mode, **layers}) as llm:
             answers.append(bits(in_batches(llm, prompts, 4)))
     assert answers[0] == answers[1]

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from vllm_fibquant import ops
 from vllm_fibquant.ops import reference
@@ -55,3 +56,27 @@ def test_kernels_equal_the_oracle_through_the_engine(model_folder, shape, monkey
     # A codeword on the border between two may flip with the last bit of its input.
     assert other_tokens == 0
     assert largest < 0.05
+
+
+def test_sinks_follow_weights_that_are_updated(model_folder):
+    """In place: captured CUDA graphs go on reading where they are."""
+    prompts = varied_prompts(4, VOCAB_SIZE)
+    with engine(make_model("gpt-oss", model_folder), "fibquant_4bit") as llm:
+        model_of = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+        model = model_of.model_runner.get_model()
+        layers = [m for m in model.modules() if hasattr(m, "impl")]
+        places = [layer.impl.sinks.data_ptr() for layer in layers]
+        before = generate(llm, prompts, 4)
+        parameters = [p for name, p in model.named_parameters() if name.endswith("sinks")]
+        assert len(parameters) == len(layers)
+        with torch.no_grad():
+            for parameter in parameters:  # as weights in a kernel's format are reloaded
+                parameter.copy_(torch.linspace(-1, 5, len(parameter)))
+        updated = generate(llm, prompts, 4)
+        assert updated != before
+        for parameter, layer in zip(parameters, layers, strict=True):
+            assert torch.equal(layer.impl.sinks, parameter.float())
+            parameter.data.fill_(7.0)  # as vLLM copies a checkpoint's: no version is counted
+            layer.impl.process_weights_after_loading(torch.float32)
+            assert (layer.impl.sinks == 7.0).all()
+        assert [layer.impl.sinks.data_ptr() for layer in layers] == places

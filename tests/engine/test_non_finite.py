@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_fibquant.engine import attention
+from vllm_fibquant.engine import non_finite
 
 from .harness import cache_tensors, engine, in_batches, one_by_one, varied_prompts
 from .models import VOCAB_SIZE, make_model
@@ -36,8 +36,8 @@ def with_nan(model: str, folder: Path, weight: str) -> str:
 def warnings(monkeypatch) -> list[str]:
     """What the counter, set to zero, says."""
     told: list[str] = []
-    monkeypatch.setattr(attention, "_non_finite", attention._NonFiniteCounter())
-    monkeypatch.setattr(attention.logger, "warning", lambda text, *args: told.append(text % args))
+    monkeypatch.setattr(non_finite, "counter", non_finite.NonFiniteCounter())
+    monkeypatch.setattr(non_finite.logger, "warning", lambda text, *args: told.append(text % args))
     return told
 
 
@@ -51,9 +51,9 @@ def test_keys_with_nan(model_folder, tmp_path, warnings):
         alone = one_by_one(llm, prompts, NUM_TOKENS)
         # The token generated last is never stored.
         stored = sum(len(prompt) + NUM_TOKENS - 1 for prompt in prompts)
-        assert attention.non_finite_vectors() == stored
+        assert non_finite.non_finite_vectors() == stored
         together = in_batches(llm, prompts, NUM_TOKENS)
-        assert attention.non_finite_vectors() == 2 * stored
+        assert non_finite.non_finite_vectors() == 2 * stored
         assert all(cache.numel() for cache in cache_tensors(llm))
     assert all(math.isfinite(value) for answer in alone for value in answer.logprobs)
     assert [a.bits for a in together] == [a.bits for a in alone]
@@ -71,5 +71,5 @@ def test_hidden_states_with_nan(model_folder, tmp_path, warnings, mode):
         answers = in_batches(llm, prompts, NUM_TOKENS)
     assert all(len(answer.tokens) == NUM_TOKENS for answer in answers)
     # Keys and values of both heads of layer 1.
-    assert attention.non_finite_vectors() == sum(4 * (len(p) + NUM_TOKENS - 1) for p in prompts)
+    assert non_finite.non_finite_vectors() == sum(4 * (len(p) + NUM_TOKENS - 1) for p in prompts)
     assert len(warnings) == 1

@@ -196,6 +196,71 @@ def test_what_gpu_kernels_cannot_do_is_refused_at_the_start():
     assert [p.split(":")[0] for p in problems] == ["monitor", "calibrate"]
 
 
+def test_float32_and_amd_are_refused_on_a_gpu(monkeypatch):
+    from types import SimpleNamespace
+
+    from vllm.platforms import current_platform
+
+    config = gpu_config(unproven_gpu=True)
+    model = dict.fromkeys(("use_mla", "is_encoder_decoder", "is_mm_prefix_lm"), False)
+    text = SimpleNamespace(layer_types=None)
+    config.model_config = SimpleNamespace(
+        **model, runner_type="generate", rswa_window=None, hf_text_config=text, dtype=torch.float32,
+        get_head_size=lambda: 128, hf_config=text, is_hybrid=False, is_multimodal_model=False,
+    )  # fmt: skip
+    (problem,) = support.config_problems(config)
+    assert problem.startswith("dtype: must be bfloat16 or float16 on a GPU")
+    config.model_config.dtype = torch.bfloat16
+    assert support.config_problems(config) == []
+    monkeypatch.setattr(type(current_platform), "is_rocm", lambda self: True)
+    (problem,) = support.config_problems(config)
+    assert problem.startswith("device: must be an NVIDIA GPU, got an AMD GPU (ROCm)")
+
+
+def qkv_model(bias: list[float] | None) -> torch.nn.Module:
+    """One attention layer of 2 query heads and 1 KV head of 1 coordinate, as vLLM nests them."""
+    model = torch.nn.Module()
+    model.block = torch.nn.Module()
+    model.block.attn = torch.nn.Module()
+    model.block.qkv_proj = torch.nn.Linear(3, 4, bias=bias is not None)
+    model.block.qkv_proj.num_heads, model.block.qkv_proj.num_kv_heads = 2, 1
+    model.block.qkv_proj.head_size = 1
+    if bias is not None:
+        model.block.qkv_proj.bias.data = torch.tensor(bias)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("bias", "is_found"), [(None, False), ([5.0, 5, 0, 5], False), ([0.0, 0, 1, 0], True)]
+)
+def test_a_bias_on_keys_is_found_and_refused_on_a_gpu(bias, is_found, monkeypatch):
+    from types import SimpleNamespace
+
+    from vllm_fibquant.engine import attention, calibrate, gate, key_bias
+
+    model = qkv_model(bias)
+    assert key_bias.biased_layers(model, ["block.attn"]) == (["block.attn"] if is_found else [])
+    model.block.k_proj = model.block.qkv_proj
+    del model.block.qkv_proj, model.block.k_proj.num_heads
+    found = key_bias.biased_layers(model, ["block.attn"])
+    assert bool(found) == (bias is not None), "a projection whose keys are not known"
+
+    monkeypatch.setattr(attention, "our_layers", lambda config: {"block.attn": None})
+    monkeypatch.setattr(attention, "allocate_copies", lambda *args: 0)
+    monkeypatch.setattr(calibrate, "calibrate_layers", lambda *args: None)
+    monkeypatch.setattr(gate, "check_fidelity", lambda *args: None)
+    monkeypatch.setattr(plugin, "_compare_ranks", lambda *args: {})
+    runner = SimpleNamespace(get_model=lambda: qkv_model(bias))
+    worker = SimpleNamespace(vllm_config=gpu_config(unproven_gpu=True), model_runner=runner)
+    if is_found:
+        with pytest.raises(ValueError, match="must have no bias on keys on a GPU, got one in 1"):
+            plugin._prepare(worker, 100)
+    else:
+        assert plugin._prepare(worker, 100) == 100
+    worker.vllm_config.device_config.device_type = "cpu"
+    assert plugin._prepare(worker, 100) == 100
+
+
 def test_cuda_graphs_are_declared_for_batches_of_equal_query_lengths():
     from vllm.v1.attention.backend import AttentionCGSupport
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vllm_fibquant.codec.config import PRESETS
-from vllm_fibquant.evaluation import report, rivals, suite, texts
+from vllm_fibquant.evaluation import digests, measure, report, retrieval, rivals, texts
 from vllm_fibquant.evaluation.formats import FibQuant, Format, Rounded
 from vllm_fibquant.evaluation.rows import all_rows
 from vllm_fibquant.evaluation.simulate import attend, rotary
@@ -221,16 +221,111 @@ def characters(text):
     return [ord(letter) for letter in text]
 
 
+class Letters:
+    """A tokenizer whose tokens are letters, and whose texts begin with a token of their own."""
+
+    begin = (1,)
+    encode = staticmethod(characters)
+
+
 def test_passkeys_are_hidden_and_asked_for():
     sizes = texts.Sizes(passkeys=((1, 2), (4, 2)), passkey_length=500)
-    units = list(texts.passkey_units(characters, sizes))
+    units = list(texts.passkey_units(Letters, sizes))
     assert [len(unit.spans) for unit in units] == [1, 1, 4, 4]
+    assert {unit.tokens[0] for unit in units} == {1}
     for unit in units:
         read_back = "".join(map(chr, unit.tokens))
         for begin, end in unit.spans:
             assert read_back.count(read_back[begin:end]) == 2, "once hidden, once answered"
     assert units[0].depths != units[1].depths
     assert max(units[2].depths) > 0.75
+
+
+def test_many_facts_are_hidden_in_a_long_text_and_some_asked_for():
+    unit = retrieval.retrieval_unit(Letters, 6000)
+    assert len(unit.tokens) == 6000 and unit.tokens[0] == 1
+    assert len(unit.spans) == len(unit.depths) == retrieval.NUM_ASKED + retrieval.NUM_VALUES
+    read_back = "".join(map(chr, unit.tokens))
+    hay, _, questions = read_back.partition(retrieval.QUESTION)
+    facts = hay.count("One of the special magic numbers")
+    assert facts == retrieval.NUM_KEYS + retrieval.NUM_VALUES
+    for begin, end in unit.spans:
+        number = read_back[begin:end]
+        assert hay.count(f"is:{number}.") == questions.count(number) == 1
+        assert hay.index(number) < len(hay) - retrieval.NEAREST
+    of_several = [int(read_back[a:b]) for a, b in unit.spans[-retrieval.NUM_VALUES :]]
+    assert [hay.index(str(n)) for n in of_several] == sorted(hay.index(str(n)) for n in of_several)
+    with pytest.raises(ValueError, match="give a longer text"):
+        retrieval.retrieval_unit(Letters, 10_000_000)
+
+
+def test_paragraphs_of_question_files(tmp_path):
+    squad, hotpot = tmp_path / "squad.json", tmp_path / "hotpot.json"
+    squad.write_text('{"data": [{"paragraphs": [{"context": "One\\n two"}, {"context": "3"}]}]}')
+    assert retrieval.paragraphs(squad) == ["One two", "3"]
+    hotpot.write_text('[{"context": [["A", ["One.", " Two."]], ["B", ["3."]]]}]')
+    assert retrieval.paragraphs(hotpot) == ["A: One. Two.", "B: 3."]
+    hotpot.write_text("[]")
+    with pytest.raises(ValueError, match="format of SQuAD or HotpotQA"):
+        retrieval.paragraphs(hotpot)
+
+
+def test_texts_of_all_sources_begin_as_the_model_expects(tmp_path):
+    own = tmp_path / "own.txt"
+    own.write_text("x" * 400)
+    units = texts.text_units(Letters, ["prose", "code", str(own)], 100, 2)
+    assert [len(unit.tokens) for unit in units] == [100] * 6
+    assert {unit.tokens[0] for unit in units} == {1}
+    assert len({unit.name for unit in units}) == 6
+    with pytest.raises(ValueError, match=r"must be prose, code or the path of a file, got 'poem'"):
+        texts.text_units(Letters, ["poem"], 100, 2)
+
+
+def test_divergence_and_its_quantile():
+    """Pieces of the vocabulary's distributions give what whole ones give."""
+    generator = torch.Generator().manual_seed(5)
+    truth, states = torch.randn(2, 300, 8, generator=generator)
+    head = torch.randn(50, 8, generator=generator)
+    tokens = torch.randint(50, (300,), generator=generator).tolist()
+    result = measure.measure_text(lambda x: x @ head.T, tokens, truth, states, far=200)
+    want, got = (truth @ head.T).log_softmax(-1)[:-1], (states @ head.T).log_softmax(-1)[:-1]
+    kl = (want.exp() * (want - got)).sum(-1)
+    loss = [-got[i, tokens[i + 1]] for i in range(299)]
+    assert result["num"] == 299 and result["far_num"] == 99
+    assert result["kl"] == pytest.approx(float(kl.mean()), rel=1e-5)
+    assert result["far_kl"] == pytest.approx(float(kl[200:].mean()), rel=1e-5)
+    assert result["loss"] == pytest.approx(float(torch.stack(loss).mean()), rel=1e-5)
+    greatest = kl.sort(descending=True).values
+    assert result["worst"] == pytest.approx(greatest[: measure.NUM_WORST].tolist(), rel=1e-3)
+    four = [result] * 4  # 1,196 positions: one of them may be greater
+    assert measure.quantile_of_worst(four) == result["worst"][0]
+    assert measure.quantile_of_worst(four, 0.01) == pytest.approx(float(greatest[2]), rel=1e-3)
+    with pytest.raises(ValueError, match="take fewer texts"):
+        measure.quantile_of_worst([result] * 200)
+
+
+def test_sliding_windows_hide_what_lies_before():
+    query, key, value = layer()
+    got = attend(query, (key, value), (key, value), DIM**-0.5, None, window=40)
+    for p in (0, 39, 40, 159):
+        begin = max(0, p - 39)
+        q = query[:, p].unflatten(0, (HEADS, -1))
+        weights = (q @ key[:, begin : p + 1].mT * DIM**-0.5).softmax(-1)
+        want = (weights @ value[:, begin : p + 1]).flatten(0, 1)
+        torch.testing.assert_close(got[:, p], want, rtol=1e-4, atol=1e-5)
+
+
+def test_rotation_helps_q4_0_against_outliers():
+    """Keys with a few strong channels: the case it was made for."""
+    _, key, value = layer()
+    key[..., 8] *= 40
+    plain, turned = (
+        rivals.GgmlQ4(rotated=r).roundtrip(0, key, value, rotate) for r in (False, True)
+    )
+    errors = [float((x[0] - key).square().mean()) for x in (plain, turned)]
+    assert errors[1] < 0.8 * errors[0]
+    matrix = rivals.hadamard(64)
+    torch.testing.assert_close(matrix @ matrix, torch.eye(64), rtol=0, atol=1e-5)
 
 
 def test_texts_that_are_too_short_are_refused():
@@ -250,7 +345,9 @@ def test_summary_of_known_numbers():
         {"kind": "passkey", "right": [True, False], "equal": [5, 0]},
         {"kind": "greedy", "right": [False], "equal": [7]},
     ]  # fmt: skip
+    lines = [{"worst": [0.9, 0.8], "unit": str(i), **line} for i, line in enumerate(lines)]
     summary = report.summarise(row, 64, lines)
+    assert summary.get("kl_worst") == 0.9
     assert summary.get("perplexity") == pytest.approx(4)
     assert summary.get("delta") == pytest.approx(1)
     assert summary.get("kl") == pytest.approx(0.6)
@@ -270,11 +367,11 @@ def test_digest_of_code(tmp_path, monkeypatch):
             path = tmp_path / f"{name.replace('__', '/')}.py"
             path.parent.mkdir(exist_ok=True)
             path.write_text(text)
-        suite.code_digest.cache_clear()
-        return suite.code_digest(False)
+        digests.code_digest.cache_clear()
+        return digests.code_digest(False)
 
-    monkeypatch.setattr(suite, "PACKAGE_DIR", tmp_path)
-    monkeypatch.setattr(suite, "_DECIDING", ("codec", "one.py"))
+    monkeypatch.setattr(digests, "PACKAGE_DIR", tmp_path)
+    monkeypatch.setattr(digests, "_DECIDING", ("codec", "one.py"))
     try:
         here = digest(one="import a\ndef f():\n    return 1\nX = 2\n", codec__x="Y = 3\n")
         text = '"""Words."""\nY = 3\ndef f():\n    """Say."""\n    from b import c\n    return 1\n'
@@ -283,4 +380,4 @@ def test_digest_of_code(tmp_path, monkeypatch):
         assert digest(one="X = 2\n", codec__y=text, other="Z = 4\n") == here
         assert digest(one="X = 2\n", codec__y=text, codec__z="Z = 4\n") != here
     finally:
-        suite.code_digest.cache_clear()
+        digests.code_digest.cache_clear()

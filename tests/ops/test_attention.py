@@ -22,6 +22,12 @@ def codec_of(name: str, head_dim: int) -> KVCodec:
     return KVCodec.from_preset(PRESETS[name], head_dim)
 
 
+@pytest.fixture(params=[torch.float32, torch.float16], ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    """The model's: some instruction sets attend those of 16 bits with dot products of bytes."""
+    return request.param
+
+
 def check_against_oracle(paged, **options) -> None:
     """Error at most twice that of plain PyTorch in the same dtype."""
     dtype = paged.query.dtype
@@ -62,8 +68,9 @@ def test_every_group_size(name: str, group_size: int) -> None:
     ],
     ids=str,
 )
-def test_options(options: dict, head_dim: int) -> None:
-    paged = make_paged(codec_of("fibquant_3bit", head_dim), [100, 640, 5], [60, 2, 5], group_size=3)
+def test_options(options: dict, head_dim: int, dtype: torch.dtype) -> None:
+    codec, settings = codec_of("fibquant_3bit", head_dim), {"group_size": 3, "dtype": dtype}
+    paged = make_paged(codec, [100, 640, 5], [60, 2, 5], **settings)
     options = dict(options)
     if options.pop("sinks", False):
         options["sinks"] = torch.randn(6, generator=torch.Generator().manual_seed(1)) * 3
@@ -74,11 +81,12 @@ def test_options(options: dict, head_dim: int) -> None:
 
 @pytest.mark.parametrize("block_size", [5, 16, 32, 128])
 @pytest.mark.parametrize("delta", [-1, 0, 1])
-def test_lengths_around_a_block(block_size: int, delta: int) -> None:
+def test_lengths_around_a_block(block_size: int, delta: int, dtype: torch.dtype) -> None:
     lens = [block_size + delta, 2 * block_size + delta, 1, 512 + delta, 32 + delta]
-    paged = make_paged(codec_of("fibquant_2bit", 64), lens, [1] * 5, block_size=block_size)
+    codec, settings = codec_of("fibquant_2bit", 64), {"block_size": block_size, "dtype": dtype}
+    paged = make_paged(codec, lens, [1] * 5, **settings)
     check_against_oracle(paged)
-    whole = make_paged(codec_of("fibquant_2bit", 64), lens[:2], lens[:2], block_size=block_size)
+    whole = make_paged(codec, lens[:2], lens[:2], **settings)
     check_against_oracle(whole)
     check_against_oracle(whole, **whole.raw)
 
@@ -92,8 +100,8 @@ def test_model_dtypes(dtype: torch.dtype, raw: bool) -> None:
     check_against_oracle(paged, **(paged.raw if raw else {}))
 
 
-def test_request_without_new_tokens_and_without_tokens() -> None:
-    paged = make_paged(codec_of("fibquant_2bit", 64), [40, 30, 20], [1, 1, 1])
+def test_request_without_new_tokens_and_without_tokens(dtype: torch.dtype) -> None:
+    paged = make_paged(codec_of("fibquant_2bit", 64), [40, 30, 20], [1, 1, 1], dtype=dtype)
     expected = paged.attend()
     # The middle request brings no new token this step, and an empty one joins at the end.
     paged.query_start_loc = torch.tensor([0, 1, 1, 2, 2], dtype=torch.int32)
@@ -137,9 +145,10 @@ LONG = [("fibquant_3bit", 64, 3), ("fibquant_4bit", 128, 1), ("fibquant_2bit", 8
 
 
 @pytest.fixture(params=LONG, ids=str)
-def long_request(request):
+def long_request(request, dtype):
     name, head_dim, group_size = request.param
-    return make_paged(codec_of(name, head_dim), [LENGTH], [LENGTH], group_size=group_size)
+    settings = {"group_size": group_size, "dtype": dtype}
+    return make_paged(codec_of(name, head_dim), [LENGTH], [LENGTH], **settings)
 
 
 def attend_in_chunks(paged, chunks: list[int], **options) -> torch.Tensor:
@@ -178,9 +187,15 @@ def test_bit_equal_for_any_number_of_threads(long_request) -> None:
     assert all(torch.equal(results[0], other) for other in results)
 
 
-def test_bit_equal_whatever_else_is_in_the_batch() -> None:
-    codec = codec_of("fibquant_2bit", 64)
-    batch = make_paged(codec, [600, 33, 1, 250], [1, 33, 1, 3], group_size=3)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("head_dim", "group_size"), [(64, 3), (64, 7), (128, 6), (256, 4)],
+    ids=["SmolLM2-135M", "Qwen2.5-0.5B", "Qwen2.5-1.5B", "Gemma-3-270m"],
+)  # fmt: skip
+def test_bit_equal_whatever_else_is_in_the_batch(head_dim: int, group_size: int, dtype) -> None:
+    codec = codec_of("fibquant_2bit", head_dim)
+    settings = {"group_size": group_size, "dtype": dtype}
+    batch = make_paged(codec, [600, 33, 1, 250], [1, 33, 1, 3], **settings)
     together = batch.attend(window=0)
     for req in range(4):
         begin, end = batch.query_start_loc[req : req + 2].tolist()
@@ -193,18 +208,18 @@ def test_bit_equal_whatever_else_is_in_the_batch() -> None:
         assert torch.equal(alone, together[begin:end])
 
 
-def test_same_call_twice() -> None:
-    paged = make_paged(codec_of("fibquant_4bit", 64), [700, 20], [1, 1])
+def test_same_call_twice(dtype: torch.dtype) -> None:
+    paged = make_paged(codec_of("fibquant_4bit", 64), [700, 20], [1, 1], dtype=dtype)
     assert torch.equal(paged.attend(), paged.attend())
 
 
 # ---- what must matter, and what must not --------------------------------------------------------
 
 
-def test_every_stored_byte_matters() -> None:
+def test_every_stored_byte_matters(dtype: torch.dtype) -> None:
     """Changing any one byte of a record that is attended changes the output."""
     codec = codec_of("fibquant_2bit", 64)
-    paged = make_paged(codec, [40], [1], num_kv_heads=1)
+    paged = make_paged(codec, [40], [1], num_kv_heads=1, dtype=dtype)
     before = paged.attend()
     block, offset = divmod(int(paged.slots[17]), 16)
     for byte in range(codec.layout.record_bytes):
@@ -215,15 +230,15 @@ def test_every_stored_byte_matters() -> None:
     assert torch.equal(paged.attend(), before)
 
 
-def test_block_table_entries_matter() -> None:
-    paged = make_paged(codec_of("fibquant_2bit", 64), [60], [1])
+def test_block_table_entries_matter(dtype: torch.dtype) -> None:
+    paged = make_paged(codec_of("fibquant_2bit", 64), [60], [1], dtype=dtype)
     before = paged.attend()
-    paged.block_table[0, [0, 2]] = paged.block_table[0, [2, 0]]
+    paged.block_table[0, 2] = paged.block_table[0, 0]
     assert not torch.equal(paged.attend(), before)
 
 
-def test_slots_outside_the_sequence_do_not_matter() -> None:
-    paged = make_paged(codec_of("fibquant_3bit", 64), [37, 70], [1, 5])
+def test_slots_outside_the_sequence_do_not_matter(dtype: torch.dtype) -> None:
+    paged = make_paged(codec_of("fibquant_3bit", 64), [37, 70], [1, 5], dtype=dtype)
     before = paged.attend()
     written = torch.zeros(paged.cache.shape[0] * 16, dtype=torch.bool)
     written[paged.slots] = True
@@ -235,16 +250,16 @@ def test_slots_outside_the_sequence_do_not_matter() -> None:
     assert torch.isfinite(before).all()
 
 
-def test_blocks_before_the_window_are_not_read() -> None:
+def test_blocks_before_the_window_are_not_read(dtype: torch.dtype) -> None:
     """A sliding window's manager frees them: the table may say anything there."""
-    paged = make_paged(codec_of("fibquant_2bit", 64), [200], [2], group_size=3)
+    paged = make_paged(codec_of("fibquant_2bit", 64), [200], [2], group_size=3, dtype=dtype)
     before = paged.attend(window=50)
     paged.block_table[0, :9] = 2**30  # positions 0 to 143; the window begins at 149
     assert torch.equal(paged.attend(window=50), before)
 
 
-def test_nan_query_spoils_only_its_own_row() -> None:
-    paged = make_paged(codec_of("fibquant_2bit", 64), [30, 40], [1, 2])
+def test_nan_query_spoils_only_its_own_row(dtype: torch.dtype) -> None:
+    paged = make_paged(codec_of("fibquant_2bit", 64), [30, 40], [1, 2], dtype=dtype)
     before = paged.attend()
     paged.query[1, 0, 5] = torch.nan
     after = paged.attend()
@@ -260,11 +275,12 @@ def test_nan_query_spoils_only_its_own_row() -> None:
     "name", ["fibquant_k5v3", "fibquant_4bit", "fibquant_2bit", "fibquant_1bit"]
 )
 @pytest.mark.parametrize("head_dim", [64, 80, 256])
-def test_every_instruction_set(isa: str, name: str, head_dim: int) -> None:
+def test_every_instruction_set(isa: str, name: str, head_dim: int, dtype: torch.dtype) -> None:
     assert ops.kernel_name() == f"cpu-{isa}"
     sinks = torch.linspace(-2, 2, 6)
     for query_lens in ([1, 1], [9, 20]):
-        paged = make_paged(codec_of(name, head_dim), [70, 530], query_lens, group_size=3)
+        settings = {"group_size": 3, "dtype": dtype}
+        paged = make_paged(codec_of(name, head_dim), [70, 530], query_lens, **settings)
         check_against_oracle(paged, window=300, soft_cap=4.0, sinks=sinks)
         check_against_oracle(paged, **paged.raw)
 

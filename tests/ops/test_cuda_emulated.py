@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from tests.paged import MAX_TIES, check_records, make_paged
 from vllm_fibquant import ops
 from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.codec.config import PRESETS
-from vllm_fibquant.ops import gpu, native_cuda, reference
+from vllm_fibquant.ops import gpu, native_cuda, reference, selfcheck, splits
 
 PRESET_NAMES = [name for name in PRESETS if name != "fibquant"]
 OTHER_PAIR = {"key": {"subvec_dim": 8, "num_codewords": 256, "storage": "int8"}}
@@ -229,7 +231,7 @@ def test_thread_order_and_warps_do_not_matter(library) -> None:
         emu.options(library, reversed_order=True)
         for wide, expected in before.items():
             assert torch.equal(emu.attend(library, paged, wide=wide), expected)
-        for sm, fill in ((79, (1, 4)), (87, (1, 6)), (164, (2, 5))):
+        for sm, fill in ((79, (1, 4)), (87, (1, 6)), (144, (1, 16)), (188, (2, 8))):
             shared = ((sm - 1) << 10, sm << 10)
             emu.options(library, shared=shared)
             assert library.occupancy(64, 68, False, *shared)[:2] == fill
@@ -322,9 +324,10 @@ def test_the_door_chooses_the_library_where_it_fits(library, monkeypatch) -> Non
     monkeypatch.setattr(native_cuda, "is_built", lambda: False)
     assert "not built" in gpu.why_not_cuda(cache, codec)
     monkeypatch.setattr(native_cuda, "is_built", lambda: True)
-    assert "has no code for cpu" in gpu.why_not_cuda(cache, codec)
+    assert "cannot run on cpu: it is no GPU" in gpu.why_not_cuda(cache, codec)
     monkeypatch.setattr(native_cuda, "library", lambda: library)
-    monkeypatch.setattr(gpu, "_runs_on", lambda device: True)
+    monkeypatch.setattr(gpu, "_why_not_on", lambda device: None)
+    monkeypatch.setattr(gpu, "_chosen", {})
     assert gpu.kernel_name(cache, codec) == "cuda"
     assert gpu.kernel_name(cache, codec_of("fibquant_2bit", 80)) == "triton"
     assert gpu.kernel_name(cache[:, :, :8], codec) == "triton"
@@ -338,6 +341,96 @@ def test_the_door_chooses_the_library_where_it_fits(library, monkeypatch) -> Non
     assert gpu.encode_kv(paged.new_key, paged.new_value, cache, slots, codec) == 0
     reference.encode_kv(paged.new_key, paged.new_value, expected, slots, codec)
     assert float((cache != expected).any(-1).float().mean()) <= MAX_TIES
+
+
+# ---- the start-up check of a GPU -----------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu_door(library, monkeypatch) -> list[tuple[bool, int]]:
+    """The ops' door leads to the emulated library, of a GPU with 132 multiprocessors; the attention
+    calls that come through it, as (wide, number of splits)."""
+    if emu.native_device(library).type == "cuda":
+        pytest.skip("a GPU needs no stand-in")
+    calls: list[tuple[bool, int]] = []
+
+    def launch(codec, pages, args, stream) -> int:
+        calls.append((bool(args._obj.wide), args._obj.num_splits))
+        return real(codec, pages, args, stream)
+
+    real = library.lib.fq_cuda_paged_attention
+    monkeypatch.setattr(native_cuda, "is_built", lambda: True)
+    monkeypatch.setattr(native_cuda, "library", lambda: library)
+    monkeypatch.setattr(gpu, "_why_not_on", lambda device: None)
+    monkeypatch.setattr(gpu, "_chosen", {})
+    monkeypatch.setattr(splits, "num_sms", lambda device: 132)
+    monkeypatch.setattr(library, "_layers", {})
+    monkeypatch.setattr(library.lib, "fq_cuda_paged_attention", launch)
+
+    def paged_attention(*args, key_map=None, **options) -> None:
+        gpu.paged_attention(*args, **options)
+
+    monkeypatch.setattr(ops, "encode_kv", lambda *args: gpu.encode_kv(*args[:5]))
+    monkeypatch.setattr(ops, "paged_attention", paged_attention)
+    monkeypatch.setattr(ops, "kernel_name", gpu.kernel_name)
+    return calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_start_up_check_runs_what_a_gpu_serves(gpu_door, dtype: torch.dtype) -> None:
+    codec = codec_of("fibquant_k5v3", 64)
+    result = selfcheck.run_self_check(codec, dtype, 8, 2, 16, all_cases=True)
+    assert result.kernel == "cuda" and 0 < result.error <= result.tolerance
+    kinds = {(wide, num_splits > 1) for wide, num_splits in gpu_door}
+    assert kinds == {(False, False), (False, True), (True, False)}
+    assert len(gpu_door) == 6
+
+
+@pytest.mark.parametrize("broken", [(False, True), (True, False)], ids=["splits", "wide"])
+def test_the_start_up_check_sees_each_kernel(library, gpu_door, monkeypatch, broken) -> None:
+    launch = library.lib.fq_cuda_paged_attention
+
+    def no_values(codec, pages, args, stream) -> int:
+        kind = bool(args._obj.wide), args._obj.num_splits > 1
+        if kind == broken:
+            args._obj.scale *= 1.2
+        return launch(codec, pages, args, stream)
+
+    monkeypatch.setattr(library.lib, "fq_cuda_paged_attention", no_values)
+    with pytest.raises(RuntimeError, match="kernel cuda must equal the oracle"):
+        selfcheck.run_self_check(codec_of("fibquant_2bit", 64), torch.float16, 4, 2, 16,
+                                 all_cases=True)  # fmt: skip
+
+
+def test_why_a_device_is_not_usable_is_the_runtimes_word(library, monkeypatch, caplog) -> None:
+    class Old:
+        """What a library built by nvcc 13 says under an older driver."""
+
+        support = library.support
+
+        def why_unusable(self) -> str:
+            return "CUDA driver version is insufficient for CUDA runtime version"
+
+    codec, device = codec_of("fibquant_2bit", 64), torch.device("cuda", 0)
+    pages = SimpleNamespace(
+        device=device, is_cuda=True, shape=(1, 1, 16, 36), data_ptr=lambda: 0,
+        stride=lambda: (576, 576, 36, 1),
+    )  # fmt: skip
+    monkeypatch.setattr(native_cuda, "is_built", lambda: True)
+    monkeypatch.setattr(native_cuda, "library", Old)
+    monkeypatch.setattr(gpu, "_current", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(gpu, "_chosen", {})
+    said: list[str] = []
+    monkeypatch.setattr(gpu.logger, "warning", lambda text, *args: said.append(text % args))
+    gpu._why_not_on.cache_clear()
+    gpu._warn_of_triton.cache_clear()
+    try:
+        for _ in range(2):
+            assert gpu.kernel_name(pages, codec) == "triton"
+    finally:
+        gpu._why_not_on.cache_clear()
+    assert len(said) == 1 and "slower than --kv-cache-dtype auto" in said[0]
+    assert "cannot run on cuda:0: CUDA driver version is insufficient" in said[0]
 
 
 def test_a_library_of_other_sources_is_refused(tmp_path) -> None:

@@ -26,16 +26,17 @@ pytestmark = [
 ]
 
 NARROW, WIDE, WINDOW, ENCODE = "narrow", "wide", "window", "encode"
+DIRECT = "direct"
 BOTH = (NARROW, WIDE)
 MUTATIONS = {
     "a key register": ("attend.h", "a.x, b.x, a.y, b.y", "a.x, a.y, b.x, b.y", BOTH),
-    "a key's token": ("attend.h", "tile + (group + 8) * rec", "tile + (group + 4) * rec", BOTH),
+    "a key's token": ("attend.h", "own + bytes_8, high", "own, high", BOTH),
     "a query fragment": ("attend.h", "row % 8 * 4 + part", "part * 8 + row % 8", BOTH),
     "a query tile": ("attend.h", "(i * kSteps + step)", "(step * kTiles + i)", (WIDE,)),
     "a value register": ("attend.h", "x0, x1, x2, x3, p[i]", "x0, x2, x1, x3, p[i]", BOTH),
     "a value's half": ("attend.h", "y1 = permute_bytes(e[0].y, e[1].y, 0x7632)",
                        "y1 = permute_bytes(e[0].y, e[1].y, 0x3276)", BOTH),
-    "a value's token": ("attend.h", "(i & 2) * 4", "(i & 2) * 2", BOTH),
+    "a value's token": ("attend.h", "(i & 2) / 2 * bytes_8", "(i & 2) / 2 * bytes_1", BOTH),
     "a value's lane": ("codes.h", "coord / C::kDim * C::kBits", "coord / C::kDim * 8", BOTH),
     "a sign bit": ("codes.h", "(22 - first)", "(21 - first)", BOTH),
     "no transpose": ("attend_kernel.h", "transpose(to_half2(weight[0]",
@@ -48,7 +49,11 @@ MUTATIONS = {
     "a tile without a mask": ("attend_kernel.h", "oldest + 1 : end", "oldest + 2 : end", BOTH),
     "a window's first tile": ("attend_kernel.h", "newest - a.window + 1 :",
                               "newest - a.window - 14 :", (WINDOW,)),
-    "a split's state": ("merge.h", "row * a.num_splits + split", "row * a.num_splits", BOTH),
+    "a split's state": ("merge.h", "(begin + at + j) * kHeadDim", "begin * kHeadDim", BOTH),
+    "a split's weight": ("merge.h", "weights[lane_idx()] = weight", "weights[lane_idx()] = 1",
+                         BOTH),
+    "a row written directly": ("attend_kernel.h", "o[i] = merged[lane_idx() * kPerLane + i]",
+                               "o[i] = scratch[lane_idx() * kPerLane + i]", (DIRECT,)),
     "a rotation's shuffle": ("rotation.h", "mask ? other - x[i]", "mask ? x[i] - other",
                              (*BOTH, ENCODE)),
     "a stored sign": ("encode.h", "pattern << 8", "pattern << 7", (ENCODE,)),
@@ -96,7 +101,8 @@ def check_case(library, case: str) -> None:
         check_records(codec, got, expected)
         return
     paged = paged_of(codec, [70, 32], [1, 2], group_size=3)
-    check(library, paged, wide=case == WIDE, **({"window": 30} if case == WINDOW else {}))
+    options = {WINDOW: {"window": 30}, DIRECT: {"num_splits": 1}}.get(case, {})
+    check(library, paged, wide=case == WIDE, **options)
 
 
 @pytest.mark.parametrize(

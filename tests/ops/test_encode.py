@@ -95,7 +95,7 @@ def test_model_dtypes_and_strided_inputs(dtype: torch.dtype) -> None:
     check_records(codec, got, expected)
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512-vnni"])
 @pytest.mark.parametrize(
     "name", ["fibquant_k5v3", "fibquant_4bit", "fibquant_2bit", "fibquant_1bit"]
 )
@@ -208,10 +208,14 @@ def test_bad_arguments_are_refused(key, value, slots, message: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_self_check_passes(dtype: torch.dtype) -> None:
-    codec = KVCodec.from_preset(PRESETS["fibquant_3bit"], 64)
+@pytest.mark.parametrize(
+    ("preset", "head_dim"),
+    [("fibquant_3bit", 64), ("fibquant_2bit", 256), ("fibquant_4bit", 128), ("fibquant_1bit", 80)],
+)
+def test_self_check_passes(preset: str, head_dim: int, dtype: torch.dtype) -> None:
+    codec = KVCodec.from_preset(PRESETS[preset], head_dim)
     result = run_self_check(codec, dtype, num_q_heads=9, num_kv_heads=3, block_size=16)
-    assert result.kernel == ops.kernel_name() and 0 < result.error <= result.tolerance
+    assert 0 < result.error <= result.tolerance
 
 
 @pytest.mark.parametrize("damage", ["codebook", "output", "record"])

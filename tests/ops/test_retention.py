@@ -42,7 +42,7 @@ def test_model_dtypes_and_every_other_option(dtype: torch.dtype) -> None:
     check_against_oracle(paged, **options, first_query=other_query(paged))
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512-vnni"])
 def test_every_instruction_set(isa: str) -> None:
     try:
         native.select_isa(isa)

@@ -31,17 +31,29 @@ TESTS = [
     "tests/ops/test_encode.py::test_records_equal_the_oracles",
     "tests/codec/test_search.py::test_a_vector_has_one_code_whatever_is_encoded_with_it",
 ]
+BYTE_TESTS = [
+    "tests/ops/test_byte_attention.py::test_every_group_size",
+    "tests/ops/test_byte_attention.py::test_mapped_keys",
+    "tests/ops/test_attention.py::test_lengths_around_a_block",
+]
 
 
 @pytest.mark.slow  # compiling takes a minute
-def test_kernels_stay_inside_their_memory(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("lanes", "flags", "tests"),
+    [(8, [], TESTS), (16, ["-DFQ_BYTE_MODEL"], BYTE_TESTS)],
+    ids=["floats", "bytes"],
+)
+def test_kernels_stay_inside_their_memory(
+    lanes: int, flags: list[str], tests: list[str], tmp_path: Path
+) -> None:
     query = [*find_compiler(), "-print-file-name=libasan.so"]
     runtime = subprocess.run(query, capture_output=True, text=True).stdout.strip()
     if not os.path.isabs(runtime):
         pytest.skip("the compiler has no AddressSanitizer to preload")
-    library = build_portable(tmp_path, 8, "-g", "-fsanitize=address")
+    library = build_portable(tmp_path, lanes, "-g", "-fsanitize=address", *flags)
     run = subprocess.run(
-        [sys.executable, "-c", RUN, str(library), *TESTS], cwd=ROOT, capture_output=True, text=True,
+        [sys.executable, "-c", RUN, str(library), *tests], cwd=ROOT, capture_output=True, text=True,
         env=os.environ | {"LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0"},
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-2000:] + run.stderr[:4000]

@@ -69,8 +69,9 @@ class Codebook:
         if not self.spec.folded:
             return self.rows
         k = self.spec.subvec_dim
-        patterns = torch.arange(1 << k).unsqueeze(-1)  # [2**k, 1]
-        signs = 1.0 - 2.0 * ((patterns >> torch.arange(k)) & 1)  # [2**k, k]
+        # torch's default device may be a GPU, and its default dtype the model's.
+        patterns, shifts = (torch.arange(n, device="cpu") for n in (1 << k, k))
+        signs = 1 - 2 * ((patterns.unsqueeze(-1) >> shifts) & 1)  # [2**k, k]
         return (signs.unsqueeze(1) * self.rows).reshape(-1, k)
 
     def serves(self, spec: CodeSpec) -> bool:

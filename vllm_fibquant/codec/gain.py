@@ -25,15 +25,17 @@ _NUM_HALVES = 1 << 15  # bit patterns of float16 without a sign
 @functools.cache
 def levels() -> torch.Tensor:
     """The norm of every level: float32 `[256]`, ascending, each of them a float16."""
-    exponents = torch.arange(NUM_LEVELS - 1, dtype=torch.float64) / LEVELS_PER_OCTAVE
-    norms = torch.cat((torch.zeros(1, dtype=torch.float64), LOWEST * 2.0**exponents))
+    numbers = torch.arange(NUM_LEVELS - 1, dtype=torch.float64, device="cpu")
+    norms = LOWEST * 2.0 ** (numbers / LEVELS_PER_OCTAVE)
+    norms = torch.cat((torch.zeros(1, dtype=torch.float64, device="cpu"), norms))
     return norms.to(torch.float16).float()
 
 
 @functools.cache
 def level_of_half() -> torch.Tensor:
     """The level of every norm: uint8 `[32768]`, by the bits of its float16."""
-    halves = torch.arange(_NUM_HALVES, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    numbers = torch.arange(_NUM_HALVES, dtype=torch.int32, device="cpu")
+    halves = numbers.to(torch.int16).view(torch.float16)
     between = (levels()[1:] + levels()[:-1]) / 2
     return torch.bucketize(halves.float().nan_to_num(torch.inf), between).to(torch.uint8)
 

@@ -56,6 +56,9 @@ class Rotation:
             (y = matrix @ x).
         signs: float32 `[d]` of +-1; all ones for a dense rotation.
         matrix: float32 `[d, d]`, contiguous: the whole map, for either kind.
+
+    Both are on the CPU, whatever torch's default device and dtype are: vLLM builds models with the
+    GPU as default device and the model's dtype as default dtype.
     """
 
     head_dim: int
@@ -131,9 +134,11 @@ def make_rotation(head_dim: int, seed: int = 0) -> Rotation:
     if head_dim & (head_dim - 1) == 0:
         signs = torch.from_numpy(1 - 2 * rng.integers(0, 2, head_dim)).float()
         # Row i of the matrix is the transform of unit vector i, transposed (H is symmetric).
-        matrix = hadamard_transform(torch.eye(head_dim)) * signs / math.sqrt(head_dim)
+        unit_vectors = torch.eye(head_dim, dtype=torch.float32, device="cpu")
+        matrix = hadamard_transform(unit_vectors) * signs / math.sqrt(head_dim)
         return Rotation(head_dim, seed, "hadamard", signs, matrix.contiguous())
     q, r = np.linalg.qr(rng.standard_normal((head_dim, head_dim)))
     # QR fixes q only up to column signs; a positive diagonal of r makes q unique, hence Haar.
     matrix = torch.from_numpy(q * np.sign(np.diag(r))).float().contiguous()
-    return Rotation(head_dim, seed, "dense", torch.ones(head_dim), matrix)
+    signs = torch.ones(head_dim, dtype=torch.float32, device="cpu")
+    return Rotation(head_dim, seed, "dense", signs, matrix)

@@ -113,15 +113,17 @@ def codeword_lists(book: Codebook) -> CodewordLists:
     """
     rows, spec = book.rows, book.spec
     num_rows, num_cells = spec.num_rows, spec.num_cells
-    cells = rows[torch.linspace(0, num_rows - 1, num_cells).long()].clone()
+    # torch's default device may be a GPU, and its default dtype the model's.
+    spread = torch.linspace(0, num_rows - 1, num_cells, dtype=torch.float32, device="cpu")
+    cells = rows[spread.long()].clone()
     for _ in range(_COARSE_STEPS):
         home = nearest_rows(rows, cells)  # [num_rows]
         counts = torch.bincount(home, minlength=num_cells).unsqueeze(-1)
         sums = torch.zeros_like(cells).index_add_(0, home, rows)
         cells = torch.where(counts > 0, sums / counts.clamp(min=1), cells)
     home = nearest_rows(rows, cells)
-    members = torch.zeros(num_cells, num_rows, dtype=torch.bool)
-    members[home, torch.arange(num_rows)] = True
+    members = torch.zeros(num_cells, num_rows, dtype=torch.bool, device="cpu")
+    members[home, torch.arange(num_rows, device="cpu")] = True
 
     count = min(64 * num_rows, _MAX_SAMPLES)
     drawn = sample_source(book.head_dim, spec.subvec_dim, count, np.random.default_rng(0))
@@ -142,7 +144,7 @@ def _winners(subvecs: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """
     margin = max(0, rows.shape[1] - 4) / 100
     half_sq = rows.square().sum(-1) / 2
-    wins = torch.zeros(len(rows), dtype=torch.bool)
+    wins = torch.zeros(len(rows), dtype=torch.bool, device="cpu")
     for part in subvecs.split(max(1, _SCORES_PER_CHUNK // len(rows))):
         scores = torch.addmm(half_sq, part, rows.T, beta=-1)  # |part|^2 / 2 - distance / 2
         best = scores.amax(-1, keepdim=True)

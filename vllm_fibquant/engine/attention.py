@@ -36,21 +36,18 @@ from vllm_fibquant import ops
 from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.codec.config import PRESETS
 from vllm_fibquant.codec.layout import preset_layout
-from vllm_fibquant.engine import rotary
+from vllm_fibquant.engine import non_finite, rotary
 from vllm_fibquant.engine.copies import num_copy_rows
 from vllm_fibquant.engine.head_dims import head_dim_problem
 from vllm_fibquant.engine.metadata import FibQuantMetadata, FibQuantMetadataBuilder, StepCopies
 from vllm_fibquant.engine.support import BACKEND_NAME, BLOCK_MULTIPLE, refusal, run_options
 from vllm_fibquant.keys.key_map import KeyMap
 from vllm_fibquant.observe.counters import own_counters
-from vllm_fibquant.ops import gpu
 from vllm_fibquant.ops.checks import DTYPES
 from vllm_fibquant.ops.reference import TokenCopies
 from vllm_fibquant.options import Options
 
 logger = init_logger(f"vllm.{__name__}")
-
-WARN_EVERY_S = 60.0
 
 
 class FibQuantBackend(AttentionBackend):
@@ -186,6 +183,7 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
         self.codec = KVCodec.from_preset(self.options.preset, head_size)
         self.attends_raw = self.options.prefill == "raw"
         self._sinks_param = sinks
+        self._sinks_version = -1
         self.sinks: torch.Tensor | None = None
         self._copy_key = self._copy_value = torch.empty(0)
         self._turn_back: rotary.TurnBack | None = None
@@ -215,8 +213,8 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
         self._copy_value = torch.zeros_like(self._copy_key)
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        if self._sinks_param is not None:
-            self.sinks = self._sinks_param.detach().to(torch.float32).contiguous()
+        self._sinks_version = -1
+        self.refresh_sinks()
         if self.keep_first:
             try:
                 self._turn_back = rotary.turn_back_of(
@@ -224,6 +222,22 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
                 )
             except ValueError as error:
                 raise ValueError(f"retain: {error}; or leave retain out") from error
+
+    @property
+    def has_sinks(self) -> bool:
+        return self._sinks_param is not None
+
+    def refresh_sinks(self) -> None:
+        """Takes over sinks that changed: weights may be updated while the model is served.
+
+        They are written into the tensor that exists: captured CUDA graphs read it where it is.
+        """
+        if self._sinks_param is None or self._sinks_version == self._sinks_param._version:
+            return
+        if self.sinks is None:
+            self.sinks = torch.empty_like(self._sinks_param, dtype=torch.float32).contiguous()
+        self.sinks.copy_(self._sinks_param.detach())
+        self._sinks_version = self._sinks_param._version
 
     def do_kv_cache_update(
         self,
@@ -256,9 +270,10 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
             self.key_map,
             self._positions(layer, num_tokens),
         )
-        own_counters().encoded(began)
+        if not kv_cache.is_cuda:  # there an op's return says nothing of its end
+            own_counters().encoded(began)
         if count:
-            _non_finite.add(count)
+            non_finite.counter.add(count)
 
     def _positions(self, layer: Any, num_tokens: int) -> torch.Tensor | None:
         """Where the step's tokens stand in their requests, if the map of keys asks for it."""
@@ -331,7 +346,8 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
             first_query=first_query,
             key_map=self.key_map,
         )
-        own_counters().attended(began)
+        if not kv_cache.is_cuda:
+            own_counters().attended(began)
         if attn_metadata.probe is not None:
             attn_metadata.probe.run(self, query, key, value, kv_cache)
         if attn_metadata.copies is not None:
@@ -386,35 +402,3 @@ def allocate_copies(vllm_config: VllmConfig, available_bytes: int) -> int:
         num_rows // layers[0].options.num_copies,
     )
     return num_rows * row_bytes
-
-
-class _NonFiniteCounter:
-    """Counts vectors with NaN or Inf, and says so at most once a minute."""
-
-    def __init__(self) -> None:
-        self.total = 0
-        self._next_warning = 0.0
-
-    def add(self, count: int) -> None:
-        self.total += count
-        own_counters()["non_finite_vectors"] = self.total
-        now = time.monotonic()
-        if now >= self._next_warning:
-            self._next_warning = now + WARN_EVERY_S
-            logger.warning(
-                "FibQuant stored %d keys or values with NaN or Inf as zero vectors (%d since the "
-                "start); the model overflows in its dtype: try --dtype bfloat16 or float32",
-                count,
-                self.total,
-            )
-
-
-_non_finite = _NonFiniteCounter()
-
-
-def non_finite_vectors() -> int:
-    """Keys and values with NaN or Inf seen by this process. Waits for a GPU's steps."""
-    if current_platform.is_cuda():
-        device = torch.device(current_platform.device_type, torch.cuda.current_device())
-        return int(gpu.counters(device)[0])
-    return _non_finite.total

@@ -22,6 +22,8 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.engine.copies import CopyPool
+from vllm_fibquant.engine.gate import outcome_of
+from vllm_fibquant.engine.non_finite import DeviceReader
 from vllm_fibquant.keys.key_map import KeyMap
 from vllm_fibquant.observe.counters import own_counters
 from vllm_fibquant.observe.monitor import Probe, monitor_of
@@ -89,11 +91,14 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
         self._num_plain = 0
         self._needs_positions = False
         self._pool: CopyPool | None = None
+        self._device_reader = DeviceReader(device) if device.type == "cuda" else None
         self._counts_steps = _holds_first_layer(layer_names, vllm_config)
         has_checked_map = False
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         impls = {name: layer.impl for name, layer in layers.items()}
-        self._monitor = monitor_of(vllm_config, impls, kv_cache_spec.block_size)
+        self._with_sinks = [impl for impl in impls.values() if impl.has_sinks]
+        is_loss_accepted = outcome_of(vllm_config).state == "accepted"
+        self._monitor = monitor_of(vllm_config, impls, kv_cache_spec.block_size, is_loss_accepted)
         for impl in impls.values():
             # The layers of a group have the same options, and share block tables and so one pool.
             options, self.retain = impl.options, impl.options.retain
@@ -109,7 +114,7 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
                 )
             if options.self_check:
                 shape = (dtype, impl.num_heads, impl.num_kv_heads, kv_cache_spec.block_size, device)
-                _check_kernels(impl.codec, *shape)
+                _check_kernels(impl.codec, *shape, attends_raw=impl.attends_raw)
                 if impl.key_map is not None and not has_checked_map:
                     _check_kernels(impl.codec, *shape, impl.key_map)
                     has_checked_map = True
@@ -126,8 +131,12 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
                 f"build: causal must be True, got {common.causal}; "
                 "use --kv-cache-dtype auto for this model"
             )
+        for impl in self._with_sinks:
+            impl.refresh_sinks()
         if self._counts_steps:
             own_counters().stepped(common.num_actual_tokens)
+            if self._device_reader is not None:
+                self._device_reader.poll()
         positions = None
         if self._num_plain or self._needs_positions:
             positions = _positions(common).long()
@@ -200,6 +209,7 @@ def _check_kernels(
     block_size: int,
     device: torch.device,
     key_map: KeyMap | None = None,
+    attends_raw: bool = False,
 ) -> None:
     """Runs the self-check once per process and combination.
 
@@ -207,7 +217,7 @@ def _check_kernels(
         RuntimeError: the kernel of this machine disagrees with the oracle.
     """
     result = selfcheck.run_self_check(
-        codec, dtype, num_q_heads, num_kv_heads, block_size, device, key_map
+        codec, dtype, num_q_heads, num_kv_heads, block_size, device, key_map, attends_raw
     )
     _passed.append(result)
     own_counters()["self_checks"] = len(_passed)

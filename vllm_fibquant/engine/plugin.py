@@ -115,8 +115,8 @@ def _prepare(worker: Any, available_bytes: int) -> int:
     """What is done in a worker once its model is loaded. Returns the bytes left for pages.
 
     Raises:
-        ValueError: ranks of this engine would encode or read pages differently, or codes cost this
-            model too much.
+        ValueError: ranks of this engine would encode or read pages differently, codes cost this
+            model too much, or a GPU would lose its keys.
         RuntimeError: a rank does not use our cache.
     """
     vllm_config = worker.vllm_config
@@ -124,12 +124,18 @@ def _prepare(worker: Any, available_bytes: int) -> int:
         return available_bytes
     from vllm.logger import init_logger
 
-    from vllm_fibquant.engine import attention, calibrate, capacity, gate
+    from vllm_fibquant.engine import attention, calibrate, capacity, gate, key_bias
 
     layers = attention.our_layers(vllm_config)
+    if vllm_config.device_config.device_type == "cuda":
+        biased = key_bias.biased_layers(worker.model_runner.get_model(), layers)
+        if biased:
+            name = vllm_config.cache_config.cache_dtype
+            raise ValueError(support.refusal(name, [support.key_bias_problem(biased)]))
     # Settings first: ranks calibrate together, or not at all.
     _compare_ranks(vllm_config, list(layers.values()))
-    calibrate.calibrate_layers(worker.model_runner, vllm_config, layers)
+    if vllm_config.device_config.device_type != "cuda":
+        calibrate.calibrate_layers(worker.model_runner, vllm_config, layers)
     gather = functools.partial(compat.gather_from_ranks, timeout_s=RANKS_TIMEOUT_S)
     model, options = worker.model_runner.get_model(), support.run_options(vllm_config)
     gate.check_fidelity(model, vllm_config, layers, options, gather)

@@ -12,6 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from vllm_fibquant.codec.config import PRESETS
 from vllm_fibquant.engine.head_dims import draft_problems, head_dim_problem
 from vllm_fibquant.keys.transform import transform_problem
@@ -184,11 +186,20 @@ def config_problems(vllm_config: VllmConfig) -> list[str]:
         'and compiled but have not run on a GPU: give "unproven_gpu": true',
     )
     if device == "cuda":
+        require(not _is_rocm(), "device", "an NVIDIA GPU", "an AMD GPU (ROCm)", other_dtype)
+        require(
+            model is None or model.dtype != torch.float32,
+            "dtype",
+            "bfloat16 or float16 on a GPU, whose kernels multiply in float16",
+            "float32",
+            "give --dtype bfloat16",
+        )
         for name, asked in (
             ("recent_window", options.recent_window),
             ("retain", options.retain),
             ("monitor", options.monitor),
-            ("calibrate", "" if options.calibrate == "none" else options.calibrate),
+            # "auto" asks for no more than a device has.
+            ("calibrate", "" if options.calibrate in ("none", "auto") else options.calibrate),
             ("layers", dict(options.layers)),
         ):
             hint = 'use "mode": "exact" without it'
@@ -267,6 +278,22 @@ def config_problems(vllm_config: VllmConfig) -> list[str]:
             f"calibrate: {problem}" for problem in calibrate_problems(vllm_config, options)
         ]
     return problems
+
+
+def _is_rocm() -> bool:
+    """Whether vLLM runs on AMD GPUs, which it calls "cuda" as well."""
+    from vllm.platforms import current_platform
+
+    return current_platform.is_rocm()
+
+
+def key_bias_problem(biased: list[str]) -> str:
+    """Why a model whose layers `biased` have a bias on keys is not served on a GPU."""
+    return (
+        f"model: must have no bias on keys on a GPU, got one in {len(biased)} layers, the first "
+        f"{biased[0]}; codes lose such keys without a calibration, which GPUs do not have yet: "
+        "use --kv-cache-dtype auto for this model"
+    )
 
 
 def _draft_problems(vllm_config: VllmConfig, why: str) -> list[str]:

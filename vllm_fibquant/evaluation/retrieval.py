@@ -28,9 +28,9 @@ QUESTION = "\nQuestion: What are the special magic numbers that the text mention
 ONE = " The special magic number for {key} is:"
 SEVERAL = " The special magic numbers for {key}, in the order of the text, are:"
 
-FIRST = ("amber", "brisk", "coral", "dusty", "eager", "frozen", "gentle", "hollow", "ivory", "jolly",
-         "knotty", "lunar", "mellow", "noble", "opal", "proud", "quiet", "rustic", "silver",
-         "tidy", "upper", "velvet")  # fmt: skip
+FIRST = ("amber", "brisk", "coral", "dusty", "eager", "frozen", "gentle", "hollow", "ivory",
+         "jolly", "knotty", "lunar", "mellow", "noble", "opal", "proud", "quiet", "rustic",
+         "silver", "tidy", "upper", "velvet")  # fmt: skip
 SECOND = ("anchor", "badger", "cactus", "dolphin", "engine", "falcon", "guitar", "harbor", "island",
           "jacket", "kettle", "lantern", "magnet", "needle", "orchid", "pillow", "quarry", "ribbon",
           "saddle", "tunnel", "umbrella", "violin")  # fmt: skip

@@ -6,22 +6,24 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from vllm_fibquant.codec.config import CodeSpec, Preset
+from vllm_fibquant.codec.config import PRESETS, CodeSpec, Preset, is_fibquant
 from vllm_fibquant.evaluation.formats import BuiltFibQuant, FibQuant, Format, Perturbed, Rounded
 from vllm_fibquant.evaluation.rivals import GgmlQ4, Int4PerToken, Kivi, KVQuant, TurboQuant
 from vllm_fibquant.options import parse_options
 
-Group = Literal["uncompressed", "published", "exact", "quality", "ablation", "rival", "check",
-                "frontier"]  # fmt: skip
-
-PLAIN: dict[str, Any] = {"mode": "exact", "calibrate": "none"}
-"""What rows leave out: codes alone, without what the product adds by default."""
+Group = Literal["uncompressed", "quality", "exact", "uncalibrated", "published", "ablation",
+                "rival", "windowed", "check", "frontier"]  # fmt: skip
 
 PUBLISHED: dict[str, Any] = {"key": {"gain": "norm"}, "value": {"gain": "norm"}}
 """The stored norm is the vector's own, as in arXiv 2605.11478."""
+EXACT: dict[str, Any] = {"mode": "exact"}
+PLAIN: dict[str, Any] = {"mode": "exact", "calibrate": "none"}
 
 EXACT_STEP = 256
 """Tokens prefilled at once where their number changes nothing but the time taken."""
+
+LADDER = ("fibquant_4bit", "fibquant_3bit", "fibquant_2bit", "fibquant_1bit")
+"""The presets that every model is measured with."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,10 @@ class Row:
         engine: the preset and the fibquant options it is measured with through vLLM; None: it is
             simulated.
         step: tokens that the engine prefills at once.
-        main: measured on all units; others on fewer texts, without passkeys and greedy answers.
-        fidelity: `cache_format` knows all that the engine does.
+        main: measured on all units; others on fewer texts, without pass keys and greedy answers.
+        core: measured on every model, as main rows are; others complete the picture of one.
+        texts, retrieval: whether it reads texts, and long ones with many keys.
+        fidelity: `cache_format` knows all that is done to keys and values.
         quick: part of the quick suite.
     """
 
@@ -46,13 +50,19 @@ class Row:
     engine: tuple[str, dict[str, Any]] | None = field(default=None, hash=False)
     step: int = EXACT_STEP
     main: bool = False
+    core: bool = False
     quick: bool = False
+    texts: bool = True
+    retrieval: bool = False
     fidelity: bool = True
 
     @property
     def is_calibrated(self) -> bool:
         """Whether the model's keys are measured first."""
-        return self.engine is not None and "calibrate" in self.engine[1]
+        if self.engine is None or not is_fibquant(self.engine[0]):
+            return False
+        preset, options = self.engine
+        return parse_options(preset, {"fibquant": options}).calibrate != "none"
 
     @property
     def identity(self) -> str:
@@ -69,9 +79,9 @@ def engine_row(
     Args:
         options: as in --additional-config '{"fibquant": options}'.
         step: tokens prefilled at once where that matters.
-        flags: main, quick; fidelity=False where `formats.FibQuant` does not know the options.
+        flags: main, core, quick, retrieval.
     """
-    parsed = parse_options(preset, {"fibquant": {**PLAIN, **options}})
+    parsed = parse_options(preset, {"fibquant": options})
     step = step if parsed.prefill == "raw" else EXACT_STEP
     known = FibQuant.from_options(parsed, step)
     return Row(name, group, known, (preset, options), step, **flags)
@@ -83,105 +93,113 @@ def all_rows(step: int) -> list[Row]:
     Args:
         step: tokens prefilled at once in mode quality.
     """
-    quality = {"mode": "quality"}
     rows = [
         Row("bf16", "uncompressed", Rounded("bfloat16"), main=True, quick=True),
-        Row("float32 through vLLM", "check", Format(), ("auto", {}), quick=True),
         Row("fp8 e4m3", "uncompressed", Rounded("float8_e4m3fn"), main=True, quick=True),
-    ]
-    for bits in ("4bit", "3bit", "2bit", "1bit"):
-        rows.append(
-            engine_row(f"{bits} as published", "published", f"fibquant_{bits}", PUBLISHED, step,
-                       main=bits != "1bit", quick=bits == "2bit")
-        )  # fmt: skip
-    for preset, main in {
-        "k5v3": True, "4bit": True, "k4v3": False, "k4v2": False, "3bit": True, "k3v2": False,
-        "2bit": True, "k3v1": False, "1bit": False,
-    }.items():  # fmt: skip
-        rows.append(
-            engine_row(f"{preset}, exact", "exact", f"fibquant_{preset}", {}, step, main=main,
-                       quick=preset in ("k5v3", "2bit"))
-        )  # fmt: skip
-    for preset, main in {
-        "k5v3": True, "k4v2": False, "3bit": True, "k3v2": False, "2bit": True, "k3v1": False,
-        "1bit": False,
-    }.items():  # fmt: skip
-        rows.append(
-            engine_row(f"{preset}, quality", "quality", f"fibquant_{preset}", quality, step,
-                       main=main, quick=preset == "2bit")
-        )  # fmt: skip
-    rows += _calibrated(step)
-    rows += _ablation(step)
-    rows += _rivals()
-    modes: dict[str, dict[str, Any]] = {"exact": {}, "quality": quality}
+        Row("uncompressed", "uncompressed", Format(), ("auto", {}), main=True, texts=False,
+            retrieval=True),
+    ]  # fmt: skip
+    modes: dict[Group, dict[str, Any]] = {"quality": {}, "exact": EXACT}
     for mode, options in modes.items():
-        parsed = parse_options("fibquant_2bit", {"fibquant": {**PLAIN, **options}})
-        known = FibQuant.from_options(parsed, step)
-        rows.append(Row(f"2bit, {mode}, simulated", "check", known, quick=mode == "exact"))
-    codes = parse_options("fibquant_2bit").preset
-    rows += [
-        Row(f"2bit, exact, perturbed {i}", "check", Perturbed(codes, seed=i), fidelity=False)
-        for i in (1, 2)
-    ]
-    return rows + _frontier()
+        for preset in PRESETS:
+            if preset == "fibquant":  # another name of one of the others
+                continue
+            rows.append(
+                engine_row(
+                    f"{_short(preset)}, {mode}", mode, preset, options, step,
+                    main=preset in LADDER, core=preset == "fibquant_k5v3",
+                    quick=preset == "fibquant_2bit",
+                    retrieval=mode == "quality" and preset in LADDER[1:3],
+                )
+            )  # fmt: skip
+    return rows + _uncalibrated(step) + _ablation(step) + _rivals() + _checks(step) + _frontier()
 
 
-def _calibrated(step: int) -> list[Row]:
-    """Ours with the model's keys measured first, on another text (docs/calibration.md)."""
-    uses: dict[Group, dict[str, Any]] = {"exact": {}, "quality": {"mode": "quality"}}
-    kinds = {"k5v3": ["means"], "4bit": ["means", "transform"], "3bit": ["means", "transform"],
-             "k2v3": ["transform"], "2bit": ["means", "transform"],
-             "1bit": ["means", "transform"]}  # fmt: skip
-    headline = {("3bit", "transform"), ("2bit", "transform"), ("1bit", "transform")}
-    return [
-        engine_row(f"{preset}, {mode}, {kind}", mode, f"fibquant_{preset}",
-                   {**options, "calibrate": kind}, step, fidelity=False,
-                   main=(preset, kind) in headline)
-        for preset, of_preset in kinds.items()
-        for kind in of_preset
-        for mode, options in uses.items()
-        if mode == "quality" or preset != "1bit"
+def _short(preset: str) -> str:
+    return preset.removeprefix("fibquant_")
+
+
+def _uncalibrated(step: int) -> list[Row]:
+    """As published, and ours without any measurement of the model's keys."""
+    rows = []
+    for preset in ("fibquant_k5v3", *LADDER):
+        rows.append(
+            engine_row(f"{_short(preset)}, exact, uncalibrated", "uncalibrated", preset, PLAIN,
+                       step, core=preset == "fibquant_k5v3", quick=preset == "fibquant_2bit")
+        )  # fmt: skip
+    for preset in ("fibquant_k5v3", *LADDER[1:3]):
+        rows.append(
+            engine_row(f"{_short(preset)}, quality, uncalibrated", "uncalibrated", preset,
+                       {"calibrate": "none"}, step, core=preset == "fibquant_3bit")
+        )  # fmt: skip
+    return rows + [
+        engine_row(f"{_short(preset)} as published", "published", preset, {**PLAIN, **PUBLISHED},
+                   step, quick=preset == "fibquant_2bit")
+        for preset in LADDER
     ]  # fmt: skip
 
 
 def _ablation(step: int) -> list[Row]:
-    """What each repair does that is not in the rows above, at 3 and 2 bits."""
+    """What each repair does that is not in the rows above."""
     rows = []
-    for bits in ("3bit", "2bit"):
-        preset = f"fibquant_{bits}"
-        codes = parse_options(preset).preset
+    for preset in LADDER[:3]:
+        for kind in ("means", "transform"):
+            rows.append(engine_row(f"{_short(preset)}, quality, {kind}", "ablation", preset,
+                                   {"calibrate": kind}, step))  # fmt: skip
+    for preset in LADDER[1:3]:
+        bits, codes = _short(preset), parse_options(preset, {"fibquant": PLAIN}).preset
         repairs: dict[str, dict[str, Any]] = {
-            "gains, window 64": {"mode": "quality", "first_tokens": 0},
-            "published gains, window 64, first 4": {"mode": "quality", **PUBLISHED},
+            "gains, window 64": {"first_tokens": 0},
+            "published gains, window 64, first 4": PUBLISHED,
         }
         for name, options in repairs.items():
-            rows.append(engine_row(f"{bits}, {name}", "ablation", preset, options, step))
+            rows.append(engine_row(f"{bits}, {name}", "ablation", preset,
+                                   {"calibrate": "none", **options}, step))  # fmt: skip
         rows.append(Row(f"{bits}, gains, first 4", "ablation", FibQuant(codes, first=4)))
     return rows
 
 
 def _rivals() -> list[Row]:
+    """Formats that read everything as stored stand beside mode exact, those that keep tokens in 16
+    bits beside mode quality, whose window is 64."""
     rows = [
         Row("int4 per token", "rival", Int4PerToken()),
-        Row("q4_0", "rival", GgmlQ4(), main=True, quick=True),
+        Row("q4_0", "rival", GgmlQ4(), core=True),
+        Row("q4_0, rotated", "rival", GgmlQ4(rotated=True), core=True, quick=True),
     ]
     for bits in (4, 3, 2):
         rows += [
-            Row(
-                f"TurboQuant {bits} bits", "rival", TurboQuant(bits), main=bits < 4, quick=bits != 3
-            ),
+            Row(f"TurboQuant {bits} bits", "rival", TurboQuant(bits), core=True, quick=bits == 3),
             Row(f"TurboQuant {bits} bits, norm-corrected", "rival", TurboQuant(bits, True)),
         ]
-    for bits in (4, 2):
-        rows += [
-            Row(f"KIVI {bits} bits, residual {r}", "rival", Kivi(bits, r), main=r == 32,
-                quick=r == 32)
-            for r in (0, 32, 128)
-        ]  # fmt: skip
-    return rows + [
-        Row(f"KVQuant {bits} bits, 1 % outliers", "rival", KVQuant(bits), main=bits == 3)
+    rows += [
+        Row(f"KVQuant {bits} bits, 1 % outliers", "rival", KVQuant(bits), core=bits == 3)
         for bits in (4, 3)
     ]
+    for residual in (0, 64, 128):
+        rows += [
+            Row(f"KIVI {bits} bits, residual {residual}", "windowed" if residual else "rival",
+                Kivi(bits, residual), core=residual < 128, quick=residual == 64)
+            for bits in (4, 2)
+        ]  # fmt: skip
+    return rows
+
+
+def _checks(step: int) -> list[Row]:
+    """Engine and simulation of the same format, and how far two equal runs may lie apart."""
+    rows = [Row("uncompressed, simulated", "check", Format(), quick=True, fidelity=False)]
+    modes: dict[str, dict[str, Any]] = {"exact": PLAIN, "quality": {"calibrate": "none"}}
+    for mode, options in modes.items():
+        known = FibQuant.from_options(parse_options("fibquant_2bit", {"fibquant": options}), step)
+        rows.append(
+            Row(f"2bit, {mode}, uncalibrated, simulated", "check", known, quick=mode == "exact")
+        )
+    codes = parse_options("fibquant_2bit", {"fibquant": PLAIN}).preset
+    return rows + [
+        Row(f"2bit, exact, uncalibrated, perturbed {i}", "check", Perturbed(codes, seed=i),
+            fidelity=False)
+        for i in (1, 2)
+    ]  # fmt: skip
 
 
 def _frontier() -> list[Row]:

@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -326,10 +326,22 @@ class Suite:
         self.results[job.row.name, job.unit.name] = result
 
     def prune(self) -> None:
-        """Rewrites the file with this plan's results alone, in the plan's order."""
-        keys = [(job.row.name, job.unit.name) for job in self.jobs]
-        lines = [json.dumps(self.results[key]) for key in keys if key in self.results]
-        self.path.write_text("".join(line + "\n" for line in lines))
+        """Rewrites the file with the newest result of each row and unit, in the rows' order; those
+        of rows that are no more are left out."""
+        order = {row.name: i for i, row in enumerate(all_rows(self.sizes.step))}
+        order |= {row.name: i for i, row in enumerate(self.rows) if row.name not in order}
+        newest = {}
+        for line in self.path.read_text().splitlines() if self.path.exists() else ():
+            result = json.loads(line)
+            if result["row"] in order:
+                newest[result["row"], result["unit"]] = line
+        lines = sorted(newest.items(), key=lambda item: order[item[0][0]])
+        self.path.write_text("".join(line + "\n" for _, line in lines))
+
+    def keep_shape(self) -> None:
+        """Writes beside the results what tables over several models need of this one."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        (self.path.parent / "model.json").write_text(json.dumps(asdict(self.shape)) + "\n")
 
 
 def _weight(job: Job) -> int:

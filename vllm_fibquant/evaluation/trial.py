@@ -23,8 +23,8 @@ from vllm_fibquant.codec.config import is_fibquant
 from vllm_fibquant.evaluation.engine import UNCOMPRESSED, Engine
 from vllm_fibquant.evaluation.measure import measure_text, quantile_of_worst
 from vllm_fibquant.evaluation.rows import EXACT_STEP
-from vllm_fibquant.evaluation.texts import Tokenizer, Unit, text_units
-from vllm_fibquant.options import DEFAULT_CALIBRATE, parse_options
+from vllm_fibquant.evaluation.texts import Sizes, Tokenizer, Unit, text_units
+from vllm_fibquant.options import parse_options
 
 TOGETHER = 4
 """Texts that are read at the same time."""
@@ -52,16 +52,23 @@ class Trial:
                 f"eval: --row must be a preset and its options as JSON, got {text!r} ({error}); "
                 """write for example --row 'fibquant_2bit {"mode": "quality"}'"""
             ) from error
-        if preset.startswith("fibquant"):
+        if is_fibquant(preset):
             parse_options(preset, {"fibquant": options})
         return cls(preset, options)
 
     def step(self, quality_step: int) -> int:
         """Tokens of a text prefilled at once: many where that changes nothing but the time."""
-        if not self.preset.startswith("fibquant"):
+        if not is_fibquant(self.preset):
             return EXACT_STEP
         parsed = parse_options(self.preset, {"fibquant": self.options})
         return quality_step if parsed.prefill == "raw" else EXACT_STEP
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether the model's keys are measured first."""
+        if not is_fibquant(self.preset):
+            return False
+        return parse_options(self.preset, {"fibquant": self.options}).calibrate != "none"
 
     def __str__(self) -> str:
         return f"{self.preset} {json.dumps(self.options)}" if self.options else self.preset
@@ -101,8 +108,7 @@ def run_trials(
         for trial in trials:
             # Measured once for all trials, unless the trial says where it is.
             options = dict(trial.options)
-            asked = options.get("calibrate", DEFAULT_CALIBRATE)
-            if is_fibquant(trial.preset) and asked != "none" and "retain" not in options:
+            if trial.is_calibrated:
                 options.setdefault("calibration", str(Path(folder) / "model.fqcal"))
             begun, used = time.perf_counter(), time.process_time()
             for engine, states in read(model, Trial(trial.preset, options), units, step, dtype):
@@ -115,16 +121,16 @@ def run_trials(
                     }  # fmt: skip
 
 
-def run(options: Any) -> int:
+def run(model: Path, options: Any) -> int:
     """The command: prints a line per trial and text, and the means; returns the exit status."""
     trials = [Trial.parse(text) for text in options.row]
+    length, chunks = options.tokens or 2048, options.chunks or 2
     results: list[dict[str, Any]] = []
     print(f"{'row':64} {'text':28} {'ΔPPL':>8} {'KL':>8} {'99.9 %':>8} {'same':>6}", flush=True)
     try:
         for result in run_trials(
-            str(options.model), trials, options.text or ["prose", "code"], options.tokens,
-            options.chunks, options.step, options.dtype, options.tokens // 2,
-        ):  # fmt: skip
+            str(model), trials, options.text, length, chunks, Sizes.step, options.dtype, length // 2
+        ):
             results.append(result)
             _show(result["row"], result["unit"], [result])
             if options.json:

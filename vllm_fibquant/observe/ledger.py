@@ -17,8 +17,9 @@ LEAST, RECENT = 8, 32
 UNKNOWN, HEALTHY, DEGRADED, DAMAGED = range(4)
 
 DAMAGED_COSINE = 0.6
-"""Mean cosine below which a layer's codes damage the model, whatever their rate: every model that
-the fidelity gate refuses for its keys has such a layer, and none that passes (docs/serving.md)."""
+"""Mean cosine below which a layer's codes damage the model, whatever their rate: models that the
+fidelity gate refuses for their key biases have such a layer, and none that passes has
+(docs/serving.md)."""
 
 _FIRST_COST_S = 1e-3
 
@@ -57,10 +58,13 @@ class Ledger:
     Args:
         budget: share of step time the monitors may take.
         counters: where both are published.
+        is_loss_accepted: whether the start found a loss that it would have refused: then a layer
+            below its floor is what damages the model.
     """
 
-    def __init__(self, budget: float, counters: Counters) -> None:
+    def __init__(self, budget: float, counters: Counters, is_loss_accepted: bool = False) -> None:
         self.budget = budget
+        self._is_loss_accepted = is_loss_accepted
         self.counters = counters
         self._step_began = time.perf_counter()
         self._spent = self._steps = 0.0
@@ -111,7 +115,7 @@ class Ledger:
         means = {n: sum(r) / len(r) for n, r in self._recent.items() if len(r) >= LEAST}
         health = HEALTHY if means else UNKNOWN
         if any(mean < self._floor[layer] for layer, mean in means.items()):
-            health = DEGRADED
+            health = DAMAGED if self._is_loss_accepted else DEGRADED
         if self._num_changed or any(mean < DAMAGED_COSINE for mean in means.values()):
             health = DAMAGED
         self.counters["monitor_health"] = health

@@ -358,20 +358,23 @@ class Monitor:
         self.ledger.counters["monitor_tokens"] -= len(sample.slots)
 
 
-def monitor_of(owner: object, layers: dict[str, Any], block_size: int) -> Monitor | None:
+def monitor_of(
+    owner: object, layers: dict[str, Any], block_size: int, is_loss_accepted: bool = False
+) -> Monitor | None:
     """The monitor of a group of layers, or None when it is off.
 
     Args:
         owner: the run; the monitors of one run have one ledger.
         layers: the group's layers by name, with their options.
         block_size: tokens of a block.
+        is_loss_accepted: as of `ledger.Ledger`.
     """
     global _latest
     options = next(iter(layers.values())).options.monitor if layers else None
     if options is None:
         return None
     if _latest is None or _latest[0] is not owner:
-        _latest = owner, Ledger(options.budget, own_counters())
+        _latest = owner, Ledger(options.budget, own_counters(), is_loss_accepted)
     numbers = [int(n[0]) if (n := re.findall(r"\d+", name)) else 0 for name in layers]
     return Monitor(options, list(layers.values()), numbers, block_size, _latest[1])
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 from typing import Any
 
 import torch
@@ -20,10 +21,13 @@ import torch
 from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.ops import checks, native_cuda
 
+logger = logging.getLogger(f"vllm.{__name__}")  # vLLM's tree; this layer works without vLLM
+
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
 MAX_GROUP_SIZE = 64
 
 
+@functools.lru_cache(maxsize=64)
 def unsupported_codec(codec: KVCodec) -> str | None:
     """Why the GPU kernels cannot take this codec, or None when they can."""
     from vllm_fibquant.kernels.tables import unsupported_code
@@ -42,8 +46,31 @@ def unsupported_codec(codec: KVCodec) -> str | None:
 
 
 def kernel_name(cache: torch.Tensor, codec: KVCodec) -> str:
-    """What serves this codec on the cache's device: ``cuda`` or ``triton``."""
-    return "triton" if why_not_cuda(cache, codec) else "cuda"
+    """What serves this codec on the cache's device: ``cuda`` or ``triton``.
+
+    Says once, as a warning, why Triton serves on a GPU.
+    """
+    at = (codec, cache.device, cache.data_ptr(), cache.shape, cache.stride())
+    name = _chosen.get(at)
+    if name is None:
+        reason = why_not_cuda(cache, codec)
+        if reason and cache.is_cuda:
+            _warn_of_triton(reason)
+        if len(_chosen) >= native_cuda.MAX_LAYERS:  # caches that are gone
+            _chosen.clear()
+        name = _chosen[at] = "triton" if reason else "cuda"
+    return name
+
+
+_chosen: dict[tuple[Any, ...], str] = {}
+
+
+@functools.cache
+def _warn_of_triton(reason: str) -> None:
+    logger.warning(
+        "FibQuant serves with its Triton kernels, which are slower than --kv-cache-dtype auto: %s",
+        reason,
+    )
 
 
 def why_not_cuda(cache: torch.Tensor, codec: KVCodec) -> str | None:
@@ -54,18 +81,19 @@ def why_not_cuda(cache: torch.Tensor, codec: KVCodec) -> str | None:
     """
     if not native_cuda.is_built():
         return "the CUDA library is not built (`make cuda`)"
-    if not _runs_on(cache.device):
-        return f"the CUDA library has no code for {cache.device}; see FIBQUANT_CUDA_ARCHS"
+    reason = _why_not_on(cache.device)
+    if reason:
+        return f"the CUDA library cannot run on {cache.device}: {reason}"
     support = native_cuda.library().support
     return support.unsupported(codec) or native_cuda.unsupported_cache(cache)
 
 
 @functools.cache
-def _runs_on(device: torch.device) -> bool:
+def _why_not_on(device: torch.device) -> str | None:
     if device.type != "cuda":
-        return False
+        return "it is no GPU"
     with _current(device):
-        return native_cuda.library().usable()
+        return native_cuda.library().why_unusable()
 
 
 @functools.cache
@@ -176,7 +204,12 @@ def reserve(query: torch.Tensor, raw: bool) -> None:
 
 
 def _current(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(device)
+
+
+_NOTHING = contextlib.nullcontext()
 
 
 def _require(is_met: bool, function: str, name: str, must: str, got: Any) -> None:

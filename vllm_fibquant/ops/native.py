@@ -41,6 +41,7 @@ LIBRARY_PATH = PACKAGE_DIR / "lib" / "libfibquant_cpu.so"
 MAX_HEAD_DIM = 512
 HEAD_DIM_MULTIPLE = 16
 _ALIGNMENT = 64
+_LARGEST_WORD = 32639  # 127 * 256 + 127
 _COLUMNS = 16  # of turning tables, a multiple of it for each kind of pair
 
 
@@ -52,6 +53,8 @@ class _Code(Structure):
         *((name, c_void_p) for name in ("rows", "rows_t", "half_sq")),
         *((name, c_int32) for name in ("num_cells", "num_lists")),
         *((name, c_void_p) for name in ("cell_tiles", "list_tiles", "list_begin", "list_index")),
+        ("planes", c_void_p),
+        ("plane_step", c_float),
     ]
 
 
@@ -143,7 +146,7 @@ def library() -> ctypes.CDLL:
 
 
 def isa() -> str:
-    """The instruction set in use: ``portable``, ``avx2`` or ``avx512``."""
+    """The instruction set in use: ``portable``, ``avx2``, ``avx512`` or ``avx512-vnni``."""
     return library().fq_isa().decode()
 
 
@@ -183,7 +186,34 @@ def _code(
     gain = GAIN_NUMBERS[spec.gain]
     found = _lists(rows, lists, spec.lists_searched, keep)
     shape = dim, spec.index_bits, num_rows, int(spec.folded), gain, padded, spec.norm_bytes
-    return _Code(*shape, *pointers, *found)
+    return _Code(*shape, *pointers, *found, *_planes(codebook, keep))
+
+
+def _planes(codebook: Codebook, keep: list[torch.Tensor]) -> tuple[int | None, float]:
+    """The fields of `_Code` from planes on.
+
+    int8 books are taken as they are stored. Coordinates of float16 books become integers of two
+    bytes, within 2e-5 of the book's largest one.
+    """
+    spec = codebook.spec
+    one_byte = (4, "int8"), (8, "int8")
+    shape = spec.subvec_dim, spec.storage
+    if spec.num_rows != 256 or shape not in (*one_byte, (2, "float16")):
+        return None, 0.0
+    if shape in one_byte:
+        planes, step = codebook.table.T, codebook.scale
+    else:
+        offset = 128.5 if spec.folded else 0.0
+        rows = codebook.rows.double().T
+        step16 = float(rows.abs().max()) / (_LARGEST_WORD - offset)
+        words = (rows / step16 - offset).round()  # 256 * high + low, both signed
+        high = ((words + 128) / 256).floor()
+        planes, step = torch.cat((high, words - 256 * high)), 256 * step16
+    buffer = torch.empty(planes.numel() + _ALIGNMENT, dtype=torch.int8)
+    start = -buffer.data_ptr() % _ALIGNMENT
+    aligned = buffer[start : start + planes.numel()].view(planes.shape)
+    keep.append(aligned.copy_(planes))
+    return aligned.data_ptr(), step
 
 
 def _lists(

@@ -10,7 +10,17 @@ from __future__ import annotations
 
 import functools
 import weakref
-from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int32, c_int64, c_void_p
+from ctypes import (
+    POINTER,
+    Structure,
+    byref,
+    c_char_p,
+    c_float,
+    c_int32,
+    c_int64,
+    c_uint64,
+    c_void_p,
+)
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +37,9 @@ LIBRARY_PATH = PACKAGE_DIR / "lib" / "libfibquant_cuda.so"
 NARROW_COLUMNS = 8
 MIN_SPLIT = 512
 """Tokens below which another split costs more in merging than it saves."""
-CTAS_PER_SM = 2
-choose_splits = functools.partial(
-    splits.choose_splits, ctas_per_sm=CTAS_PER_SM, min_split=MIN_SPLIT
-)
 ENCODE_CTAS_PER_SM = 8
+MAX_LAYERS = 4096
+"""Of which the structs are kept, per library."""
 
 
 class _Code(Structure):
@@ -151,11 +159,31 @@ class Library:
         codec, pages = POINTER(_Codec), POINTER(Pages)
         self.lib.fq_cuda_encode_kv.argtypes = [codec, pages, POINTER(_Encode), c_void_p]
         self.lib.fq_cuda_paged_attention.argtypes = [codec, pages, POINTER(_Attend), c_void_p]
+        self.lib.fq_cuda_token_order.argtypes = [c_int32, POINTER(_Code), POINTER(_Code)]
+        self.lib.fq_cuda_token_order.restype = c_uint64
         self.support = Support.parse(self.lib.fq_cuda_support().decode())
+        self._layers: dict[tuple[Any, ...], _Layer] = {}
 
-    def usable(self) -> bool:
-        """Whether the current device can run the kernels."""
-        return self.lib.fq_cuda_usable() == 0
+    def why_unusable(self) -> str | None:
+        """Why the current device cannot run the kernels, in the CUDA runtime's words, or None."""
+        error = self.lib.fq_cuda_usable()
+        return self.lib.fq_cuda_error(error).decode() if error else None
+
+    def token_order(self, codec: KVCodec) -> list[int]:
+        """Which token of a tile of 16 stands in each row of its products."""
+        struct = _codec_struct(codec, torch.device("cpu"))
+        packed = self.lib.fq_cuda_token_order(codec.head_dim, struct.key, struct.value)
+        return [packed >> 4 * row & 15 for row in range(16)]
+
+    def _layer(self, codec: KVCodec, cache: torch.Tensor) -> _Layer:
+        """What calls on these pages have in common, made at the first."""
+        at = (codec, cache.data_ptr(), cache.shape, cache.stride(), cache.device)
+        layer = self._layers.get(at)
+        if layer is None:
+            if len(self._layers) >= MAX_LAYERS:  # caches that are gone
+                self._layers.clear()
+            layer = self._layers[at] = _Layer(self, codec, cache)
+        return layer
 
     def occupancy(
         self, head_dim: int, record_bytes: int, wide: bool, per_cta: int, per_sm: int
@@ -187,6 +215,7 @@ class Library:
         counters: torch.Tensor,
     ) -> None:
         """See `ops.encode_kv` and `gpu.counters`."""
+        layer = self._layer(codec, cache)
         args = _Encode(
             key=key.data_ptr(),
             value=value.data_ptr(),
@@ -194,13 +223,12 @@ class Library:
             counters=counters.data_ptr(),
             num_tokens=slot_mapping.shape[0],
             dtype=DTYPES[key.dtype],
-            max_ctas=ENCODE_CTAS_PER_SM * splits.num_sms(cache.device),
+            max_ctas=layer.encode_ctas,
         )
         args.stride_key_token, args.stride_key_head, _ = key.stride()
         args.stride_value_token, args.stride_value_head, _ = value.stride()
-        struct, pages = _codec_struct(codec, cache.device), pages_of(cache)
         error = self.lib.fq_cuda_encode_kv(
-            byref(struct), byref(pages), byref(args), _stream(cache.device)
+            layer.codec, layer.pages, byref(args), _stream(layer.device)
         )
         self._check("encode_kv", error)
 
@@ -235,26 +263,19 @@ class Library:
             workspace: float32 [at least `workspace_floats`] on the cache's device; None allocates,
                 which a CUDA graph's memory pool keeps valid.
         """
+        layer = self._layer(codec, cache)
         num_tokens, num_q_heads, head_dim = query.shape
-        num_kv_heads, block_size = cache.shape[1], cache.shape[2]
         num_reqs, table_width = seq_lens.shape[0], block_table.shape[1]
-        num_rows, group_size = num_tokens * num_q_heads, num_q_heads // num_kv_heads
         if wide is None:
-            wide = num_tokens * group_size > 2 * NARROW_COLUMNS * num_reqs
+            wide = num_tokens * num_q_heads > NARROW_COLUMNS * num_reqs * layer.num_kv_heads
         if num_splits is None:
-            columns = self.support.wide_columns[head_dim] if wide else NARROW_COLUMNS
-            num_ctas = (num_tokens * group_size // columns + num_reqs) * num_kv_heads
-            num_splits = choose_splits(num_ctas, table_width * block_size, cache.device)
-        floats = workspace_floats(num_rows, head_dim, num_splits)
-        workspace = splits.workspace_of(workspace, floats, cache.device)
+            num_splits = layer.num_splits(wide, num_reqs, num_tokens, num_q_heads, table_width)
         args = _Attend(
             query=query.data_ptr(),
             out=out.data_ptr(),
             query_start_loc=query_start_loc.data_ptr(),
             seq_lens=seq_lens.data_ptr(),
             block_table=block_table.data_ptr(),
-            state_o=workspace.data_ptr(),
-            state_ml=workspace.data_ptr() + 4 * num_rows * num_splits * head_dim,
             stride_block_table=block_table.stride(0),
             num_tokens=num_tokens,
             num_reqs=num_reqs,
@@ -269,15 +290,65 @@ class Library:
         )
         args.stride_query_token, args.stride_query_head, _ = query.stride()
         args.stride_out_token, args.stride_out_head, _ = out.stride()
+        if num_splits > 1:
+            num_rows = num_tokens * num_q_heads
+            floats = workspace_floats(num_rows, head_dim, num_splits)
+            workspace = splits.workspace_of(workspace, floats, layer.device)
+            args.state_o = at = workspace.data_ptr()
+            args.state_ml = at + 4 * num_rows * num_splits * head_dim
         if sinks is not None:
             args.sinks = sinks.data_ptr()
         if raw_states is not None:
             args.raw_o, args.raw_m, args.raw_l = (x.data_ptr() for x in raw_states)
-        struct, pages = _codec_struct(codec, cache.device), pages_of(cache)
         error = self.lib.fq_cuda_paged_attention(
-            byref(struct), byref(pages), byref(args), _stream(cache.device)
+            layer.codec, layer.pages, byref(args), _stream(layer.device)
         )
         self._check("paged_attention", error)
+
+
+class _Layer:
+    """A library's kernels on the pages of one layer: what its calls have in common.
+
+    Attributes:
+        codec, pages: references to the structs, as the library takes them.
+        device: of the pages.
+        num_kv_heads: as the pages say.
+        encode_ctas: CTAs of an encode launch, at most.
+    """
+
+    def __init__(self, library: Library, codec: KVCodec, cache: torch.Tensor) -> None:
+        self.device = cache.device
+        self.codec = byref(_codec_struct(codec, self.device))
+        self.pages = byref(pages_of(cache))
+        self.num_kv_heads, self._block_size = cache.shape[1], cache.shape[2]
+        num_sms = splits.num_sms(self.device)
+        self.encode_ctas = ENCODE_CTAS_PER_SM * num_sms
+        self._columns = (NARROW_COLUMNS, library.support.wide_columns.get(codec.head_dim, 0))
+        per_cta, per_sm = _shared_memory(self.device)
+        self._slots = [
+            num_sms * library.occupancy(codec.head_dim, cache.shape[3], wide, per_cta, per_sm)[0]
+            for wide in (False, True)
+        ]
+
+    def num_splits(
+        self, wide: bool, num_reqs: int, num_tokens: int, num_q_heads: int, table_width: int
+    ) -> int:
+        """Splits of every sequence that fill the device."""
+        group_size = num_q_heads // self.num_kv_heads
+        blocks = splits.num_row_blocks(num_reqs, num_tokens, group_size, self._columns[wide])
+        return splits.choose_splits(
+            blocks * self.num_kv_heads, table_width * self._block_size, self._slots[wide], MIN_SPLIT
+        )
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> tuple[int, int]:
+    """Bytes of shared memory that a CTA may have, and a multiprocessor has."""
+    if device.type != "cuda":
+        return 99 << 10, 100 << 10
+    properties = torch.cuda.get_device_properties(device)
+    per_cta: int = getattr(properties, "shared_memory_per_block_optin")  # noqa: B009
+    return per_cta, properties.shared_memory_per_multiprocessor
 
 
 def is_built() -> bool:
@@ -296,8 +367,11 @@ def library() -> Library:
 
 
 def workspace_floats(num_rows: int, head_dim: int, num_splits: int) -> int:
-    """float32 elements of the states of all splits; num_rows is tokens times query heads."""
-    return num_rows * num_splits * (head_dim + 2)
+    """float32 elements of the states of all splits; num_rows is tokens times query heads.
+
+    One split has none: its outputs are written directly.
+    """
+    return 0 if num_splits == 1 else num_rows * num_splits * (head_dim + 2)
 
 
 def unsupported_cache(cache: torch.Tensor) -> str | None:

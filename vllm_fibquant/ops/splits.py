@@ -4,8 +4,14 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
+
+START_TOKENS = 256
+"""What a CTA does before its first and after its last token takes as long as so many tokens."""
+ENOUGH = 1.03
+"""Times the shortest time: fewer splits within it are taken, for a cheaper merge."""
 
 
 @functools.cache
@@ -16,33 +22,52 @@ def num_sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def choose_splits(
-    num_ctas: int, max_tokens: int, device: torch.device, *, ctas_per_sm: int, min_split: int
-) -> int:
+@functools.lru_cache(maxsize=4096)
+def choose_splits(num_ctas: int, max_tokens: int, slots: int, min_split: int) -> int:
     """Splits that fill the device, from shapes alone: the same batch shape, the same splits.
 
+    CTAs run in waves of `slots`, and the last wave is rarely full. The time of n splits is that of
+    all their waves, each as long as a split and its start.
+
     Args:
-        num_ctas: row blocks times KV heads.
+        num_ctas: row blocks that have rows, times KV heads.
         max_tokens: tokens a row of the block table holds.
-        device: where the kernel runs.
-        ctas_per_sm: how many are wanted on each multiprocessor.
-        min_split: tokens below which another split costs more in merging than it saves.
+        slots: CTAs that run at once.
+        min_split: least tokens of a split.
     """
-    wanted = -(-ctas_per_sm * num_sms(device) // num_ctas)
-    return max(1, min(wanted, max_tokens // min_split))
+    times = [
+        math.ceil(num_ctas * n / slots) * (max_tokens / n + START_TOKENS)
+        for n in range(1, max(1, max_tokens // min_split) + 1)
+    ]
+    enough = ENOUGH * min(times)
+    return next(n for n, time in enumerate(times, 1) if time <= enough)
+
+
+def num_row_blocks(num_reqs: int, num_tokens: int, group_size: int, columns: int) -> int:
+    """Row blocks that have rows: exactly where all requests have as many new tokens, else at
+    least so many.
+
+    Args:
+        num_reqs, num_tokens: of the batch, padding included.
+        group_size: query heads per KV head.
+        columns: rows of a row block.
+    """
+    if num_tokens % num_reqs == 0:
+        return num_reqs * math.ceil(num_tokens // num_reqs * group_size / columns)
+    return max(num_reqs, math.ceil(num_tokens * group_size / columns))
 
 
 def workspace_of(given: torch.Tensor | None, floats: int, device: torch.device) -> torch.Tensor:
     """The caller's float32 workspace, or a new one of `floats` elements.
 
     Raises:
-        ValueError: the caller's is too small or of another dtype.
+        ValueError: the caller's is too small, of another dtype or not 16-byte aligned.
     """
     if given is None:
         return torch.empty(floats, dtype=torch.float32, device=device)
-    if given.numel() < floats or given.dtype != torch.float32:
+    if given.numel() < floats or given.dtype != torch.float32 or given.data_ptr() % 16:
         raise ValueError(
-            f"paged_attention: workspace must be float32 of at least {floats} elements, got "
-            f"{given.dtype} of {given.numel()}; see workspace_floats"
+            f"paged_attention: workspace must be float32 of at least {floats} elements at a "
+            f"multiple of 16 bytes, got {given.dtype} of {given.numel()}; see workspace_floats"
         )
     return given
