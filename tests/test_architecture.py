@@ -24,6 +24,7 @@ ALLOWED_UPWARD = {("kernels", "vllm_fibquant.ops")}
 VLLM_ENTRY = {
     ("cli", "vllm.entrypoints.cli"),
     ("cli", "vllm.entrypoints.launchers.cli_args"),
+    ("cli", "vllm.engine.arg_utils"),
     ("cli", "vllm.utils.argparse_utils"),
     ("cli", "vllm"),
     ("evaluation", "vllm"),
