@@ -21,13 +21,12 @@ from typing import Any
 
 import torch
 
-from vllm_fibquant.codec.config import is_fibquant
 from vllm_fibquant.evaluation.digests import code_digest, model_digest
 from vllm_fibquant.evaluation.engine import UNCOMPRESSED, Engine
 from vllm_fibquant.evaluation.measure import measure_fidelity, measure_spans, measure_text
 from vllm_fibquant.evaluation.retrieval import retrieval_unit
 from vllm_fibquant.evaluation.rivals import KVQuant
-from vllm_fibquant.evaluation.rows import EXACT_STEP, PLAIN, Row, all_rows
+from vllm_fibquant.evaluation.rows import EXACT_STEP, Row, all_rows
 from vllm_fibquant.evaluation.simulate import Simulator
 from vllm_fibquant.evaluation.texts import (
     CALIBRATION,
@@ -280,8 +279,6 @@ class Suite:
     def _run_engine(self, row: Row, jobs: list[Job], bar: Any) -> None:
         assert row.engine is not None
         preset, options = row.engine
-        if is_fibquant(preset):
-            options = {**PLAIN, **options}
         if row.is_calibrated:  # measured by the first such row of this run
             options = {**options, "calibration": str(self.folder / "model.fqcal")}
         is_long = jobs[0].unit.kind == "retrieval"

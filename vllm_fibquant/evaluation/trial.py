@@ -24,6 +24,7 @@ from vllm_fibquant.evaluation.engine import UNCOMPRESSED, Engine
 from vllm_fibquant.evaluation.measure import measure_text, quantile_of_worst
 from vllm_fibquant.evaluation.rows import EXACT_STEP
 from vllm_fibquant.evaluation.texts import Sizes, Tokenizer, Unit, text_units
+from vllm_fibquant.evaluation.watch import AttentionWatch
 from vllm_fibquant.options import parse_options
 
 TOGETHER = 4
@@ -76,15 +77,18 @@ class Trial:
 
 def read(
     model: str, trial: Trial, units: Sequence[Unit], step: int, dtype: str
-) -> Iterator[tuple[Engine, list[torch.Tensor]]]:
-    """The engine, still open, and what it made of the units' texts, in their order."""
+) -> Iterator[tuple[Engine, list[torch.Tensor], dict[str, float]]]:
+    """The engine, still open, what it made of the units' texts, in their order, and the cosines of
+    its attention over the first of them."""
     longest = max(len(unit.tokens) for unit in units)
     engine = Engine(
         model, trial.preset, trial.options, trial.step(step), longest,
         min(TOGETHER, len(units)), dtype,
     )  # fmt: skip
     try:
-        yield engine, engine.hidden([unit.tokens for unit in units])
+        watch = AttentionWatch()
+        states = engine.hidden([unit.tokens for unit in units], watch)
+        yield engine, states, watch.summary()
     finally:
         engine.close()
 
@@ -102,7 +106,7 @@ def run_trials(
     """
     units = text_units(Tokenizer(model), sources, length, num_chunks)
     truths: list[torch.Tensor] = []
-    for _, states in read(model, Trial(UNCOMPRESSED, {}), units, EXACT_STEP, dtype):
+    for _, states, _ in read(model, Trial(UNCOMPRESSED, {}), units, EXACT_STEP, dtype):
         truths = states
     with tempfile.TemporaryDirectory() as folder:
         for trial in trials:
@@ -111,10 +115,12 @@ def run_trials(
             if trial.is_calibrated:
                 options.setdefault("calibration", str(Path(folder) / "model.fqcal"))
             begun, used = time.perf_counter(), time.process_time()
-            for engine, states in read(model, Trial(trial.preset, options), units, step, dtype):
+            asked = Trial(trial.preset, options)
+            for engine, states, cosines in read(model, asked, units, step, dtype):
                 took = time.perf_counter() - begun, time.process_time() - used
                 for unit, truth, of_trial in zip(units, truths, states, strict=True):
                     metrics = measure_text(engine.logits, unit.tokens, truth, of_trial, far)
+                    metrics |= cosines if unit is units[0] else {}
                     yield {
                         "model": Path(model).name, "row": str(trial), "unit": unit.name,
                         **metrics, "seconds": round(took[0], 1), "cpu_seconds": round(took[1], 1),
@@ -126,7 +132,8 @@ def run(model: Path, options: Any) -> int:
     trials = [Trial.parse(text) for text in options.row]
     length, chunks = options.tokens or 2048, options.chunks or 2
     results: list[dict[str, Any]] = []
-    print(f"{'row':64} {'text':28} {'ΔPPL':>8} {'KL':>8} {'99.9 %':>8} {'same':>6}", flush=True)
+    head = f"{'row':64} {'text':28} {'ΔPPL':>8} {'KL':>8} {'99.9 %':>8} {'same':>6}"
+    print(f"{head} {'cosine':>7} {'worst':>7}", flush=True)
     try:
         for result in run_trials(
             str(model), trials, options.text, length, chunks, Sizes.step, options.dtype, length // 2
@@ -148,8 +155,10 @@ def _show(name: str, text: str, results: Sequence[dict[str, Any]]) -> None:
     delta = torch.tensor(increase).expm1().item()
     kl = statistics.fmean(r["kl"] for r in results)
     same = statistics.fmean(r["same"] for r in results)
+    seen = [r for r in results if "cosine" in r]
+    cosines = f" {seen[0]['cosine']:7.4f} {seen[0]['worst_cosine']:7.4f}" if seen else ""
     print(
         f"{name:64} {text:28} {delta:8.2%} {kl:8.5f} {quantile_of_worst(results):8.4f} "
-        f"{same:6.1%}",
+        f"{same:6.1%}{cosines}",
         file=sys.stdout, flush=True,
     )  # fmt: skip
