@@ -41,7 +41,8 @@ from vllm_fibquant.options import DEFAULT_FIRST
 if TYPE_CHECKING:
     from vllm_fibquant.engine.attention import FibQuantImpl
 
-TEXT = PACKAGE_DIR / "data" / "calibration.txt"
+TEXTS = tuple(PACKAGE_DIR / "data" / name for name in ("calibration.txt", "calibration_code.txt"))
+"""Prose and code, read in turn: statistics of prose alone cost code a third of its fidelity."""
 NUM_SEQUENCES = 4
 SEQUENCE_LEN = 1024
 MIN_TOKENS = 256
@@ -189,27 +190,35 @@ def text_sequences(model_config: ModelConfig) -> Texts:
             revision=model_config.tokenizer_revision,
             trust_remote_code=model_config.trust_remote_code,
         )
-        tokens = tokenizer.encode(TEXT.read_text(encoding="utf-8"), add_special_tokens=False)
+        prose, code = (
+            tokenizer.encode(path.read_text(encoding="utf-8"), add_special_tokens=False)
+            for path in TEXTS
+        )
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(
             "calibrate: the model must have a tokenizer to be measured on text, got "
             f"{type(error).__name__}: {error}; give a file as calibration"
         ) from error
     unknown = getattr(tokenizer, "unk_token_id", None)
-    num_known = sum(token != unknown for token in tokens)
-    if num_known < max(MIN_TOKENS, len(tokens) // 2):
+    num_known = sum(token != unknown for token in prose)
+    if num_known < max(MIN_TOKENS, len(prose) // 2):
         raise ValueError(
             f"calibrate: the model's tokenizer must make at least {MIN_TOKENS} tokens of English "
-            f"text, most of them known, got {len(tokens)}, {num_known} known; give a file as "
+            f"text, most of them known, got {len(prose)}, {num_known} known; give a file as "
             "calibration, measured with another tokenizer"
         )
     first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    length = min(SEQUENCE_LEN, _known_positions(model_config), len(tokens)) - len(first)
-    starts = range(0, min(len(tokens) - length + 1, NUM_SEQUENCES * length), length)
-    sequences = [first + tokens[start : start + length] for start in starts]
-    begins = range(0, len(tokens) - DEFAULT_FIRST, max(1, len(tokens) // NUM_STARTS))
-    rest = DEFAULT_FIRST - len(first)
-    return Texts(sequences, [first + tokens[i : i + rest] for i in begins[:NUM_STARTS]])
+    length = min(SEQUENCE_LEN, _known_positions(model_config), len(prose)) - len(first)
+    parts = [
+        [first + tokens[i : i + length] for i in range(0, len(tokens) - length + 1, length)]
+        for tokens in (prose, code)
+    ]
+    in_turn = [part for pair in zip(*parts, strict=False) for part in pair]
+    rest = parts[0][len(in_turn) // 2 :]  # where there is less code, prose alone
+    begins = range(0, len(prose) - DEFAULT_FIRST, max(1, len(prose) // NUM_STARTS))
+    after = DEFAULT_FIRST - len(first)
+    starts = [first + prose[i : i + after] for i in begins[:NUM_STARTS]]
+    return Texts((in_turn + rest)[:NUM_SEQUENCES], starts)
 
 
 def _texts_of_first_rank(model_config: ModelConfig) -> Texts:
