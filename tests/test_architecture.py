@@ -29,6 +29,7 @@ VLLM_ENTRY = {
     ("cli", "vllm"),
     ("evaluation", "vllm"),
     ("evaluation", "vllm.distributed"),
+    ("evaluation", "vllm.model_executor.layers.attention"),
 }
 
 MAX_LINES = 440  # "about 400"
