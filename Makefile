@@ -16,7 +16,7 @@ EMULATED := build/libfibquant_cuda_emulated.so
 COMPOSE := docker/compose.yaml docker/compose.gpu.yaml
 CSRC    := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help serve cuda check test test-slow test-next lint docker-lint docker-test format bench eval load wheel clean
+.PHONY: help serve cuda gpu-env check test test-slow test-next lint docker-lint docker-test format bench eval load wheel clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -25,7 +25,15 @@ help:  ## this list
 serve: $(LIBRARY)  ## install, build, fetch the demo model, serve on port 8000 (MODEL=, ARGS=)
 	$(BIN)/vllm-fibquant serve $(MODEL) $(ARGS)
 
-cuda: $(VENV)/.deps  ## build the CUDA kernels with nvcc (FIBQUANT_CUDA_ARCHS=)
+# The build needs nvcc and setuptools alone: no torch, and so none that is not for CUDA.
+cuda: | $(BIN)/python  ## build the CUDA kernels with nvcc (FIBQUANT_CUDA_ARCHS=)
+	$(PIP) install --quiet 'setuptools>=77'
+	$(BIN)/python setup.py --quiet build_cuda
+
+gpu-env: | $(BIN)/python  ## on a machine with a GPU: vLLM's CUDA build, our kernels and tests in .venv
+	$(PIP) install 'setuptools>=77'
+	$(PIP) install -e '.[gpu,dev]'
+	$(BIN)/python -c 'import torch; assert torch.version.cuda, "torch must be a CUDA build"'
 	$(BIN)/python setup.py --quiet build_cuda
 
 check: lint $(LIBRARY) $(EMULATED)  ## lint, and the tests that need neither an engine nor minutes: before every commit

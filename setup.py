@@ -134,6 +134,25 @@ def cuda_head_dims() -> list[str]:
     sys.exit("setup.py: csrc/cuda/supported.h must define FQ_HEAD_DIMS on one line")
 
 
+def known_archs(compiler: list[str]) -> list[str]:
+    """Those of CUDA_ARCHS that this nvcc compiles for: before 12.8 it knows no sm_100 and 120."""
+    command = [*compiler, "--list-gpu-code"]
+    try:
+        listed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    except FileNotFoundError:
+        sys.exit(f"setup.py: no compiler: {command[0]} not found; install it, or set CUDACXX")
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"setup.py: exit status {error.returncode} from: {shlex.join(command)}")
+    wanted = CUDA_ARCHS.split()
+    known = [arch for arch in wanted if f"sm_{arch}" in listed]
+    if not known:
+        sys.exit(f"setup.py: nvcc must compile for one of sm_{CUDA_ARCHS}, got {' '.join(listed)}")
+    if known != wanted:
+        left_out = " ".join(arch for arch in wanted if arch not in known)
+        print(f"setup.py: this nvcc has no code for sm_{left_out}: left out", flush=True)
+    return known
+
+
 class BuildCuda(Command):
     """Builds the CUDA library, or its emulation."""
 
@@ -154,7 +173,7 @@ class BuildCuda(Command):
             target = ROOT / "build" / EMULATED_LIBRARY
         else:
             compiler = shlex.split(os.environ.get("CUDACXX", "nvcc"))
-            archs = os.environ.get("FIBQUANT_CUDA_ARCHS", CUDA_ARCHS).split()
+            archs = os.environ.get("FIBQUANT_CUDA_ARCHS", "").split() or known_archs(compiler)
             codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
             oldest = archs[0].rstrip("a")
             flags = [*CUDA_FLAGS, *codes, f"-gencode=arch=compute_{oldest},code=compute_{oldest}"]

@@ -26,6 +26,7 @@ from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.kernels.codes import find_rows, load_codewords, load_indices, soft_cap_scores
 from vllm_fibquant.kernels.states import (
     EMPTY,
+    PER_BATCH,
     attend_raw,
     merge_states,
     rotate_rows,
@@ -35,7 +36,7 @@ from vllm_fibquant.kernels.tables import device_codec, next_power_of_two, prefix
 from vllm_fibquant.ops import splits
 
 BLOCK_T = 32
-DECODE_ROWS, PREFILL_ROWS = 16, 64
+DECODE_ROWS, PREFILL_ROWS = 16, 32
 MIN_SPLIT = 256
 """Tokens below which another split costs more in merging than it saves."""
 PROGRAMS_PER_SM = 4
@@ -47,15 +48,15 @@ def choose_splits(num_programs: int, max_tokens: int, device: torch.device) -> i
     return splits.choose_splits(num_programs, max_tokens, slots, MIN_SPLIT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PER_BATCH)
 def _attend_split(
-    rotated, cache, block_table, key_table, value_table, query_start_loc, seq_lens,
-    state_o, state_ml, num_reqs, num_rows, num_blocks, table_width, key_factor, soft_cap, window,
+    rotated, cache, block_table, key_table, value_table, query_start_loc, seq_lens, state_o,
+    state_ml, num_splits, num_reqs, num_rows, num_blocks, table_width, key_factor, soft_cap, window,
     stride_block, stride_head, stride_table,
     HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, RECORD_BYTES: tl.constexpr, VALUE_OFFSET: tl.constexpr,
     NORM_OFFSET: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_T: tl.constexpr, NUM_SPLITS: tl.constexpr, SOFT_CAP: tl.constexpr, RAW: tl.constexpr,
+    BLOCK_T: tl.constexpr, SOFT_CAP: tl.constexpr, RAW: tl.constexpr,
     EXACT: tl.constexpr, KEY_SUBVEC_DIM: tl.constexpr, KEY_INDEX_BITS: tl.constexpr,
     KEY_ROW_BITS: tl.constexpr, KEY_FOLDED: tl.constexpr, KEY_NUM_SUBVECS: tl.constexpr,
     KEY_SUBVECS: tl.constexpr, KEY_WORD_BYTES: tl.constexpr, VALUE_SUBVEC_DIM: tl.constexpr,
@@ -77,7 +78,7 @@ def _attend_split(
             end += tl.minimum(first + BLOCK_Q, query_len)
         start = begin // BLOCK_T * BLOCK_T
         num_tiles = tl.cdiv(tl.maximum(end - start, 0), BLOCK_T)
-        split_tokens = tl.cdiv(num_tiles, NUM_SPLITS) * BLOCK_T
+        split_tokens = tl.cdiv(num_tiles, num_splits) * BLOCK_T
         split_begin = start + split * split_tokens
         split_end = tl.minimum(split_begin + split_tokens, end)
 
@@ -152,11 +153,11 @@ def _attend_split(
                 part = tl.dot(weight, v) * top
             o = o * rescale[:, None] + part
 
-        at = row * NUM_SPLITS + split
+        at = row * num_splits + split
         if split_begin < split_end:
             tl.store(state_o + at[:, None] * HEAD_DIM + coord[None, :], o, mask=mask)
         tl.store(state_ml + at, m, mask=valid)
-        tl.store(state_ml + num_rows * NUM_SPLITS + at, l, mask=valid)
+        tl.store(state_ml + num_rows.to(tl.int64) * num_splits + at, l, mask=valid)
 
 
 def workspace_floats(num_rows: int, head_dim: int, num_splits: int, raw: bool) -> int:
@@ -239,7 +240,7 @@ def paged_attention(
     tables, at, dim = device_codec(codec, cache.device), codec.layout, next_power_of_two(head_dim)
 
     block_m = DECODE_ROWS if num_tokens <= 4 * num_reqs else PREFILL_ROWS
-    if dim * query.element_size() > 256:  # operands of 64 such rows exceed shared memory
+    if dim * query.element_size() > 256:  # operands of more such rows exceed shared memory
         block_m = DECODE_ROWS
     block_m = max(block_m, next_power_of_two(group_size))
     block_q = block_m // group_size
@@ -267,14 +268,18 @@ def paged_attention(
     )  # fmt: skip
     _attend_split[(num_row_blocks, num_kv_heads, num_splits)](
         rotated, cache, block_table, tables.key.table, tables.value.table, query_start_loc,
-        seq_lens, state_o, state_ml, num_reqs, num_rows, num_blocks, table_width,
+        seq_lens, state_o, state_ml, num_splits, num_reqs, num_rows, num_blocks, table_width,
         scale * tables.key.table_scale, soft_cap, window, cache.stride(0), cache.stride(1),
         block_table.stride(0), **rows, BLOCK_SIZE=block_size, RECORD_BYTES=record_bytes,
         VALUE_OFFSET=at.value_index_offset, NORM_OFFSET=at.key_norm_offset, **blocks,
-        BLOCK_T=BLOCK_T, NUM_SPLITS=num_splits, SOFT_CAP=soft_cap > 0, RAW=raw,
+        BLOCK_T=BLOCK_T, SOFT_CAP=soft_cap > 0, RAW=raw,
         EXACT=query.dtype == torch.float32, **prefixed("KEY", tables.key.constants),
         **prefixed("VALUE", tables.value.constants), num_warps=4,
     )  # fmt: skip
+    # Fewer rows than attend's: these two keep them in float32, and more would spill.
+    block_m = max(DECODE_ROWS, next_power_of_two(group_size))
+    blocks = {"BLOCK_Q": block_m // group_size, "BLOCK_M": block_m}
+    num_row_blocks = num_tokens // blocks["BLOCK_Q"] + num_reqs
     if raw_key is not None and raw_value is not None:
         attend_raw[(num_row_blocks, num_kv_heads)](
             query, raw_key, raw_value, query_start_loc, seq_lens, raw_o, raw_ml, num_reqs, num_rows,
@@ -284,7 +289,7 @@ def paged_attention(
         )  # fmt: skip
     merge_states[(num_row_blocks, num_kv_heads)](
         state_o, state_ml, raw_o, raw_ml, tables.matrix, sinks if sinks is not None else state_ml,
-        out, query_start_loc, seq_lens, num_reqs, num_rows, tables.value.table_scale,
-        out.stride(0), out.stride(1), **rows, **blocks, NUM_SPLITS=num_splits, RAW=raw,
+        out, query_start_loc, seq_lens, num_splits, num_reqs, num_rows, tables.value.table_scale,
+        out.stride(0), out.stride(1), **rows, **blocks, RAW=raw,
         SINKS=sinks is not None,
     )  # fmt: skip

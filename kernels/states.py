@@ -12,11 +12,13 @@ from vllm_fibquant.kernels.codes import find_rows, soft_cap_scores
 
 EMPTY = tl.constexpr(-1e30)
 """The largest score of a state that saw no token: finite, so that no difference is NaN."""
+PER_BATCH = ["num_splits", "num_reqs", "num_rows", "num_blocks", "table_width"]
+"""What differs from batch to batch: for none of its values a kernel is compiled anew."""
 COLUMNS = tl.constexpr(32)
 """Columns of the rotation held at once: all of a 256 x 256 matrix exceed shared memory."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PER_BATCH)
 def rotate_rows(
     query, rotated, matrix, num_rows, stride_token, stride_head,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -59,7 +61,7 @@ def softmax_step(score, visible, m, l):  # noqa: E741
     return weight, rescale, new_m, l * rescale + tl.sum(weight, axis=1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PER_BATCH)
 def attend_raw(
     query, raw_key, raw_value, query_start_loc, seq_lens, state_o, state_ml,
     num_reqs, num_rows, scale, soft_cap, window, stride_query_token, stride_query_head,
@@ -111,18 +113,17 @@ def attend_raw(
         tl.store(state_ml + num_rows + out_row, l, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=PER_BATCH)
 def merge_states(
     state_o, state_ml, raw_o, raw_ml, matrix, sinks, out, query_start_loc, seq_lens,
-    num_reqs, num_rows, factor, stride_out_token, stride_out_head,
+    num_splits, num_reqs, num_rows, factor, stride_out_token, stride_out_head,
     HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, NUM_SPLITS: tl.constexpr, RAW: tl.constexpr,
-    SINKS: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, RAW: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
     """Merges the states of a row block in order of position, un-rotates, and writes outputs.
 
-    state_o is float32 [num_rows, NUM_SPLITS, HEAD_DIM], rotated, in units of `factor`; state_ml is
-    float32 [2, num_rows, NUM_SPLITS]. A sink is a logit without a value. A row without any token
+    state_o is float32 [num_rows, num_splits, HEAD_DIM], rotated, in units of `factor`; state_ml is
+    float32 [2, num_rows, num_splits]. A sink is a logit without a value. A row without any token
     gives zeros.
     """
     kv_head = tl.program_id(1)
@@ -138,10 +139,11 @@ def merge_states(
         o = tl.zeros([BLOCK_M, DIM], tl.float32)
         m = tl.full([BLOCK_M], EMPTY, tl.float32)
         l = tl.zeros([BLOCK_M], tl.float32)  # noqa: E741
-        for split in range(NUM_SPLITS):
-            at = row * NUM_SPLITS + split
+        state_l = state_ml + num_rows.to(tl.int64) * num_splits
+        for split in range(num_splits):
+            at = row * num_splits + split
             split_m = tl.load(state_ml + at, mask=valid, other=EMPTY)
-            split_l = tl.load(state_ml + num_rows * NUM_SPLITS + at, mask=valid, other=0.0)
+            split_l = tl.load(state_l + at, mask=valid, other=0.0)
             seen = mask & (split_l != 0)[:, None]  # NaN counts as seen
             at_o = state_o + at[:, None] * HEAD_DIM + coord[None, :]
             split_o = tl.load(at_o, mask=seen, other=0.0)

@@ -121,6 +121,8 @@ class FibQuantCollector:
              lambda e: e.token_bytes("stored")),
             ("bytes_per_token_16bit", "Bytes of one token with 16 bits per coordinate.",
              lambda e: e.token_bytes("16bit")),
+            ("kv_cache_padding_ratio", "Share of the pages that holds nothing.",
+             lambda e: e.padding),
             ("compression_ratio", "Tokens in the memory of one in 16 bits.", lambda e: e.ratio),
         ):  # fmt: skip
             family = gauge(name, text, LABELS)

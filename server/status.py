@@ -52,8 +52,19 @@ class Engine:
 
     @property
     def ratio(self) -> float:
-        """How many times more tokens fit than with 16 bits."""
+        """How many times more tokens fit than with 16 bits, in the pages vLLM allocates."""
+        fits = [worker.report["fits"] for worker in self.workers]
+        if fits and all("16bit" in fit and fit["16bit"]["num_tokens"] for fit in fits):
+            # The worker that holds least decides, with either.
+            most = min(fit["stored"]["num_tokens"] for fit in fits)
+            return most / min(fit["16bit"]["num_tokens"] for fit in fits)
         return self.token_bytes("16bit") / self.token_bytes("stored")
+
+    @property
+    def padding(self) -> float:
+        """Share of the pages that holds nothing, as vLLM makes all pages equally large."""
+        fits = [worker.report["fits"] for worker in self.workers]
+        return max((fit["stored"]["padding"] for fit in fits if fit), default=0.0)
 
     def health(self) -> int:
         """The worst health of the monitors, as an index of HEALTH."""
@@ -114,6 +125,7 @@ class Status:
             "codes": codes_of(engine),
             "bytes_per_token": {form: engine.token_bytes(form) for form in FORMS},
             "compression_ratio": engine.ratio,
+            "padding": engine.padding,
             "capacity_tokens": capacity,
             "capacity_tokens_16bit": int(capacity / engine.ratio),
             "cache_bytes": sum(e.cache_bytes for e in self.engines),

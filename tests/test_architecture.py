@@ -24,10 +24,12 @@ ALLOWED_UPWARD = {("kernels", "vllm_fibquant.ops")}
 VLLM_ENTRY = {
     ("cli", "vllm.entrypoints.cli"),
     ("cli", "vllm.entrypoints.launchers.cli_args"),
+    ("cli", "vllm.engine.arg_utils"),
     ("cli", "vllm.utils.argparse_utils"),
     ("cli", "vllm"),
     ("evaluation", "vllm"),
     ("evaluation", "vllm.distributed"),
+    ("evaluation", "vllm.model_executor.layers.attention"),
 }
 
 MAX_LINES = 440  # "about 400"

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from vllm_fibquant.cli import main, plan
+from vllm_fibquant.cli.shape import shape_of
 from vllm_fibquant.codec.config import PRESETS
 
 GIB = 1 << 30
@@ -23,7 +24,7 @@ LLAMA = {
 
 
 def make_shape(**changes):
-    return plan.shape_of("model", {**LLAMA, **changes})
+    return shape_of("model", {**LLAMA, **changes})
 
 
 def by_name(capacities):
@@ -58,10 +59,9 @@ def test_equals_vllm(kinds, skip, context):
     pytest.importorskip("vllm", reason="compares with vLLM's own functions")
     shape = make_shape(layer_types=kinds, sliding_window=1000)
     found = by_name(plan.plan_capacities(shape, GIB, context, skip_layers=skip))
-    for name, head_bytes in plan.token_bytes(shape.head_dim).items():
-        layers = plan.layer_specs(
-            shape, head_bytes, shape.num_kv_heads, plan.DEFAULT_BLOCK_SIZE, skip
-        )
+    for name in plan.token_bytes(shape.head_dim):
+        layers = plan.layer_specs(shape, name, skip_layers=skip)
+        layers = plan.fit_layers(layers) if name in PRESETS else layers
         expected = vllm_capacity(layers, context)
         assert (found[name].num_blocks, found[name].max_concurrency) == expected, name
         assert found[name].num_tokens == int(expected[1] * context)
@@ -199,6 +199,7 @@ def test_defaults_of_old_configs():
         ({"kv_lora_rank": 512}, "multi-head latent attention"),
         ({"layer_types": ["linear_attention"] * 30}, "linear_attention"),
         ({"num_hidden_layers": None}, "num_hidden_layers"),
+        ({"num_kv_shared_layers": 10}, "must each have a KV cache, got 10 that share another's"),
     ],
 )
 def test_refusals(config, reason):
@@ -291,3 +292,19 @@ def test_command_refuses_what_is_no_model(tmp_path, capsys):
     pytest.importorskip("transformers", reason="reads the model's configuration")
     assert main.main(["plan", str(tmp_path / "missing"), "--memory", "1GiB"]) == 1
     assert "model must be a directory with a config.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"global_head_dim": 128, "attention_k_eq_v": True, "num_global_key_value_heads": 1},
+        {"per_layer_config": {"1": {"head_dim": 128, "num_key_value_heads": 1}}},
+    ],
+)
+def test_full_attention_with_heads_of_its_own(config):
+    kinds = ["sliding_attention", "full_attention"]
+    found = make_shape(num_hidden_layers=2, layer_types=kinds, sliding_window=64, **config)
+    assert [found.layer_heads(i) for i in range(2)] == [(3, 64), (1, 128)]
+    assert found.head_dims == (64, 128)
+    capacities = by_name(plan.plan_capacities(found, GIB, 4096))
+    assert capacities["bf16"].bytes_per_token == 4 * (3 * 64 + 128)

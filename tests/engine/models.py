@@ -93,7 +93,41 @@ def _qwen2():
     return Qwen2ForCausalLM, Qwen2Config(**{**_COMMON, "hidden_size": 384}, **heads)
 
 
+def _gemma4(head_dim: int = 128, global_head_dim: int = 256, **changes):
+    """Records of two sizes: full attention has a head_dim of its own."""
+    from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+
+    settings = {"num_hidden_layers": 6, "num_key_value_heads": 2, **changes}
+    return Gemma4ForCausalLM, Gemma4TextConfig(
+        **{**_COMMON, **settings},
+        num_attention_heads=4,
+        head_dim=head_dim,
+        global_head_dim=global_head_dim,
+        sliding_window=64,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        hidden_size_per_layer_input=0,
+    )
+
+
+def _of(name: str, **settings):
+    """A model of transformers' class `name`, with 4 query and 2 KV heads of 64."""
+    import transformers
+
+    config = getattr(transformers, f"{name}Config")
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+    return getattr(transformers, f"{name}ForCausalLM"), config(**{**_COMMON, **heads, **settings})
+
+
 _SHAPES = {
+    "gemma4": lambda: _gemma4(num_kv_shared_layers=0),
+    "gemma4-112": lambda: _gemma4(112, num_kv_shared_layers=0),
+    "gemma4-shared": lambda: _gemma4(num_kv_shared_layers=3),
+    "qwen3": lambda: _of("Qwen3"),
+    "qwen3-moe": lambda: _of(
+        "Qwen3Moe", num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64
+    ),
+    "granite": lambda: _of("Granite", hidden_size=256),
+    "olmo2": lambda: _of("Olmo2", hidden_size=256),
     "llama": _llama,
     # As wide as SmolLM2-135M: products of 576 and 1,536 numbers.
     "llama-wide": lambda: _llama(

@@ -230,7 +230,7 @@ def test_the_command_measures_and_serving_reads(tmp_path):
     assert first.returncode == 0, first.stderr[-2000:]
     assert str(path) in first.stdout
     found = parse_calibration(path.read_bytes(), "file")
-    assert found.num_tokens == 8 * 1024 - 8 * found.num_first
+    assert found.num_tokens == measuring.NUM_SEQUENCES * (1024 - found.num_first)
     again = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert again.returncode == 1
     assert "which exists" in again.stderr

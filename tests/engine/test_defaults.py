@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from vllm_fibquant.engine import attention, measure
-from vllm_fibquant.engine.measure import Texts, attend_dense
+from vllm_fibquant.engine.measure import Texts
+from vllm_fibquant.engine.reading import attend_dense
 from vllm_fibquant.keys.calibration import parse_calibration
 from vllm_fibquant.ops.reference import paged_attention
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_fibquant.engine import calibrate, gate, measure
+from vllm_fibquant.engine import calibrate, gate, measure, reading
 from vllm_fibquant.engine.attention import our_layers
 from vllm_fibquant.engine.report import worker_report
 from vllm_fibquant.observe.counters import own_counters
@@ -192,7 +192,7 @@ def test_a_model_that_cannot_be_read_like_this_is_served(biased, biases_are_code
     def fail(*args):
         raise TypeError("forward() missing 1 required argument: 'pixels'")
 
-    monkeypatch.setattr(measure, "read", fail)
+    monkeypatch.setattr(reading, "read", fail)
     with engine(biased, PRESET) as llm:
         found = outcome(llm)
         assert len(generate(llm, [prompt(40)])[0].tokens) == 8

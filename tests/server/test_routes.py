@@ -60,6 +60,7 @@ class Engines:
                 "kernel": "cpu-avx2",
                 "num_layers": 2,
                 "num_coded_layers": 2,
+                "fits": {},
                 "token_bytes": {"stored": 100, "16bit": 700, "auto": 1400},
                 "cache_bytes": 1 << 20,
                 "codes": [{"head_dim": 64}],

@@ -114,6 +114,18 @@ def make_parser(with_codebook: bool = True) -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="print JSON")
     plan.set_defaults(run=run_plan)
 
+    doctor = commands.add_parser(
+        "doctor",
+        help="what a model gets on this machine: kernel, options, capacity, or why it is refused",
+        description="Loads no weights. What reports of problems should contain.",
+    )
+    doctor.add_argument("model", help="directory with a config.json, or a Hugging Face name")
+    doctor.add_argument("--kv-cache-dtype", default="fibquant", help="default: fibquant")
+    doctor.add_argument("--memory", help="of the KV cache, e.g. 8GiB; default: as for serve")
+    doctor.add_argument("--context", help="tokens of one request; default: the model's maximum")
+    doctor.add_argument("--json", action="store_true", help="print JSON")
+    doctor.set_defaults(run=run_doctor)
+
     demo = commands.add_parser(
         "demo-model",
         help="fetch and convert a small chat model (SmolLM2-135M-Instruct)",
@@ -167,12 +179,13 @@ def run_info(options: argparse.Namespace) -> int:
 
 def run_plan(options: argparse.Namespace) -> int:
     from vllm_fibquant.cli import plan
+    from vllm_fibquant.cli.shape import load_shape
     from vllm_fibquant.options import parse_layers, parse_options
 
     layers = dict(text.partition("=")[::2] for text in options.layers)
     mode = {"fibquant": {"mode": options.mode}}
     memory = plan.parse_size(options.memory)
-    shape = plan.load_shape(options.model)
+    shape = load_shape(options.model)
     context = plan.parse_tokens(options.context) if options.context else shape.max_context
     capacities = plan.plan_capacities(
         shape,
@@ -191,6 +204,19 @@ def run_plan(options: argparse.Namespace) -> int:
     else:
         print(plan.render(shape, memory, context, capacities))
     return 0
+
+
+def run_doctor(options: argparse.Namespace) -> int:
+    from vllm_fibquant.cli import doctor, plan
+
+    report = doctor.examine(
+        options.model,
+        options.kv_cache_dtype,
+        plan.parse_size(options.memory) if options.memory else None,
+        plan.parse_tokens(options.context) if options.context else None,
+    )
+    print(json.dumps(report, indent=2) if options.json else doctor.render(report))
+    return 1 if report["refused"] else 0
 
 
 def run_demo_model(options: argparse.Namespace) -> int:

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from vllm_fibquant.cli.shape import ModelShape
 from vllm_fibquant.codec.config import PRESETS
-from vllm_fibquant.codec.layout import preset_layout
+from vllm_fibquant.codec.layout import fit_pages, preset_layout
 from vllm_fibquant.engine.copies import num_copy_rows
 
 DENSE_BYTES = {"bf16": 2, "fp8": 1}
@@ -37,21 +37,6 @@ _BINARY_UNITS = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
 @dataclass(frozen=True)
-class ModelShape:
-    """What a KV cache's size depends on.
-
-    Attributes:
-        windows: per layer, its sliding window, or 0 for full attention.
-    """
-
-    name: str
-    head_dim: int
-    num_kv_heads: int
-    windows: tuple[int, ...]
-    max_context: int
-
-
-@dataclass(frozen=True)
 class LayerSpec:
     """The cache of one layer, as vLLM's allocator sees it."""
 
@@ -59,6 +44,7 @@ class LayerSpec:
     token_bytes: int
     block_size: int
     page_bytes: int
+    num_coordinates: int = field(default=0, compare=False)
 
 
 @dataclass(frozen=True)
@@ -110,71 +96,6 @@ def parse_tokens(text: str) -> int:
     return num_tokens
 
 
-def load_shape(model: str) -> ModelShape:
-    """The shape of a model, from its directory or Hugging Face name.
-
-    Raises:
-        ValueError: it cannot be read, or its cache is of a kind that is not served.
-    """
-    try:
-        from transformers import AutoConfig
-    except ImportError as error:
-        raise ValueError(f"plan: needs the package transformers ({error}); install it") from error
-    try:
-        config = AutoConfig.from_pretrained(model).to_dict()
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"plan: model must be a directory with a config.json or a name that can be fetched, "
-            f"got {model!r}; transformers says: {error}"
-        ) from error
-    return shape_of(model, config)
-
-
-def shape_of(name: str, config: dict[str, Any]) -> ModelShape:
-    """The shape a Hugging Face configuration describes.
-
-    Raises:
-        ValueError: naming what is missing or not served.
-    """
-    config = config.get("text_config") or config
-    other = "vllm-fibquant serves standard attention only; use --kv-cache-dtype auto"
-    if config.get("kv_lora_rank"):
-        raise ValueError(
-            f"plan: {name} must not use multi-head latent attention (MLA), "
-            f"got kv_lora_rank {config['kv_lora_rank']}; {other}"
-        )
-    needed = ("num_hidden_layers", "num_attention_heads", "hidden_size")
-    missing = [field for field in needed if not config.get(field)]
-    if missing:
-        raise ValueError(
-            f"plan: config of {name} must have {', '.join(missing)}, got none; {other}"
-        )
-    num_layers = config["num_hidden_layers"]
-    num_q_heads = config["num_attention_heads"]
-
-    window = config.get("sliding_window") or 0
-    if not config.get("use_sliding_window", True):
-        window = 0
-    layer_types = config.get("layer_types")
-    if layer_types:
-        unknown = set(layer_types) - {"full_attention", "sliding_attention", "attention"}
-        if unknown:
-            raise ValueError(
-                f"plan: layers of {name} must be full_attention or sliding_attention, "
-                f"got {', '.join(sorted(unknown))}; {other}"
-            )
-        windows = [window if kind == "sliding_attention" else 0 for kind in layer_types]
-    else:
-        windows = [window] * num_layers
-    return ModelShape(
-        name=name,
-        head_dim=config.get("head_dim") or config["hidden_size"] // num_q_heads,
-        num_kv_heads=config.get("num_key_value_heads") or num_q_heads,
-        windows=tuple(windows[:num_layers]),
-        max_context=config.get("max_position_embeddings") or DEFAULT_BATCHED_TOKENS,
-    )
-
-
 def plan_capacities(
     shape: ModelShape,
     memory_bytes: int,
@@ -224,21 +145,22 @@ def plan_capacities(
         )
     if max_num_seqs < 1:
         raise ValueError(f"plan: --max-num-seqs must be at least 1, got {max_num_seqs}")
-    num_kv_heads = max(1, shape.num_kv_heads // tensor_parallel_size)
     sizes = token_bytes(shape.head_dim)
+    others = [token_bytes(head_dim) for head_dim in shape.head_dims]
     _check_layer_presets(shape, layer_presets, skip_layers, sizes)
 
     capacities = []
-    for name, head_bytes in sizes.items():
-        named = {n: sizes[p] for n, p in layer_presets} if name in PRESETS else {}
-        layers = layer_specs(shape, head_bytes, num_kv_heads, block_size, skip_layers, named)
-        groups = group_layers(layers)
+    for name in [n for n in sizes if all(n in other for other in others)]:
+        layers = layer_specs(
+            shape, name, block_size, skip_layers, layer_presets, tensor_parallel_size
+        )
+        groups = group_layers(fit_layers(layers) if name in PRESETS else layers)
         bytes_per_block = max(sum(layer.page_bytes for layer in group) for group in groups)
         # Only layers that store codes have copies, of keys and values in 16 bits.
-        dense_bytes = 2 * shape.head_dim * DENSE_BYTES["bf16"]
-        coded = [layer for layer in layers if layer.token_bytes < num_kv_heads * dense_bytes]
-        stored = sum(layer.token_bytes for layer in coded or layers) / len(coded or layers)
-        row_bytes = len(coded) * num_kv_heads * dense_bytes
+        dense_bytes = DENSE_BYTES["bf16"]
+        coded = [x for x in layers if x.token_bytes < x.num_coordinates * dense_bytes]
+        stored = sum(layer.token_bytes for layer in coded or layers)
+        row_bytes = sum(layer.num_coordinates for layer in coded) * dense_bytes
         copied = num_copies if name in PRESETS and coded else 0
         copy_bytes = 0
         if copied:
@@ -250,7 +172,7 @@ def plan_capacities(
             Capacity(
                 kv_cache_dtype=name,
                 bytes_per_token=sum(layer.token_bytes for layer in layers),
-                effective_rate=8 * stored / (num_kv_heads * 2 * shape.head_dim)
+                effective_rate=8 * stored / sum(x.num_coordinates for x in coded or layers)
                 + 8 * DENSE_BYTES["bf16"] * min(copied, context) / context,
                 num_blocks=num_blocks,
                 num_tokens=int(max_concurrency * context),
@@ -307,25 +229,53 @@ def token_bytes(head_dim: int) -> dict[str, int]:
 
 def layer_specs(
     shape: ModelShape,
-    head_bytes: int,
-    num_kv_heads: int,
-    block_size: int,
-    skip_layers: tuple[str, ...],
-    named: Mapping[int, int] | None = None,
+    name: str,
+    block_size: int = DEFAULT_BLOCK_SIZE,
+    skip_layers: tuple[str, ...] = (),
+    layer_presets: tuple[tuple[int, str], ...] = (),
+    tensor_parallel_size: int = 1,
 ) -> list[LayerSpec]:
-    """The spec of every layer; those skipped have 16 bits.
+    """The spec of every layer that has a cache of its own.
 
     Args:
-        named: bytes of a token and KV head of layers that have others than `head_bytes`.
+        name: the cache dtype of layers that are not skipped, which have 16 bits, and have no
+            preset of their own.
     """
-    dense_bytes = 2 * shape.head_dim * DENSE_BYTES["bf16"]
+    own = dict(layer_presets) if name in PRESETS else {}
     layers = []
     for index, window in enumerate(shape.windows):
+        num_heads, head_dim = shape.layer_heads(index)
+        num_heads = max(1, num_heads // tensor_parallel_size)
         is_skipped = str(index) in skip_layers or (window > 0 and "sliding_window" in skip_layers)
-        own_bytes = (named or {}).get(index, head_bytes)
-        token_bytes = num_kv_heads * (dense_bytes if is_skipped else own_bytes)
-        layers.append(LayerSpec(window, token_bytes, block_size, block_size * token_bytes))
+        head_bytes = token_bytes(head_dim)["bf16" if is_skipped else own.get(index, name)]
+        layers.append(
+            LayerSpec(
+                window,
+                num_heads * head_bytes,
+                block_size,
+                block_size * num_heads * head_bytes,
+                2 * num_heads * head_dim,
+            )
+        )
     return layers
+
+
+def fit_layers(layers: list[LayerSpec]) -> list[LayerSpec]:
+    """The layers with pages of two sizes made one size, as our backend asks of vLLM."""
+    sizes = sorted({layer.page_bytes for layer in layers})
+    is_mixed = len({layer.window for layer in layers}) > 1
+    fit = fit_pages(*sizes) if is_mixed and len(sizes) == 2 else None
+    if fit is None:
+        return layers
+    if fit.page_bytes > sizes[1]:
+        grown = (replace(x, page_bytes=fit.page_bytes) for x in layers)
+        return [g if x.page_bytes == sizes[1] else x for g, x in zip(grown, layers, strict=True)]
+    return [
+        replace(x, block_size=x.block_size * fit.num_small, page_bytes=fit.page_bytes)
+        if x.page_bytes == sizes[0]
+        else x
+        for x in layers
+    ]
 
 
 def group_layers(layers: list[LayerSpec]) -> list[list[LayerSpec]]:
@@ -376,9 +326,10 @@ def render(shape: ModelShape, memory_bytes: int, context: int, capacities: list[
     """The plan as a table for people."""
     num_sliding = sum(window > 0 for window in shape.windows)
     sliding = f", {num_sliding} of them sliding-window" if num_sliding else ""
+    others = " and ".join(map(str, shape.head_dims))
     lines = [
         f"{shape.name}: {len(shape.windows)} layers{sliding}, "
-        f"{shape.num_kv_heads} KV heads of {shape.head_dim}",
+        f"{shape.num_kv_heads} KV heads of {others}",
         f"{memory_bytes / 2**30:.2f} GiB of KV cache, requests of {context:,} tokens",
         "",
         f"{'--kv-cache-dtype':<18}{'bits/value':>10}{'bytes/token':>13}{'tokens':>14}"

@@ -212,9 +212,14 @@ def decide(
     # A number of blocks alone does not keep vLLM from claiming nine tenths of the machine.
     sizes = ("kv-cache-memory-bytes", "gpu-memory-utilization")
     if machine.is_cpu_build and not given.any(*sizes) and not environ.get("VLLM_CPU_KVCACHE_SPACE"):
-        size = min(MAX_DEFAULT_CACHE, machine.free_memory // 4)
+        size = default_cache_bytes(machine)
         decision.add("--kv-cache-memory-bytes", str(size), why=f"{size / GIB:.1f} GiB")
     return decision
+
+
+def default_cache_bytes(machine: Machine) -> int:
+    """The KV cache's memory on CPUs where nothing is said of it."""
+    return min(MAX_DEFAULT_CACHE, machine.free_memory // 4)
 
 
 def _model_of(args: list[str], given: GivenFlags) -> str | None:

@@ -327,25 +327,26 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
         if self._turn_back and attn_metadata.num_gone is not None:
             first_query = self._turn_back(query[:num_tokens], attn_metadata.num_gone)
         began = time.perf_counter()
-        ops.paged_attention(
-            query[:num_tokens],
-            kv_cache,
-            self.codec,
-            attn_metadata.query_start_loc,
-            attn_metadata.seq_lens,
-            attn_metadata.block_table,
-            output[:num_tokens],
-            scale=self.scale,
-            window=self.window,
-            soft_cap=self.soft_cap,
-            sinks=self.sinks,
-            raw_key=key[:num_tokens] if self.attends_raw else None,
-            raw_value=value[:num_tokens] if self.attends_raw else None,
-            copies=self._copies(attn_metadata.copies),
-            keep_first=self.keep_first,
-            first_query=first_query,
-            key_map=self.key_map,
-        )
+        for end, query_start_loc, seq_lens, block_table in attn_metadata.parts:
+            ops.paged_attention(
+                query[:end],
+                kv_cache,
+                self.codec,
+                query_start_loc,
+                seq_lens,
+                block_table,
+                output[:end],
+                scale=self.scale,
+                window=self.window,
+                soft_cap=self.soft_cap,
+                sinks=self.sinks,
+                raw_key=key[:end] if self.attends_raw else None,
+                raw_value=value[:end] if self.attends_raw else None,
+                copies=self._copies(attn_metadata.copies),
+                keep_first=self.keep_first,
+                first_query=first_query,
+                key_map=self.key_map,
+            )
         if not kv_cache.is_cuda:
             own_counters().attended(began)
         if attn_metadata.probe is not None:

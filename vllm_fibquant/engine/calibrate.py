@@ -21,7 +21,7 @@ from vllm.distributed import get_tp_group, get_world_group
 from vllm.logger import init_logger
 
 from vllm_fibquant import files
-from vllm_fibquant.engine import key_bias, measure, rotary
+from vllm_fibquant.engine import key_bias, measure, reading, rotary
 from vllm_fibquant.engine.support import run_options
 from vllm_fibquant.keys.calibration import (
     Calibration,
@@ -87,7 +87,7 @@ def _subjects(
     runner: Any, vllm_config: VllmConfig, layers: dict[str, FibQuantImpl], options: Options
 ) -> list[_Subject]:
     """The model, and a draft model that reads text by itself."""
-    model = measure.language_model(runner.get_model())
+    model = reading.language_model(runner.get_model())
     subjects = [
         _Subject(model, vllm_config.model_config, _layers_in(model, layers), options.calibration)
     ]
@@ -96,7 +96,7 @@ def _subjects(
         draft = runner.get_draft_model()
         # With pipeline parallelism the last stage alone has it, and ranks measure together.
         if draft is not None and vllm_config.parallel_config.pipeline_parallel_size == 1:
-            draft = measure.language_model(draft)
+            draft = reading.language_model(draft)
             config = speculation.draft_model_config
             subjects.append(_Subject(draft, config, _layers_in(draft, layers), None))
     return subjects

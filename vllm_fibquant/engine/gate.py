@@ -22,7 +22,7 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.tokenizers import cached_get_tokenizer
 
-from vllm_fibquant.engine import measure, support
+from vllm_fibquant.engine import reading, support
 from vllm_fibquant.files import PACKAGE_DIR
 from vllm_fibquant.observe.loss import LayerReading, Loss, NextTokens, Outcome, RankLoss, refusal_of
 from vllm_fibquant.options import Options
@@ -167,20 +167,20 @@ def _measure(
     tokens = torch.tensor(text, device=next(model.parameters()).device)
     readings = {name: LayerReading(impl, judged_from) for name, impl in layers.items()}
     stand_ins = {impl: readings[name] for name, impl in layers.items()}
-    reader = measure.language_model(model)
+    reader = reading.language_model(model)
     asked = reader, vllm_config, vllm_config.model_config, tokens[None]
-    with measure.attending(model, vllm_config, stand_ins), torch.inference_mode():
-        exact = measure.read(*asked)
-        for reading in readings.values():
-            reading.reads_codes = True
-        found = measure.read(*asked)
+    with reading.attending(model, vllm_config, stand_ins), torch.inference_mode():
+        exact = reading.read(*asked)
+        for of_layer in readings.values():
+            of_layer.reads_codes = True
+        found = reading.read(*asked)
         next_tokens = None
         if exact is not None and found is not None:
             next_tokens = _compare(model, exact, found, tokens, judged_from)
     sums = {}
-    for name, reading in readings.items():
-        if reading.sums[0]:  # a draft model's layers have not been read
-            sums[_number(name)] = reading.sums
+    for name, of_layer in readings.items():
+        if of_layer.sums[0]:  # a draft model's layers have not been read
+            sums[_number(name)] = of_layer.sums
     return RankLoss(sums, next_tokens)
 
 

@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lets a loaded model read a text through its attention layers, and keeps statistics of its keys.
 
-While it reads, our layers attend to keys and values as the model computed them and add them to
-their statistics; layers that are not ours (--kv-cache-dtype-skip-layers) attend in plain PyTorch,
-since before there are pages vLLM's own give zeros. Adapters of --enable-lora are taken off: the
-base model is measured. With tensor parallelism every rank measures the heads it has, with pipeline
-parallelism the layers it has; all ranks then hold all of them.
+While it reads (`reading`), our layers attend to keys and values as the model computed them and add
+them to their statistics. With tensor parallelism every rank measures the heads it has, with
+pipeline parallelism the layers it has; all ranks then hold all of them.
 """
 
 from __future__ import annotations
@@ -14,21 +12,18 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.config import ModelConfig, VllmConfig, get_layers_from_vllm_config
-from vllm.distributed import get_pp_group, get_tp_group, get_world_group
-from vllm.forward_context import set_forward_context
-from vllm.model_executor.layers.attention import Attention
-from vllm.sequence import IntermediateTensors
+from vllm.config import ModelConfig, VllmConfig
+from vllm.distributed import get_tp_group, get_world_group
 from vllm.tokenizers import cached_get_tokenizer
 
 from vllm_fibquant import ops
 from vllm_fibquant.engine import compat
+from vllm_fibquant.engine.reading import attending, read
 from vllm_fibquant.files import PACKAGE_DIR
 from vllm_fibquant.keys.calibration import (
     KeyStatistics,
@@ -41,7 +36,8 @@ from vllm_fibquant.options import DEFAULT_FIRST
 if TYPE_CHECKING:
     from vllm_fibquant.engine.attention import FibQuantImpl
 
-TEXT = PACKAGE_DIR / "data" / "calibration.txt"
+TEXTS = tuple(PACKAGE_DIR / "data" / name for name in ("calibration.txt", "calibration_code.txt"))
+"""Prose and code, read in turn: statistics of prose alone cost code a third of its fidelity."""
 NUM_SEQUENCES = 4
 SEQUENCE_LEN = 1024
 MIN_TOKENS = 256
@@ -122,30 +118,6 @@ def measure(
     return num_tokens, _of_all_ranks(collectors, model_config)
 
 
-def language_model(model: torch.nn.Module) -> torch.nn.Module:
-    """The part of a multimodal model that reads text; any other model itself."""
-    find = getattr(model, "get_language_model", None)
-    return find() if find is not None else model
-
-
-@contextmanager
-def without_adapters(model: torch.nn.Module) -> Iterator[None]:
-    """Within this context the layers that --enable-lora wraps are the base model's own."""
-    wrapped = [
-        (parent, name, child)
-        for parent in model.modules()
-        for name, child in parent.named_children()
-        if isinstance(getattr(child, "base_layer", None), torch.nn.Module)
-    ]
-    for parent, name, child in wrapped:
-        setattr(parent, name, child.base_layer)
-    try:
-        yield
-    finally:
-        for parent, name, child in wrapped:
-            setattr(parent, name, child)
-
-
 def model_fingerprint(model: torch.nn.Module, model_config: ModelConfig) -> str:
     """A short digest of what decides a model's keys: its shape and the weights of its norms.
 
@@ -189,27 +161,35 @@ def text_sequences(model_config: ModelConfig) -> Texts:
             revision=model_config.tokenizer_revision,
             trust_remote_code=model_config.trust_remote_code,
         )
-        tokens = tokenizer.encode(TEXT.read_text(encoding="utf-8"), add_special_tokens=False)
+        prose, code = (
+            tokenizer.encode(path.read_text(encoding="utf-8"), add_special_tokens=False)
+            for path in TEXTS
+        )
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(
             "calibrate: the model must have a tokenizer to be measured on text, got "
             f"{type(error).__name__}: {error}; give a file as calibration"
         ) from error
     unknown = getattr(tokenizer, "unk_token_id", None)
-    num_known = sum(token != unknown for token in tokens)
-    if num_known < max(MIN_TOKENS, len(tokens) // 2):
+    num_known = sum(token != unknown for token in prose)
+    if num_known < max(MIN_TOKENS, len(prose) // 2):
         raise ValueError(
             f"calibrate: the model's tokenizer must make at least {MIN_TOKENS} tokens of English "
-            f"text, most of them known, got {len(tokens)}, {num_known} known; give a file as "
+            f"text, most of them known, got {len(prose)}, {num_known} known; give a file as "
             "calibration, measured with another tokenizer"
         )
     first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    length = min(SEQUENCE_LEN, _known_positions(model_config), len(tokens)) - len(first)
-    starts = range(0, min(len(tokens) - length + 1, NUM_SEQUENCES * length), length)
-    sequences = [first + tokens[start : start + length] for start in starts]
-    begins = range(0, len(tokens) - DEFAULT_FIRST, max(1, len(tokens) // NUM_STARTS))
-    rest = DEFAULT_FIRST - len(first)
-    return Texts(sequences, [first + tokens[i : i + rest] for i in begins[:NUM_STARTS]])
+    length = min(SEQUENCE_LEN, _known_positions(model_config), len(prose)) - len(first)
+    parts = [
+        [first + tokens[i : i + length] for i in range(0, len(tokens) - length + 1, length)]
+        for tokens in (prose, code)
+    ]
+    in_turn = [part for pair in zip(*parts, strict=False) for part in pair]
+    rest = parts[0][len(in_turn) // 2 :]  # where there is less code, prose alone
+    begins = range(0, len(prose) - DEFAULT_FIRST, max(1, len(prose) // NUM_STARTS))
+    after = DEFAULT_FIRST - len(first)
+    starts = [first + prose[i : i + after] for i in begins[:NUM_STARTS]]
+    return Texts((in_turn + rest)[:NUM_SEQUENCES], starts)
 
 
 def _texts_of_first_rank(model_config: ModelConfig) -> Texts:
@@ -232,39 +212,6 @@ def _known_positions(model_config: ModelConfig) -> int:
     return getattr(model_config.hf_text_config, "max_position_embeddings", SEQUENCE_LEN)
 
 
-def read(
-    model: torch.nn.Module,
-    vllm_config: VllmConfig,
-    model_config: ModelConfig,
-    tokens: torch.Tensor,
-) -> torch.Tensor | None:
-    """Lets the model read sequences of one length, one after the other in one step.
-
-    A collective call of all ranks, within `attending`.
-
-    Args:
-        tokens: int64 [num_seqs, length].
-
-    Returns:
-        The last hidden states [num_seqs * length, hidden_size]; None on all pipeline stages but
-        the last.
-    """
-    positions = torch.arange(tokens.shape[1], device=tokens.device).repeat(len(tokens))
-    if model_config.uses_mrope:
-        positions = positions.expand(3, -1)
-    pipeline, given = get_pp_group(), {}
-    if not pipeline.is_first_rank:
-        given["intermediate_tensors"] = IntermediateTensors(pipeline.recv_tensor_dict())
-    with set_forward_context(
-        None, vllm_config, num_tokens=tokens.numel(), slot_mapping={}, skip_compiled=True
-    ):
-        output = model(input_ids=tokens.flatten(), positions=positions, **given)
-    if pipeline.is_last_rank:
-        return output
-    pipeline.send_tensor_dict(output.tensors)
-    return None
-
-
 def _of_all_ranks(
     collectors: dict[str, LayerCollector], model_config: ModelConfig
 ) -> dict[str, KeyStatistics]:
@@ -283,36 +230,6 @@ def _of_all_ranks(
 def kv_replicas(model_config: ModelConfig) -> int:
     """How many tensor-parallel ranks hold the same KV head."""
     return max(1, get_tp_group().world_size // model_config.get_total_num_kv_heads())
-
-
-@contextmanager
-def attending(
-    model: torch.nn.Module,
-    vllm_config: VllmConfig,
-    stand_ins: Mapping[FibQuantImpl, Callable[..., torch.Tensor]],
-    num_seqs: Callable[[], int] = lambda: 1,
-) -> Iterator[None]:
-    """Within this context the base model reads without a cache.
-
-    Args:
-        stand_ins: what attends in the place of our layers: called with query, key, value and
-            output, which it fills and returns.
-        num_seqs: how many sequences of one length a step has.
-    """
-    others = [
-        layer.impl
-        for layer in get_layers_from_vllm_config(vllm_config, Attention).values()
-        if not hasattr(layer.impl, "without_cache")
-    ]
-    with ExitStack() as stack:
-        stack.enter_context(without_adapters(model))
-        for impl, stand_in in stand_ins.items():
-            impl.without_cache = stand_in
-            stack.callback(setattr, impl, "without_cache", None)
-        for impl in others:
-            impl.forward = _stock_attention(impl, num_seqs)
-            stack.callback(delattr, impl, "forward")
-        yield
 
 
 class LayerCollector:
@@ -378,63 +295,3 @@ def distances(number: int) -> tuple[int, ...]:
     """
     share = (number + 0.5) * 0.6180339887 % 1.0  # evenly spread, however many there are
     return 0, int(share * SEQUENCE_LEN), int(share * (HORIZON - SEQUENCE_LEN))
-
-
-def _stock_attention(impl: Any, num_seqs: Callable[[], int]) -> Callable[..., Any]:
-    """What stands in for `forward` of a layer that is not ours, over the same sequences."""
-    window = getattr(impl, "sliding_window", None) or 0
-    window = window[0] + 1 if isinstance(window, tuple) else window
-
-    def forward(
-        layer: Any, query: Any, key: Any, value: Any, *args: Any, output: Any, **kwargs: Any
-    ) -> torch.Tensor:
-        length = len(query) // num_seqs()
-        heads = (-1, impl.num_heads, impl.head_size), (-1, impl.num_kv_heads, impl.head_size)
-        shaped = query.view(heads[0]), key.view(heads[1]), value.view(heads[1])
-        parts = [
-            attend_dense(
-                q, k, v, impl.scale, max(window, 0), getattr(impl, "logits_soft_cap", None) or 0.0,
-                getattr(impl, "sinks", None),
-            )
-            for q, k, v in zip(*(x.split(length) for x in shaped), strict=True)
-        ]  # fmt: skip
-        output.copy_(torch.cat(parts).view(output.shape))
-        return output
-
-    return forward
-
-
-def attend_dense(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scale: float,
-    window: int = 0,
-    soft_cap: float = 0.0,
-    sinks: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Causal attention of one sequence in plain PyTorch, float32.
-
-    Args:
-        query: [length, num_q_heads, head_dim].
-        key, value: [length, num_kv_heads, head_dim].
-        scale, window, soft_cap, sinks: as in `ops.paged_attention`.
-
-    Returns:
-        float32 as query.
-    """
-    group = query.shape[1] // key.shape[1]
-    keys, values = (x.float().repeat_interleave(group, 1) for x in (key, value))
-    scores = torch.einsum("qhd,shd->hqs", query.float(), keys) * scale
-    if soft_cap:
-        scores = soft_cap * torch.tanh(scores / soft_cap)
-    at = torch.arange(len(query))
-    hidden = at > at[:, None]
-    if window > 0:
-        hidden |= at <= at[:, None] - window
-    scores = scores.masked_fill(hidden, float("-inf"))
-    if sinks is not None:
-        extra = sinks.float()[:, None, None].expand(-1, len(query), 1)
-        scores = torch.cat((scores, extra), -1)
-    weights = scores.softmax(-1)[..., : len(key)]
-    return torch.einsum("hqs,shd->qhd", weights, values)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy.typing as npt
 import torch
@@ -18,6 +18,7 @@ from vllm.v1.attention.backend import (
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
 )
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_fibquant.codec.codec import KVCodec
@@ -50,6 +51,9 @@ class FibQuantMetadata(AttentionMetadata):
             int64 [n]; None if there are none.
         positions: int64 [num_tokens], where new tokens stand in their requests; None if no map of
             keys asks for it.
+        num_decodes, num_decode_tokens: requests at the beginning with few new tokens, and those
+            tokens, on a GPU: beside a long chunk they would be cut as the chunk is, and one CTA
+            would read a request's whole context. 0 elsewhere.
     """
 
     num_tokens: int
@@ -61,6 +65,37 @@ class FibQuantMetadata(AttentionMetadata):
     probe: Probe | None = None
     plain: tuple[torch.Tensor, ...] | None = None
     positions: torch.Tensor | None = None
+    num_decodes: int = 0
+    num_decode_tokens: int = 0
+
+    @functools.cached_property
+    def parts(self) -> list[Part]:
+        """What is attended in launches of its own: decodes, then the other requests, or all."""
+        loc, lens, table, n = (
+            self.query_start_loc,
+            self.seq_lens,
+            self.block_table,
+            self.num_decodes,
+        )
+        if n in (0, len(lens)):
+            return [Part(self.num_tokens, loc, lens, table)]
+        return [
+            Part(self.num_decode_tokens, loc[: n + 1], lens[:n], table[:n]),
+            Part(self.num_tokens, loc[n:], lens[n:], table[n:]),
+        ]
+
+
+class Part(NamedTuple):
+    """Requests that follow each other in a batch, as ops.paged_attention takes them.
+
+    Attributes:
+        end: row of the query tensor behind their tokens; query_start_loc says where those begin.
+    """
+
+    end: int
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
 
 
 @dataclass
@@ -92,6 +127,8 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
         self._needs_positions = False
         self._pool: CopyPool | None = None
         self._device_reader = DeviceReader(device) if device.type == "cuda" else None
+        if device.type == "cuda":  # else the order of requests is left alone
+            self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         self._counts_steps = _holds_first_layer(layer_names, vllm_config)
         has_checked_map = False
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
@@ -137,6 +174,11 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
             own_counters().stepped(common.num_actual_tokens)
             if self._device_reader is not None:
                 self._device_reader.poll()
+        num_decodes = num_decode_tokens = 0
+        if self.reorder_batch_threshold is not None:
+            num_decodes, _, num_decode_tokens, _ = split_decodes_and_prefills(
+                common, self.reorder_batch_threshold
+            )
         positions = None
         if self._num_plain or self._needs_positions:
             positions = _positions(common).long()
@@ -150,6 +192,8 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
             probe=self._monitor.plan(*_as_numpy(common)) if self._monitor else None,
             plain=None if positions is None else self._plain(common, positions),
             positions=positions,
+            num_decodes=num_decodes,
+            num_decode_tokens=num_decode_tokens,
         )
 
     def _plain(

@@ -7,7 +7,7 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from vllm_fibquant.codec.config import PRESETS
-from vllm_fibquant.engine import compat, support
+from vllm_fibquant.engine import compat, compat_pages, support
 from vllm_fibquant.engine import ranks as agreement
 from vllm_fibquant.options import SECTION
 
@@ -41,6 +41,7 @@ def register() -> None:
             compat.store_as_bytes(list(PRESETS))
             compat.select_backend(list(PRESETS), support.BACKEND_NAME, _choose_backend)
             compat.give_layers_dtypes(list(PRESETS), _layer_dtypes)
+            compat_pages.fit_layers_pages(list(PRESETS))
             compat.before_pages_are_allocated(_prepare)
             compat.add_worker_method(REPORT_METHOD, _report)
         compat.accept_names(list(PRESETS))
@@ -123,7 +124,7 @@ def _prepare(worker: Any, available_bytes: int) -> int:
         return available_bytes
     from vllm.logger import init_logger
 
-    from vllm_fibquant.engine import attention, calibrate, gate, key_bias
+    from vllm_fibquant.engine import attention, calibrate, capacity, gate, key_bias
 
     layers = attention.our_layers(vllm_config)
     if vllm_config.device_config.device_type == "cuda":
@@ -142,7 +143,11 @@ def _prepare(worker: Any, available_bytes: int) -> int:
     init_logger(f"vllm.{__name__}").info(
         "FibQuant settings, codebooks and calibration have digest %s", agreement.digest_of(facts)
     )
-    return available_bytes - attention.allocate_copies(vllm_config, available_bytes)
+    left = available_bytes - attention.allocate_copies(vllm_config, available_bytes)
+    fits = capacity.what_fits(vllm_config, left)
+    if told := capacity.padding_advice(fits, support.run_options(vllm_config).preset.name):
+        init_logger(f"vllm.{__name__}").warning("FibQuant: %s", told)
+    return left
 
 
 def _compare_ranks(vllm_config: VllmConfig, layers: list[Any]) -> dict[str, str]:

@@ -13,6 +13,7 @@ from vllm.model_executor.layers.attention import Attention
 from vllm_fibquant import ops
 from vllm_fibquant.codec.codec import KVCodec, VectorCodec
 from vllm_fibquant.engine.attention import FibQuantImpl
+from vllm_fibquant.engine.capacity import what_fits
 from vllm_fibquant.engine.gate import outcome_of
 from vllm_fibquant.engine.metadata import passed_self_checks
 from vllm_fibquant.engine.ranks import NO_FILE
@@ -29,6 +30,7 @@ def worker_report(vllm_config: VllmConfig) -> dict[str, Any]:
         token_bytes: bytes of one token in all layers of this worker: as they are, with 16 bits
             per coordinate, and with --kv-cache-dtype auto, the model's own dtype.
         cache_bytes: memory of all pages.
+        fits: tokens that fit into it, and the share of padding, as `capacity.what_fits` gives them.
         codes: of keys and of values: code, rate, codebook digest; one entry per head_dim and
             preset.
         calibration: how keys of how many layers are coded: "measured", of these "transformed",
@@ -67,6 +69,7 @@ def worker_report(vllm_config: VllmConfig) -> dict[str, Any]:
             "auto": itemsize * num_coordinates,
         },
         "cache_bytes": sum(storages.values()),
+        "fits": {n: asdict(f) for n, f in what_fits(vllm_config, sum(storages.values())).items()},
         "codes": [
             {
                 "head_dim": head_dim,

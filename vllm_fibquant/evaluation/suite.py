@@ -277,8 +277,7 @@ class Suite:
             bar.update(_weight(job))
 
     def _run_engine(self, row: Row, jobs: list[Job], bar: Any) -> None:
-        assert row.engine is not None
-        preset, options = row.engine
+        preset, options = row.engine or (UNCOMPRESSED, {})
         if row.is_calibrated:  # measured by the first such row of this run
             options = {**options, "calibration": str(self.folder / "model.fqcal")}
         is_long = jobs[0].unit.kind == "retrieval"

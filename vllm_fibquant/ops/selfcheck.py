@@ -260,10 +260,10 @@ def _largest(x: torch.Tensor) -> float:
 def _score_rounding(query: torch.Tensor, key: torch.Tensor, scale: float) -> float:
     """What rounding the largest possible score to float32 may change in a weight, as a share.
 
-    Kernels sum a score's parts in another order than plain PyTorch, and add what all keys have in
-    common, <q, mean>, as one number to the scores of mapped keys. Its rounding, half a unit in the
-    last place, is common to them and stands against the first tokens, which are coded without it;
-    plain PyTorch rounds every key's score by itself, which averages.
+    Kernels sum a score's parts in another order than plain PyTorch, of transformed keys in other
+    coordinates, and add what all keys have in common, <q, mean>, as one number to the scores of
+    mapped keys. That rounding is common to them and stands against the first tokens, which are
+    coded without it; plain PyTorch rounds every key's score by itself, which averages.
     """
     largest = query.double().norm(dim=-1).max() * key.double().norm(dim=-1).max() * scale
-    return torch.finfo(torch.float32).eps / 2 * float(largest)
+    return torch.finfo(torch.float32).eps * float(largest)

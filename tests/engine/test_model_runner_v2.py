@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches as vLLM's Model Runner V2 builds them, CUDA's default, handed to our door.
+
+V2 needs a GPU; what it hands out does not. Its own `InputBatch` and `build_attn_metadata` run here
+on CPU tensors, with our builder, and the emulated CUDA kernels or the CPU's answer.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+from tests import emulated as emu
+from tests.paged import make_paged
+from vllm_fibquant import ops
+from vllm_fibquant.codec.codec import KVCodec
+from vllm_fibquant.codec.config import PRESETS
+from vllm_fibquant.engine.metadata import FibQuantMetadata, FibQuantMetadataBuilder
+
+STALE = 2**30
+"""A block number that another request may have left behind: nobody may follow it."""
+
+
+def builder(threshold: int | None) -> FibQuantMetadataBuilder:
+    """Our builder as a GPU has it, of no layers."""
+    made = FibQuantMetadataBuilder.__new__(FibQuantMetadataBuilder)
+    made.reorder_batch_threshold = threshold
+    made.retain = made._pool = made._monitor = made._device_reader = None
+    made._num_plain, made._needs_positions, made._counts_steps = 0, False, False
+    made._with_sinks = []
+    return made
+
+
+def metadata_of_v2(
+    query_lens: list[int], paged, num_reqs: int, num_tokens: int, threshold: int | None = 1
+) -> FibQuantMetadata:
+    """The metadata of a batch padded to num_reqs requests and num_tokens tokens."""
+    from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
+    from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
+    from vllm.v1.worker.utils import AttentionGroup
+
+    max_reqs, max_tokens = 8, 64
+    buffers = InputBuffers(max_reqs, max_tokens, torch.device("cpu"))
+    dummy = InputBatch.make_dummy(len(query_lens), sum(query_lens), buffers)
+    # As the runner prepares a step: bounds behind the batch repeat the last, lengths are 0.
+    n = len(query_lens)
+    buffers.query_start_loc[: n + 1] = torch.tensor([0, *query_lens]).cumsum(0)
+    buffers.query_start_loc[n + 1 :] = sum(query_lens)
+    buffers.seq_lens[:n] = paged.seq_lens
+    buffers.seq_lens[n:] = 0
+    assert dummy.num_tokens == sum(query_lens)
+    width = paged.block_table.shape[1]
+    table = torch.full((max_reqs, width + 5), STALE, dtype=torch.int32)
+    for req, seq_len in enumerate(paged.seq_lens.tolist()):
+        used = -(-seq_len // 16)
+        table[req, :used] = paged.block_table[req, :used]
+    group = AttentionGroup(None, ["layer"], None, 0)
+    group.metadata_builders = [builder(threshold)]
+    config = SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=None)])
+    found = build_attn_metadata(
+        attn_groups=[[group]], num_reqs=num_reqs, num_tokens=num_tokens,
+        query_start_loc_gpu=buffers.query_start_loc[: num_reqs + 1],
+        query_start_loc_cpu=buffers.query_start_loc[: num_reqs + 1].clone(),
+        max_query_len=max(query_lens), seq_lens=buffers.seq_lens, max_seq_len=512,
+        block_tables=[table[:num_reqs]], slot_mappings=torch.full((1, max_tokens), -1),
+        kv_cache_config=config,
+    )  # fmt: skip
+    return found["layer"]
+
+
+def attend(library, paged, metadata: FibQuantMetadata) -> torch.Tensor:
+    """What the emulated CUDA kernels write, part by part, into outputs of NaN."""
+    rows = metadata.num_tokens
+    query = torch.zeros(rows, *paged.query.shape[1:], dtype=paged.query.dtype)
+    query[: len(paged.query)] = paged.query
+    out = torch.full_like(query, torch.nan)
+    cache = emu.aligned(paged.cache)
+    for part in metadata.parts:
+        library.paged_attention(
+            query[: part.end], cache, paged.codec, part.query_start_loc, part.seq_lens,
+            part.block_table, out[: part.end], scale=paged.scale,
+        )  # fmt: skip
+    return out
+
+
+# name: (new tokens, tokens of each request, padded requests, padded tokens)
+BATCHES = {
+    "PIECEWISE: tokens are not padded": ([1, 1, 20], [40, 17, 50], 3, 22),
+    "eager, prefill alone": ([9, 20], [9, 33], 2, 29),
+    "FULL: requests are padded": ([1, 1, 1], [40, 1, 33], 8, 8),
+    "FULL: speculation, padded": ([3, 3], [40, 30], 4, 12),
+}
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_the_kernels_read_v2s_batches(name: str) -> None:
+    query_lens, seq_lens, num_reqs, num_tokens = BATCHES[name]
+    codec = KVCodec.from_preset(PRESETS["fibquant_2bit"], 64)
+    with ops.use_reference():
+        paged = make_paged(codec, seq_lens, query_lens, group_size=4, dtype=torch.float16)
+    metadata = metadata_of_v2(query_lens, paged, num_reqs, num_tokens)
+    assert metadata.num_tokens == num_tokens and len(metadata.seq_lens) == num_reqs
+    out, real = attend(emu.emulated(), paged, metadata), sum(query_lens)
+    assert (out[:real].double() - paged.oracle()).abs().max() < 3e-3
+    assert out[real:].isnan().all(), "rows behind the batch are not written"
+
+
+def test_decodes_beside_a_chunk_have_a_launch_of_their_own() -> None:
+    codec = KVCodec.from_preset(PRESETS["fibquant_2bit"], 64)
+    with ops.use_reference():
+        paged = make_paged(codec, [40, 17, 50], [1, 1, 20], dtype=torch.float16)
+    metadata = metadata_of_v2([1, 1, 20], paged, 3, 22)
+    assert [(part.end, len(part.seq_lens)) for part in metadata.parts] == [(2, 2), (22, 1)]
+    assert metadata.parts[1].query_start_loc.tolist() == [2, 22]
+    whole = metadata_of_v2([1, 1, 20], paged, 3, 22, threshold=None)
+    assert [(part.end, len(part.seq_lens)) for part in whole.parts] == [(22, 3)]
+    assert len(metadata_of_v2([1, 1], paged_of_two(), 2, 2).parts) == 1
+
+
+def paged_of_two():
+    codec = KVCodec.from_preset(PRESETS["fibquant_2bit"], 64)
+    with ops.use_reference():
+        return make_paged(codec, [40, 17], [1, 1], dtype=torch.float16)

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vllm-fibquant doctor MODEL``: what this machine and a model will get, before it is loaded."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from dataclasses import asdict
+from typing import Any
+
+from vllm_fibquant import files
+from vllm_fibquant.cli import info, plan, serve
+from vllm_fibquant.cli.shape import load_shape
+from vllm_fibquant.options import Options
+
+SHOWN = ("bf16", "fp8")
+"""What capacity is shown beside the preset."""
+
+
+def examine(
+    model: str, kv_cache_dtype: str, memory_bytes: int | None = None, context: int | None = None
+) -> dict[str, Any]:
+    """Everything known of a model on this machine, JSON-serialisable. Loads no weights.
+
+    Args:
+        model: directory with a config.json, or a Hugging Face name.
+        kv_cache_dtype: as for vLLM, one of ours.
+        memory_bytes: of the KV cache; None for what ``serve`` takes on this machine.
+        context: tokens of one request; None for the model's maximum.
+
+    Returns:
+        versions, machine, kernel, cache: of the installation.
+        refused: every reason why the model is not served; [] if it is.
+        without: defaults that this run goes without, and why.
+        options: those it gets.
+        capacity: what fits beside bf16 and fp8; None with the reason in "no_capacity".
+    """
+    machine = serve.this_machine()
+    cache = files.cache_dir()
+    report: dict[str, Any] = {
+        "model": model,
+        "kv_cache_dtype": kv_cache_dtype,
+        "versions": info.versions(),
+        "machine": {
+            "system": platform.platform(),
+            "processors": os.cpu_count(),
+            "instruction_sets": sorted(
+                flag for flag in machine.cpu_flags if re.match(r"avx|amx|asimd|sve", flag)
+            ),
+            "free_memory_bytes": machine.free_memory,
+        },
+        "kernel": info.kernel(),
+        "cache": str(cache) if cache else None,
+        "calibrations": _num_calibrations(),
+    }
+    report |= _asked_of_vllm(model, kv_cache_dtype)
+    memory_bytes = memory_bytes or serve.default_cache_bytes(machine)
+    report["memory_bytes"] = memory_bytes
+    report["capacity"], report["no_capacity"] = None, None
+    try:
+        shape = load_shape(model)
+        report["context"] = context or shape.max_context
+        num_copies = (report["options"] or {}).get("num_copies", 0)
+        capacities = plan.plan_capacities(
+            shape, memory_bytes, report["context"], num_copies=num_copies
+        )
+        report["capacity"] = [
+            {**asdict(c), "num_users": c.num_users}
+            for c in capacities
+            if c.kv_cache_dtype in (*SHOWN, kv_cache_dtype)
+        ]
+    except ValueError as error:
+        report["no_capacity"] = str(error)
+    return report
+
+
+def _num_calibrations() -> int:
+    folders = [folder / "calibrations" for folder in files.cache_candidates()]
+    return sum(1 for folder in folders for _ in folder.glob("*.fqcal"))
+
+
+def _asked_of_vllm(model: str, kv_cache_dtype: str) -> dict[str, Any]:
+    """What our part of vLLM's configuration says of the model, once vLLM has read its config."""
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_fibquant.engine import support
+
+    try:
+        config = EngineArgs(
+            model=model, kv_cache_dtype=kv_cache_dtype, skip_tokenizer_init=True
+        ).create_engine_config()
+    except (ValueError, OSError, RuntimeError) as error:
+        return {"refused": _reasons(str(error)), "without": [], "options": None}
+    return {
+        "refused": [],
+        "without": list(support.told_defaults(config)),
+        "options": _options(support.run_options(config)),
+    }
+
+
+def _options(options: Options) -> dict[str, Any]:
+    return {
+        "prefill": options.prefill,
+        "recent_window": options.recent_window,
+        "num_copies": options.num_copies,
+        "calibrate": options.calibrate,
+    }
+
+
+def _reasons(text: str) -> list[str]:
+    """The reasons in a refusal, without what pydantic puts around them."""
+    text = re.sub(r" \[type=value_error.*", "", text, flags=re.DOTALL)
+    _, is_ours, reasons = text.partition("cannot be used here:")
+    if not is_ours:
+        return [text.strip()]
+    return [reason.strip() for reason in reasons.split("\n  - ") if reason.strip()]
+
+
+def render(report: dict[str, Any]) -> str:
+    """The report for people."""
+    versions, machine = report["versions"], report["machine"]
+    names = [f"{name} {version}" for name, version in versions.items() if version]
+    lines = [
+        f"{report['model']} with --kv-cache-dtype {report['kv_cache_dtype']}",
+        "",
+        f"installed    {', '.join(names)}",
+        f"machine      {machine['system']}, {machine['processors']} processors, "
+        f"{machine['free_memory_bytes'] / 2**30:.1f} GiB free",
+        f"kernel       {report['kernel']}",
+        f"cache        {report['cache'] or 'none that can be written: nothing is kept'}, "
+        f"{report['calibrations']} calibrations in it",
+        "",
+    ]
+    if report["refused"]:
+        lines += ["refused:", *(f"  - {reason}" for reason in report["refused"])]
+        return "\n".join(lines)
+    options = report["options"]
+    copies = f"newest {options['recent_window']} tokens also in 16 bits"
+    lines += [
+        f"served       prefill {options['prefill']}, "
+        f"{copies if options['recent_window'] else 'no copies in 16 bits'}, "
+        f"calibrate {options['calibrate']}",
+        *(f"without      {told}" for told in report["without"]),
+        "what codes cost this model is measured at start: GET /fibquant/info has it then",
+        "",
+    ]
+    if report["capacity"] is None:
+        return "\n".join([*lines, f"capacity     {report['no_capacity']}"])
+    lines.append(
+        f"{report['memory_bytes'] / 2**30:.2f} GiB of KV cache, "
+        f"requests of {report['context']:,} tokens:"
+    )
+    for row in report["capacity"]:
+        lines.append(
+            f"  {row['kv_cache_dtype']:<16}{row['num_tokens']:>14,} tokens"
+            f"{row['num_users']:>10,} users{row['bytes_per_token']:>12,} bytes per token"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Touches of vLLM's page allocator that vLLM does not document, under the rules of `compat`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+from vllm_fibquant.codec.layout import fit_pages
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+_MARK = "_fibquant_wrapped"
+
+
+def fit_layers_pages(names: list[str]) -> None:
+    """Has layers of two page sizes share pages with little left empty.
+
+    What: wraps `Attention.get_kv_cache_spec`, whose answers are then those of `fitted`.
+    Why: vLLM makes the pages of full and sliding-window layers equally large, and where one size
+        does not divide the other (records of head_dim 256 and 512) pads every smaller one.
+    Range: 0.32.0 and, as read, 0.33.0.
+    Delete when: vLLM's allocator has pools of several page sizes.
+
+    Args:
+        names: cache dtypes of the runs this is for.
+    """
+    from vllm.model_executor.layers.attention import Attention
+
+    original = Attention.get_kv_cache_spec
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def get_kv_cache_spec(self: Any, vllm_config: VllmConfig) -> Any:
+        own = original(self, vllm_config)
+        if own is None or vllm_config.cache_config.cache_dtype not in names:
+            return own
+        if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
+            return own  # all layers are one group, each with pages of its own size
+        specs = fitted(plain_specs(vllm_config))
+        return specs.get(self.layer_name, own)
+
+    setattr(get_kv_cache_spec, _MARK, True)
+    Attention.get_kv_cache_spec = get_kv_cache_spec
+
+
+def fitted(specs: Mapping[str, Any]) -> dict[str, Any]:
+    """Specifications whose pages `codec.layout.fit_pages` has made equally large where it can."""
+    specs = dict(specs)
+    windows = {getattr(spec, "sliding_window", None) for spec in specs.values()}
+    sizes = sorted({spec.page_size_bytes for spec in specs.values()})
+    is_plain = all(getattr(spec, "page_size_padded", 1) is None for spec in specs.values())
+    fit = fit_pages(*sizes) if len(sizes) == 2 and len(windows) > 1 and is_plain else None
+    if fit is None:
+        return specs
+    grows = fit.page_bytes > sizes[1]  # then the smaller divides it, and vLLM enlarges its blocks
+    for name, spec in specs.items():
+        is_large = spec.page_size_bytes == sizes[1]
+        if is_large and grows:
+            specs[name] = dataclasses.replace(spec, page_size_padded=fit.page_bytes)
+        elif not is_large and not grows:
+            block_size = spec.block_size * fit.num_small
+            specs[name] = dataclasses.replace(
+                spec, block_size=block_size, page_size_padded=fit.page_bytes
+            )
+    return specs
+
+
+def plain_specs(vllm_config: VllmConfig) -> dict[str, Any]:
+    """The cache specification of every layer of this worker that has a cache of its own, before
+    pages are fitted to each other.
+
+    What: asks the layers, as the model runner's `get_kv_cache_spec` does.
+    Why: a worker's report is made without its runner, and a layer does not know the others.
+    Range: 0.32.0.
+    Delete when: `VllmConfig` or the cache configuration keeps them.
+    """
+    from vllm.config import get_layers_from_vllm_config
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+    from vllm.v1.kv_cache_interface import AttentionSpec
+    from vllm.v1.worker.utils import customize_attention_spec
+
+    ask: Callable[..., Any] = Attention.get_kv_cache_spec
+    ask = getattr(ask, "__wrapped__", ask)
+    specs = {}
+    layers: dict[str, Any] = get_layers_from_vllm_config(vllm_config, cast(Any, AttentionLayerBase))
+    for name, layer in layers.items():
+        if getattr(layer, "kv_sharing_target_layer_name", None):
+            continue
+        is_attention = isinstance(layer, Attention)
+        spec = ask(layer, vllm_config) if is_attention else layer.get_kv_cache_spec(vllm_config)
+        if isinstance(spec, AttentionSpec):
+            spec = customize_attention_spec(layer.get_attn_backend(), spec)
+        if spec is not None:
+            specs[name] = spec
+    return specs
+
+
+def allocate(
+    vllm_config: VllmConfig, specs: Mapping[str, Any], memory_bytes: int
+) -> tuple[int, int, int]:
+    """What vLLM would make of a worker's memory, without allocating any.
+
+    What: `get_kv_cache_groups`, `get_kv_cache_config_from_groups` and
+        `get_max_concurrency_for_kv_cache_config` of `vllm.v1.core.kv_cache_utils`.
+    Why: groups, padding and block sizes are decided there alone.
+    Range: 0.32.0.
+    Delete when: vLLM can be asked what would fit.
+
+    Returns:
+        tokens that fit, in requests of maximum length; bytes such a request is given; of these
+        bytes those that hold its keys and values.
+    """
+    from vllm.v1.core import kv_cache_utils as utils
+
+    with _quiet(utils.logger):
+        groups = utils.get_kv_cache_groups(vllm_config, dict(specs))
+        config = utils.get_kv_cache_config_from_groups(vllm_config, groups, memory_bytes)
+    concurrency = utils.get_max_concurrency_for_kv_cache_config(vllm_config, config)
+    block_bytes = utils._pool_bytes_per_block(vllm_config, groups)
+    allocated = used = 0
+    for group in groups:
+        spec = group.kv_cache_spec
+        num_blocks = -(-spec.max_memory_usage_bytes(vllm_config) // spec.page_size_bytes)
+        allocated += num_blocks * block_bytes
+        for name in group.layer_names:
+            own = utils._get_per_layer_spec(group, name)
+            used += num_blocks * getattr(own, "real_page_size_bytes", own.page_size_bytes)
+    return int(concurrency * vllm_config.model_config.max_model_len), allocated, used
+
+
+@contextlib.contextmanager
+def _quiet(logger: logging.Logger) -> Iterator[None]:
+    """Nothing is logged of what is only asked."""
+    was, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = was

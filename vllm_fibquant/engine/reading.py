@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lets a loaded model read tokens before there are pages.
+
+Our layers attend with what stands in for them; layers that are not ours
+(--kv-cache-dtype-skip-layers) attend in plain PyTorch, since without pages vLLM's own give zeros.
+Adapters of --enable-lora are taken off: the base model reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.config import ModelConfig, VllmConfig, get_layers_from_vllm_config
+from vllm.distributed import get_pp_group
+from vllm.forward_context import set_forward_context
+from vllm.model_executor.layers.attention import Attention
+from vllm.sequence import IntermediateTensors
+
+if TYPE_CHECKING:
+    from vllm_fibquant.engine.attention import FibQuantImpl
+
+
+def language_model(model: torch.nn.Module) -> torch.nn.Module:
+    """The part of a multimodal model that reads text; any other model itself."""
+    find = getattr(model, "get_language_model", None)
+    return find() if find is not None else model
+
+
+@contextmanager
+def without_adapters(model: torch.nn.Module) -> Iterator[None]:
+    """Within this context the layers that --enable-lora wraps are the base model's own."""
+    wrapped = [
+        (parent, name, child)
+        for parent in model.modules()
+        for name, child in parent.named_children()
+        if isinstance(getattr(child, "base_layer", None), torch.nn.Module)
+    ]
+    for parent, name, child in wrapped:
+        setattr(parent, name, child.base_layer)
+    try:
+        yield
+    finally:
+        for parent, name, child in wrapped:
+            setattr(parent, name, child)
+
+
+def read(
+    model: torch.nn.Module,
+    vllm_config: VllmConfig,
+    model_config: ModelConfig,
+    tokens: torch.Tensor,
+) -> torch.Tensor | None:
+    """Lets the model read sequences of one length, one after the other in one step.
+
+    A collective call of all ranks, within `attending`.
+
+    Args:
+        tokens: int64 [num_seqs, length].
+
+    Returns:
+        The last hidden states [num_seqs * length, hidden_size]; None on all pipeline stages but
+        the last.
+    """
+    positions = torch.arange(tokens.shape[1], device=tokens.device).repeat(len(tokens))
+    if model_config.uses_mrope:
+        positions = positions.expand(3, -1)
+    pipeline, given = get_pp_group(), {}
+    if not pipeline.is_first_rank:
+        given["intermediate_tensors"] = IntermediateTensors(pipeline.recv_tensor_dict())
+    with set_forward_context(
+        None, vllm_config, num_tokens=tokens.numel(), slot_mapping={}, skip_compiled=True
+    ):
+        output = model(input_ids=tokens.flatten(), positions=positions, **given)
+    if pipeline.is_last_rank:
+        return output
+    pipeline.send_tensor_dict(output.tensors)
+    return None
+
+
+@contextmanager
+def attending(
+    model: torch.nn.Module,
+    vllm_config: VllmConfig,
+    stand_ins: Mapping[FibQuantImpl, Callable[..., torch.Tensor]],
+    num_seqs: Callable[[], int] = lambda: 1,
+) -> Iterator[None]:
+    """Within this context the base model reads without a cache.
+
+    Args:
+        stand_ins: what attends in the place of our layers: called with query, key, value and
+            output, which it fills and returns.
+        num_seqs: how many sequences of one length a step has.
+    """
+    others = [
+        layer.impl
+        for layer in get_layers_from_vllm_config(vllm_config, Attention).values()
+        if not hasattr(layer.impl, "without_cache")
+    ]
+    with ExitStack() as stack:
+        stack.enter_context(without_adapters(model))
+        for impl, stand_in in stand_ins.items():
+            impl.without_cache = stand_in
+            stack.callback(setattr, impl, "without_cache", None)
+        for impl in others:
+            impl.forward = _stock_attention(impl, num_seqs)
+            stack.callback(delattr, impl, "forward")
+        yield
+
+
+def _stock_attention(impl: Any, num_seqs: Callable[[], int]) -> Callable[..., Any]:
+    """What stands in for `forward` of a layer that is not ours, over the same sequences."""
+    window = getattr(impl, "sliding_window", None) or 0
+    window = window[0] + 1 if isinstance(window, tuple) else window
+
+    def forward(
+        layer: Any, query: Any, key: Any, value: Any, *args: Any, output: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        length = len(query) // num_seqs()
+        heads = (-1, impl.num_heads, impl.head_size), (-1, impl.num_kv_heads, impl.head_size)
+        shaped = query.view(heads[0]), key.view(heads[1]), value.view(heads[1])
+        parts = [
+            attend_dense(
+                q, k, v, impl.scale, max(window, 0), getattr(impl, "logits_soft_cap", None) or 0.0,
+                getattr(impl, "sinks", None),
+            )
+            for q, k, v in zip(*(x.split(length) for x in shaped), strict=True)
+        ]  # fmt: skip
+        output.copy_(torch.cat(parts).view(output.shape))
+        return output
+
+    return forward
+
+
+def attend_dense(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    window: int = 0,
+    soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal attention of one sequence in plain PyTorch, float32.
+
+    Args:
+        query: [length, num_q_heads, head_dim].
+        key, value: [length, num_kv_heads, head_dim].
+        scale, window, soft_cap, sinks: as in `ops.paged_attention`.
+
+    Returns:
+        float32 as query.
+    """
+    group = query.shape[1] // key.shape[1]
+    keys, values = (x.float().repeat_interleave(group, 1) for x in (key, value))
+    scores = torch.einsum("qhd,shd->hqs", query.float(), keys) * scale
+    if soft_cap:
+        scores = soft_cap * torch.tanh(scores / soft_cap)
+    at = torch.arange(len(query))
+    hidden = at > at[:, None]
+    if window > 0:
+        hidden |= at <= at[:, None] - window
+    scores = scores.masked_fill(hidden, float("-inf"))
+    if sinks is not None:
+        extra = sinks.float()[:, None, None].expand(-1, len(query), 1)
+        scores = torch.cat((scores, extra), -1)
+    weights = scores.softmax(-1)[..., : len(key)]
+    return torch.einsum("hqs,shd->qhd", weights, values)
