@@ -41,16 +41,25 @@ def test_the_worst_model_stands_beside_the_mean(folder):
     found = models.read_models(folder)
     assert [m.name for m in found] == ["large", "small"]
     rows = {row.row.name: row for row in models.across(found)}
-    assert set(rows) == {"3bit, quality", "q4_0"}, "a row that a model lacks has no worst model"
+    assert [rows[n].num_models for n in ("3bit, quality", "q4_0", "3bit, exact")] == [2, 2, 1]
     block = models.readme_block(found, ("3bit, quality", "q4_0", "3bit, exact"))
     lines = block.splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 5
     assert lines[2] == (
-        "| `fibquant_3bit` (the default) | 3.39–3.52 | **2.0%** | 1.5% | **0.0040** | 0.0030 "
+        "| `fibquant_3bit` (the default) | 3.39–3.52 | 2 | **2.0%** | 1.5% | **0.0040** | 0.0030 "
         "| 0.040 | 90.0% |"
     )
     text = models.markdown(found)
     assert "1/2 in 4,096" in text and "0.9900, 0.9800" in text
+
+
+def test_what_was_measured_again_counts_once(folder):
+    path = folder / "small" / "evaluation.jsonl"
+    again = json.dumps(line("3bit, quality", "prose", 0.01, 0.1)) + "\n"
+    path.write_text(path.read_text() + again)
+    summary = models.read_models(folder)[1].summaries["3bit, quality"]
+    assert summary.num_texts == 2
+    assert summary.get("kl") == pytest.approx((0.1 + 0.002) / 2)
 
 
 def test_the_frontier_is_drawn(folder):

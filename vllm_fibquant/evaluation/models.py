@@ -32,7 +32,7 @@ class Model:
 
 @dataclass
 class Across:
-    """One row over all models: `worst` and `mean` of a number, None where some model lacks it."""
+    """One row over the models that have been measured with it; None for the others."""
 
     row: Row
     of_model: list[Summary | None]
@@ -42,8 +42,8 @@ class Across:
         return [value for value in found if value is not None]
 
     @property
-    def is_complete(self) -> bool:
-        return all(s is not None and s.num_texts for s in self.of_model)
+    def num_models(self) -> int:
+        return sum(s is not None for s in self.of_model)
 
 
 def read_models(folder: Path) -> list[Model]:
@@ -51,10 +51,13 @@ def read_models(folder: Path) -> list[Model]:
     found = []
     for path in sorted(folder.glob("*/evaluation.jsonl")):
         shape = Shape(**json.loads((path.parent / "model.json").read_text()))
-        by_row: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+        newest = {}  # a result that was measured again stands behind the older one
         for line in path.read_text().splitlines():
             result = json.loads(line)
-            by_row[result["row"]].append(result)
+            newest[result["row"], result["unit"]] = result
+        by_row: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+        for (row_name, _), result in newest.items():
+            by_row[row_name].append(result)
         summaries = {
             row.name: summarise(row, shape.head_dim, by_row[row.name])
             for row in all_rows(Sizes.step)
@@ -65,12 +68,16 @@ def read_models(folder: Path) -> list[Model]:
 
 
 def across(models: Sequence[Model]) -> list[Across]:
-    """The rows that every model has been measured with on texts."""
+    """The rows that models have been measured with on texts."""
     rows = [
-        Across(row, [model.summaries.get(row.name) for model in models])
+        Across(row, [_with_texts(model.summaries.get(row.name)) for model in models])
         for row in all_rows(Sizes.step)
     ]
-    return [row for row in rows if row.is_complete and row.row.group != "check"]
+    return [row for row in rows if row.num_models and row.row.group != "check"]
+
+
+def _with_texts(summary: Summary | None) -> Summary | None:
+    return summary if summary is not None and summary.num_texts else None
 
 
 def _bits(row: Across) -> str:
@@ -82,6 +89,7 @@ def _worst_and_mean(row: Across) -> list[str]:
     delta, kl, tail, same = (row.values(n) for n in ("delta", "kl", "kl_worst", "same"))
     return [
         _bits(row),
+        str(row.num_models),
         f"**{max(delta):.1%}**",
         f"{statistics.fmean(delta):.1%}",
         f"**{max(kl):.4f}**",
@@ -91,7 +99,7 @@ def _worst_and_mean(row: Across) -> list[str]:
     ]
 
 
-COLUMNS = ("bits", "ΔPPL, worst", "mean", "KL, worst", "mean", "99.9 % KL, worst",
+COLUMNS = ("bits", "models", "ΔPPL, worst", "mean", "KL, worst", "mean", "99.9 % KL, worst",
            "same next, worst")  # fmt: skip
 
 
@@ -117,7 +125,8 @@ def markdown(models: Sequence[Model]) -> str:
     texts = sorted({name for m in models for s in m.summaries.values() for name in s.by_text})
     parts = [
         f"Over {len(models)} models: {', '.join(f'[{m.name}]({m.name}/evaluation.md)' for m in models)}. "  # noqa: E501
-        "Bold: the worst of them. ΔPPL: increase of perplexity; KL: divergence of next-token "
+        "Bold: the worst of those that a row has been measured on (models). "
+        "ΔPPL: increase of perplexity; KL: divergence of next-token "
         "distributions from the uncompressed model's, mean and 99.9 % quantile over positions, in "
         "nats; same next: positions with the same likeliest token; bits: stored bits per "
         f"coordinate of a request of {CONTEXT} tokens, windows included, over the models' "
@@ -147,7 +156,8 @@ def _cosines(models: Sequence[Model]) -> list[str]:
         [name, *(
             "{:.4f}, {:.4f}".format(*(m.summaries[name].numbers[n] for n in ("cosine",
                                                                             "worst_cosine")))
-            if "cosine" in m.summaries[name].numbers else "–" for m in models
+            if name in m.summaries and "cosine" in m.summaries[name].numbers else "–"
+            for m in models
         )]
         for name in names
     ]  # fmt: skip
