@@ -53,7 +53,7 @@ def test_the_suite(tmp_path, words, monkeypatch):
         simulated = numbers[f"2bit, {mode}, uncalibrated, simulated"]
         assert engine["kl"] > 1e-3, "two bits must show"
         assert engine["kl"] == pytest.approx(simulated["kl"], rel=0.01)
-        assert engine["cosine"] == pytest.approx(simulated["cosine"], abs=0.02)
+        assert engine["cosine"] == pytest.approx(simulated["cosine"], abs=0.1)
         assert engine["worst_cosine"] <= engine["cosine"] < 1
         assert engine["delta"] == pytest.approx(simulated["delta"], abs=2e-3)
     assert numbers["2bit, quality, uncalibrated"]["kl"] < numbers["2bit, exact, uncalibrated"]["kl"]
