@@ -19,7 +19,7 @@ import pytest
 from benchmarks.served import NAME, Served, serving
 
 from .fuzz import random_body
-from .harness import Answer, varied_prompts
+from .harness import PLAIN, Answer, varied_prompts
 from .models import VOCAB_SIZE, make_model
 
 NUM_BLOCKS = 17  # 16 of 32 tokens, and vLLM's own
@@ -30,6 +30,7 @@ FLAGS = (
     "--max-model-len", str(CACHE_TOKENS), "--max-num-seqs", "8", "--block-size", "32",
     "--kv-cache-memory-bytes", str(64 << 20),
     "--uvicorn-log-level", "warning",
+    "--additional-config", json.dumps({"fibquant": PLAIN}),
 )  # fmt: skip
 
 

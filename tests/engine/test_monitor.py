@@ -15,7 +15,7 @@ from vllm_fibquant.ops import native
 from .harness import engine, in_batches, num_preemptions, varied_prompts
 from .models import VOCAB_SIZE, make_model
 
-PRESET = "fibquant_2bit"
+PRESET = "fibquant_4bit"
 ON = {"monitor": {"budget": 0.1}}
 
 

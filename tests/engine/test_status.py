@@ -187,7 +187,7 @@ def test_metrics_count_what_happened(server):
     assert total(found, "fibquant:self_check_passed") == 1
     assert total(found, "fibquant:non_finite_vectors_total") == 0
     ratio = total(found, "fibquant:compression_ratio")
-    assert ratio == pytest.approx(256 / 68, rel=0.01)
+    assert ratio == pytest.approx(256 / 52, rel=0.01)
     assert total(found, "fibquant:kv_cache_capacity_tokens") == pytest.approx(
         ratio * total(found, "fibquant:kv_cache_capacity_tokens_16bit")
     )
@@ -231,7 +231,7 @@ def test_page(server, tmp_path):
     """In a browser: figures appear, the key is asked for, an answer streams in, no error."""
     with browser(tmp_path) as page:
         page.open(f"{server.url}/fibquant")
-        page.wait("document.getElementById('ratio').textContent.startsWith('3.7')")
+        page.wait("document.getElementById('ratio').textContent.startsWith('4.9')")
         assert page.text("#model") == f"{MODEL_NAME} · fibquant"
         assert page.text("#health") in ("healthy", "serving")
         page.wait("document.getElementById('speed').textContent !== '–'")

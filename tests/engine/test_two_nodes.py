@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.served import NAME, ServerEnded, free_port, serving
 
-from .harness import Answer, largest_difference, varied_prompts
+from .harness import PLAIN, Answer, largest_difference, varied_prompts
 from .models import VOCAB_SIZE, make_model
 
 pytestmark = pytest.mark.slow
@@ -27,7 +27,7 @@ def flags_of(node_rank: int, num_nodes: int, port: int, fibquant: dict) -> list[
         "--kv-cache-dtype", "fibquant_2bit", "--dtype", "float32", "--enforce-eager",
         "--max-model-len", "512", "--max-num-seqs", "8", "--block-size", "32",
         "--kv-cache-memory-bytes", str(64 << 20),
-        "--additional-config", json.dumps({"fibquant": fibquant}),
+        "--additional-config", json.dumps({"fibquant": {**PLAIN, **fibquant}}),
     ]  # fmt: skip
     if num_nodes > 1:
         flags += ["--tensor-parallel-size", "2", "--nnodes", "2", "--node-rank", str(node_rank)]

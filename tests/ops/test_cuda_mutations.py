@@ -29,7 +29,9 @@ NARROW, WIDE, WINDOW, ENCODE = "narrow", "wide", "window", "encode"
 DIRECT = "direct"
 BOTH = (NARROW, WIDE)
 MUTATIONS = {
-    "a key register": ("attend.h", "a.x, b.x, a.y, b.y", "a.x, a.y, b.x, b.y", BOTH),
+    "a key register": (
+        "attend.h", "a[j].x, b[j].x, a[j].y, b[j].y", "a[j].x, a[j].y, b[j].x, b[j].y", BOTH,
+    ),  # fmt: skip
     "a key's token": ("attend.h", "own + bytes_8, high", "own, high", BOTH),
     "a query fragment": ("attend.h", "row % 8 * 4 + part", "part * 8 + row % 8", BOTH),
     "a query tile": ("attend.h", "(i * kSteps + step)", "(step * kTiles + i)", (WIDE,)),

@@ -197,13 +197,15 @@ def decide(
         decision.add("--kv-cache-dtype", "fibquant")
 
     dtype = given.values.get("dtype", "auto")
+    compiles = ("enforce-eager", "no-enforce-eager", "compilation-config", "cc", "O")
+    chosen = given.any(*compiles, "optimization-level") or any(
+        name.startswith("O") and name[1:].isdigit() for name in given.values
+    )
+    if is_demo and machine.is_cpu_build and not machine.lacks_avx512 and not chosen:
+        decision.add("--enforce-eager", why="compiled, it answers nonsense with any KV cache")
     if machine.lacks_avx512:
         if is_demo and "dtype" not in given:
             decision.add("--dtype", "float32", why="faster than bfloat16 without AVX-512")
-        compiles = ("enforce-eager", "no-enforce-eager", "compilation-config", "cc", "O")
-        chosen = given.any(*compiles, "optimization-level") or any(
-            name.startswith("O") and name[1:].isdigit() for name in given.values
-        )
         # The demo model also runs eagerly in float32: compiling it takes longer than it saves.
         if not chosen and (is_demo or dtype not in ("float32", "float")):
             why = "no AVX-512: vLLM's compiled bfloat16 is wrong on this CPU"
