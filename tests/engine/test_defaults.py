@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -203,3 +204,34 @@ def test_reading_ends_in_time(model_folder, tmp_path, monkeypatch, short_text):
     (found,) = calibrations(tmp_path)
     texts: Texts = random_text(None)
     assert found.num_tokens == len(texts.sequences[0]) - found.num_first
+
+
+class Words:
+    """A tokenizer of one token a word, with a token before every text."""
+
+    bos_token_id, unk_token_id = 7, None
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        assert not add_special_tokens
+        self.known = getattr(self, "known", {})
+        return [self.known.setdefault(word, 100 + len(self.known)) for word in text.split()]
+
+
+def test_prose_and_code_are_read_in_turn(monkeypatch, tmp_path):
+    for name, count in (("prose", 5000), ("code", 2100)):
+        (tmp_path / name).write_text(" ".join(f"{name}{i}" for i in range(count)))
+    words = Words()
+    monkeypatch.setattr(measure, "TEXTS", (tmp_path / "prose", tmp_path / "code"))
+    monkeypatch.setattr(measure, "tokenizer_of", lambda config: words)
+    config = SimpleNamespace(hf_text_config=SimpleNamespace(max_position_embeddings=1024))
+    texts = measure.text_sequences(config)
+    name_of = {token: name for name, token in words.known.items()}
+    read = [(tokens[0], name_of[tokens[1]], len(tokens)) for tokens in texts.sequences]
+    assert read == [(7, f"{name}{i}", 1024) for i in (0, 1023) for name in ("prose", "code")]
+    assert {tokens[0] for tokens in texts.starts} == {7}
+    assert {len(tokens) for tokens in texts.starts} == {4}
+    assert all(name_of[token].startswith("prose") for t in texts.starts for token in t[1:])
+    # Where there is no code to fill a text, prose goes on.
+    (tmp_path / "code").write_text("little")
+    texts = measure.text_sequences(config)
+    assert [name_of[t[1]] for t in texts.sequences] == [f"prose{1023 * i}" for i in range(4)]

@@ -7,7 +7,8 @@ nothing about it:
     model              the demo model
     --served-model-name  the name of a local model's directory, instead of its whole path
     --kv-cache-dtype   fibquant
-    --enforce-eager    on x86 CPUs without AVX-512, where vLLM's compiled bfloat16 is wrong
+    --enforce-eager    on x86 CPUs without AVX-512, where vLLM's compiled bfloat16 is wrong, and
+                       for the demo model on every CPU
     --dtype float32    the demo model on such CPUs: twice as fast there as bfloat16
     --kv-cache-memory-bytes  on CPUs: a quarter of the free memory, at most 4 GiB, where vLLM
                        would claim nine tenths of the machine

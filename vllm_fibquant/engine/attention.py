@@ -190,7 +190,7 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
         self.key_map: KeyMap | None = None
         # What stands in for attention before there is a cache: calibrate.LayerCollector.
         self.without_cache: Callable[..., torch.Tensor] | None = None
-        # What `key_map` was made from: agreement.facts_of compares it between ranks.
+        # What `key_map` was made from: ranks.facts_of compares it between ranks.
         self.calibration = "none"
         self._max_model_len = get_current_vllm_config().model_config.max_model_len
         rotary.watch(self)

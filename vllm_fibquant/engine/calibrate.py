@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 logger = init_logger(f"vllm.{__name__}")
 
 BIAS = "bias"
-"""What `FibQuantImpl.calibration` is, of `agreement.NO_FILE`, where a bias alone is subtracted."""
+"""What `FibQuantImpl.calibration` is, of `ranks.NO_FILE`, where a bias alone is subtracted."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.config import ModelConfig, VllmConfig
 from vllm.logger import init_logger
-from vllm.tokenizers import cached_get_tokenizer
 
 from vllm_fibquant.engine import reading, support
 from vllm_fibquant.files import PACKAGE_DIR
@@ -135,13 +134,8 @@ def text_tokens(model_config: ModelConfig) -> list[int]:
     if model_config.is_hybrid:
         raise _Unmeasured("some of its layers keep a state, which needs a cache to be read with")
     try:
-        tokenizer: Any = cached_get_tokenizer(
-            model_config.tokenizer,
-            tokenizer_mode=model_config.tokenizer_mode,
-            revision=model_config.tokenizer_revision,
-            trust_remote_code=model_config.trust_remote_code,
-        )
-    except (OSError, ValueError, TypeError) as error:
+        tokenizer = reading.tokenizer_of(model_config)
+    except ValueError as error:
         raise _Unmeasured(f"its tokenizer cannot be loaded: {error}") from error
     first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     text = tokenizer.encode(TEXT.read_text(encoding="utf-8"), add_special_tokens=False)

@@ -16,7 +16,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 
-from vllm_fibquant.engine import rotary
+from vllm_fibquant.engine import reading, rotary
 from vllm_fibquant.keys.calibration import KeyStatistics, num_turning
 from vllm_fibquant.keys.key_map import MAX_FIRST_MEANS, TurningMean, Turns
 
@@ -124,7 +124,11 @@ def _keys_of_nothing(
     parent: Any = rotary.parent_of(impl)
     parameters = inspect.signature(parent.forward).parameters
     # What the first projection takes: a draft model's is not the model's own hidden size.
-    size = next(m.input_size for m in parent.modules() if hasattr(m, "input_size"))
+    size = next((m.input_size for m in parent.modules() if hasattr(m, "input_size")), None)
+    if size is None:
+        raise ValueError(
+            f"bias_statistics: {type(parent).__name__} must have a projection, got none"
+        )
     given: dict[str, torch.Tensor] = {
         "hidden_states": torch.zeros(len(positions), size, dtype=dtype)
     }
@@ -137,22 +141,20 @@ def _keys_of_nothing(
         seen.append(key.view(len(positions), impl.num_kv_heads, impl.head_size).clone())
         return output.zero_()
 
-    impl.without_cache = attend
     try:
         with (
+            reading.attending(parent, vllm_config, {impl: attend}),
             torch.inference_mode(),
             set_forward_context(
                 None, vllm_config, num_tokens=len(positions), slot_mapping={}, skip_compiled=True
             ),
         ):
             parent(**given)
-    except (TypeError, RuntimeError, AttributeError, StopIteration) as error:
+    except (TypeError, RuntimeError, AttributeError) as error:
         raise ValueError(
             f"bias_statistics: {type(parent).__name__} must make keys of hidden states, got "
             f"{type(error).__name__}: {error}"
         ) from error
-    finally:
-        impl.without_cache = None
     if not seen:
         raise ValueError(f"bias_statistics: {type(parent).__name__} must attend, got no call")
     return seen[0]

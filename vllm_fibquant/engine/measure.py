@@ -14,16 +14,15 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from vllm.config import ModelConfig, VllmConfig
 from vllm.distributed import get_tp_group, get_world_group
-from vllm.tokenizers import cached_get_tokenizer
 
 from vllm_fibquant import ops
 from vllm_fibquant.engine import compat
-from vllm_fibquant.engine.reading import attending, read
+from vllm_fibquant.engine.reading import attending, read, tokenizer_of
 from vllm_fibquant.files import PACKAGE_DIR
 from vllm_fibquant.keys.calibration import (
     KeyStatistics,
@@ -155,12 +154,7 @@ def text_sequences(model_config: ModelConfig) -> Texts:
         ValueError: the tokenizer cannot be loaded, or makes nothing of the text.
     """
     try:
-        tokenizer: Any = cached_get_tokenizer(
-            model_config.tokenizer,
-            tokenizer_mode=model_config.tokenizer_mode,
-            revision=model_config.tokenizer_revision,
-            trust_remote_code=model_config.trust_remote_code,
-        )
+        tokenizer = tokenizer_of(model_config)
         prose, code = (
             tokenizer.encode(path.read_text(encoding="utf-8"), add_special_tokens=False)
             for path in TEXTS
@@ -168,7 +162,7 @@ def text_sequences(model_config: ModelConfig) -> Texts:
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(
             "calibrate: the model must have a tokenizer to be measured on text, got "
-            f"{type(error).__name__}: {error}; give a file as calibration"
+            f"{error}; give a file as calibration"
         ) from error
     unknown = getattr(tokenizer, "unk_token_id", None)
     num_known = sum(token != unknown for token in prose)

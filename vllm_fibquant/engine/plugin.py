@@ -7,8 +7,7 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from vllm_fibquant.codec.config import PRESETS
-from vllm_fibquant.engine import compat, compat_pages, support
-from vllm_fibquant.engine import ranks as agreement
+from vllm_fibquant.engine import compat, compat_pages, ranks, support
 from vllm_fibquant.options import SECTION
 
 if TYPE_CHECKING:
@@ -141,7 +140,7 @@ def _prepare(worker: Any, available_bytes: int) -> int:
     gate.check_fidelity(model, vllm_config, layers, options, gather)
     facts = _compare_ranks(vllm_config, list(layers.values()))
     init_logger(f"vllm.{__name__}").info(
-        "FibQuant settings, codebooks and calibration have digest %s", agreement.digest_of(facts)
+        "FibQuant settings, codebooks and calibration have digest %s", ranks.digest_of(facts)
     )
     left = available_bytes - attention.allocate_copies(vllm_config, available_bytes)
     fits = capacity.what_fits(vllm_config, left)
@@ -159,9 +158,9 @@ def _compare_ranks(vllm_config: VllmConfig, layers: list[Any]) -> dict[str, str]
     """
     # Not each layer's own options: other pipeline stages have layers with other presets.
     options = support.run_options(vllm_config)
-    facts = agreement.facts_of((options, layer.codec, layer.calibration) for layer in layers)
+    facts = ranks.facts_of((options, layer.codec, layer.calibration) for layer in layers)
     # Every rank takes part, also one of whose layers none is ours.
-    problems = agreement.differences(compat.gather_from_ranks(facts, RANKS_TIMEOUT_S))
+    problems = ranks.differences(compat.gather_from_ranks(facts, RANKS_TIMEOUT_S))
     if problems:
         problems[-1] += "; give every node the same installation, codebooks and command line"
         raise ValueError(support.refusal(vllm_config.cache_config.cache_dtype, problems))

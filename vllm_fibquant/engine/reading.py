@@ -18,6 +18,7 @@ from vllm.distributed import get_pp_group
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.sequence import IntermediateTensors
+from vllm.tokenizers import cached_get_tokenizer
 
 if TYPE_CHECKING:
     from vllm_fibquant.engine.attention import FibQuantImpl
@@ -27,6 +28,23 @@ def language_model(model: torch.nn.Module) -> torch.nn.Module:
     """The part of a multimodal model that reads text; any other model itself."""
     find = getattr(model, "get_language_model", None)
     return find() if find is not None else model
+
+
+def tokenizer_of(model_config: ModelConfig) -> Any:
+    """The model's tokenizer, as vLLM loads it.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    try:
+        return cached_get_tokenizer(
+            model_config.tokenizer,
+            tokenizer_mode=model_config.tokenizer_mode,
+            revision=model_config.tokenizer_revision,
+            trust_remote_code=model_config.trust_remote_code,
+        )
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 @contextmanager
