@@ -125,6 +125,8 @@ def main() -> None:
     flags += ["--kv-cache-memory-bytes", str(256 << 20)]
     flags += ["--num-gpu-blocks-override", str(CACHE_TOKENS // BLOCK_SIZE)]
     flags += ["--no-enable-log-requests", "--uvicorn-log-level", "warning"]
+    # Answers are compared bit by bit, which mode quality does not promise.
+    flags += ["--additional-config", json.dumps({"fibquant": {"mode": "exact"}})]
     # One thread that may run anywhere: the machine may have something else to do.
     environment = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     with (
