@@ -128,11 +128,22 @@ def test_serve_names_a_local_model_by_its_directory(tmp_path):
     assert "--served-model-name" not in decide(["org/model"])
 
 
-def test_serve_without_a_model_takes_the_demo_model(tmp_path):
-    args = decide(["--port", "9"], AVX2, demo_model=tmp_path)
+@pytest.mark.parametrize("machine", [AVX2, AVX512, ARM])
+def test_serve_without_a_model_takes_the_demo_model(machine, tmp_path):
+    args = decide(["--port", "9"], machine, demo_model=tmp_path)
     assert args[:3] == [str(tmp_path), "--port", "9"]
     assert args[args.index("--dtype") + 1] == "float32"
     assert "--enforce-eager" in args
+    args = decide(["--dtype", "bfloat16", "-O2"], machine, demo_model=tmp_path)
+    assert args.count("--dtype") == 1 and "--enforce-eager" not in args
+
+
+def test_serve_leaves_the_demo_model_alone_on_gpus(tmp_path):
+    args = decide(["--port", "9"], GPU, demo_model=tmp_path)
+    assert "--dtype" not in args and "--enforce-eager" not in args
+
+
+def test_serve_takes_a_model_by_its_flag():
     assert decide(["--model", "org/model"])[:2] == ["--model", "org/model"]
 
 

@@ -48,9 +48,11 @@ pytestmark = pytest.mark.engine
 def server(tmp_path_factory):
     ensure_demo_model()
     options = {"fibquant": {"monitor": {"budget": BUDGET}}}
+    greedy = {"temperature": 0}  # the page leaves sampling to the model, whose own is a lottery
     server = start(
         tmp_path_factory.mktemp("server") / "log", "--max-model-len", "1024",
         "--api-key", "secret", "--additional-config", json.dumps(options),
+        "--override-generation-config", json.dumps(greedy),
     )  # fmt: skip
     try:
         wait_until_healthy(server)

@@ -7,9 +7,10 @@ nothing about it:
     model              the demo model
     --served-model-name  the name of a local model's directory, instead of its whole path
     --kv-cache-dtype   fibquant
-    --enforce-eager    on x86 CPUs without AVX-512, where vLLM's compiled bfloat16 is wrong, and
-                       for the demo model on every CPU
-    --dtype float32    the demo model on such CPUs: twice as fast there as bfloat16
+    --enforce-eager    on x86 CPUs without AVX-512, where vLLM's compiled bfloat16 is wrong
+    --dtype float32, --enforce-eager
+                       the demo model on CPUs: what so small a model answers hangs on bfloat16's
+                       rounding, and compiling it takes longer than it saves
     --kv-cache-memory-bytes  on CPUs: a quarter of the free memory, at most 4 GiB, where vLLM
                        would claim nine tenths of the machine
 
@@ -202,15 +203,14 @@ def decide(
     chosen = given.any(*compiles, "optimization-level") or any(
         name.startswith("O") and name[1:].isdigit() for name in given.values
     )
-    if is_demo and machine.is_cpu_build and not machine.lacks_avx512 and not chosen:
-        decision.add("--enforce-eager", why="compiled, it answers nonsense with any KV cache")
-    if machine.lacks_avx512:
-        if is_demo and "dtype" not in given:
-            decision.add("--dtype", "float32", why="faster than bfloat16 without AVX-512")
-        # The demo model also runs eagerly in float32: compiling it takes longer than it saves.
-        if not chosen and (is_demo or dtype not in ("float32", "float")):
-            why = "no AVX-512: vLLM's compiled bfloat16 is wrong on this CPU"
-            decision.add("--enforce-eager", why="starts faster" if is_demo else why)
+    if is_demo and machine.is_cpu_build:
+        if "dtype" not in given:
+            decision.add("--dtype", "float32", why="its answers hang on bfloat16's rounding")
+        if not chosen:
+            decision.add("--enforce-eager", why="starts faster")
+    elif machine.lacks_avx512 and not chosen and dtype not in ("float32", "float"):
+        why = "no AVX-512: vLLM's compiled bfloat16 is wrong on this CPU"
+        decision.add("--enforce-eager", why=why)
 
     # A number of blocks alone does not keep vLLM from claiming nine tenths of the machine.
     sizes = ("kv-cache-memory-bytes", "gpu-memory-utilization")
