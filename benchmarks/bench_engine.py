@@ -2,9 +2,9 @@
 """Decode steps and prefill of the real engine, with vLLM's own cache and with ours.
 
 Each format runs in a process of its own, formats in turn, `--rounds` times; reported are medians
-over all steps of all rounds. The requests of a batch share their prompt through the prefix cache,
-so that only the first one is prefilled; their own tokens differ. Prefill is timed on a prompt that
-nothing is cached of.
+over all steps of all rounds. Every request of a batch has a context of its own, or with `--shared`
+all have the same: one read from memory then serves them all. Contexts are prefilled before and
+taken from the prefix cache. Prefill is timed on a prompt that nothing is cached of.
 
     python -m benchmarks.bench_engine --out results.jsonl
 """
@@ -37,7 +37,7 @@ def measure(args: argparse.Namespace) -> None:
     llm = LLM(
         args.model, dtype=args.dtype, enforce_eager=True, kv_cache_dtype=args.measure,
         max_model_len=8192, max_num_batched_tokens=1024, max_num_seqs=max(args.batches),
-        kv_cache_memory_bytes=2 << 30, enable_prefix_caching=True, skip_tokenizer_init=True,
+        kv_cache_memory_bytes=4 << 30, enable_prefix_caching=True, skip_tokenizer_init=True,
     )  # fmt: skip
     engine = llm.llm_engine
     generator = torch.Generator().manual_seed(0)
@@ -67,13 +67,14 @@ def measure(args: argparse.Namespace) -> None:
         add(f"prefill-{repetition}", random_tokens(PREFILL_TOKENS), 1)
         result["prefill"].append(sum(run()) / PREFILL_TOKENS)
     for context in args.contexts:
-        shared = random_tokens(context)
-        add(f"{context}-fill", shared, 1)
-        run()
+        contexts = [random_tokens(context) for _ in range(1 if args.shared else max(args.batches))]
+        for number, prompt in enumerate(contexts):
+            add(f"{context}-fill-{number}", prompt, 1)
+            run()
         for batch in args.batches:
             for number in range(batch):
                 tail = random_tokens(context % BLOCK_SIZE or 8)
-                prompt = shared[: context - len(tail)] + tail
+                prompt = contexts[number % len(contexts)][: context - len(tail)] + tail
                 add(f"{context}-{batch}-{number}", prompt, args.steps)
             steps = run()[-(args.steps - 4) :]  # the first ones prefill what is not shared
             result["decode"].append({"context": context, "batch": batch, "seconds": steps})
@@ -89,6 +90,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--shared", action="store_true", help="one context for a whole batch")
     add_out(parser)
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -103,7 +105,7 @@ def main() -> None:
     for _, name in tqdm(runs, disable=None, leave=False):
         arguments = ["--measure", name, "--model", args.model, "--dtype", args.dtype]
         arguments += ["--steps", str(args.steps), "--contexts", *map(str, args.contexts)]
-        arguments += ["--batches", *map(str, args.batches)]
+        arguments += ["--batches", *map(str, args.batches), *["--shared"] * args.shared]
         result = run_apart("bench_engine", arguments, name)
         prefill.setdefault(name, []).extend(result["prefill"])
         for row in result["decode"]:
@@ -116,7 +118,8 @@ def main() -> None:
         ratio = statistics.median(decode[context, batch, baseline]) / median
         print(f"| {context} | {batch} | {name} | {median * 1e3:.1f} | {ratio:.2f}x |")
         append(args.out, bench="decode_step", context=context, batch=batch, format=name,
-              seconds=seconds, median=median, ratio=ratio, model_dtype=args.dtype)  # fmt: skip
+              seconds=seconds, median=median, ratio=ratio, model_dtype=args.dtype,
+              shared=args.shared)  # fmt: skip
     print(f"\n| format | us / prefilled token | vs {baseline} |\n|---|---|---|")
     for name, seconds in prefill.items():
         median = statistics.median(seconds)

@@ -180,6 +180,7 @@ static void run_job(Call& call, const RowBlock& b, const Job& job, const Scratch
   const int head_dim = call.codec.head_dim, rows = rows_of(call, b);
   const int first_position = context_len(call, b.req) + b.token;
   const int leading = b.first_end > b.first_begin;
+  if (job.split_begin == 0) prefetch_copies(call, b);
   if (b.partial < 0) clear(s.total, rows, head_dim);
   for (int i = job.split_begin; i < job.split_end; ++i) {
     const int split = b.begin / kSplit + i - leading;
@@ -222,13 +223,18 @@ static void merge_partials(const Call& call, const RowBlock& b, const Scratch& s
 }
 
 // Lengths that cannot be: more new tokens than tokens (2), more than the block table holds (3), or
-// than the map of keys knows positions (4).
+// than the map of keys knows positions (4); copies of tokens or in rows that there are not (5).
 static int check_lengths(const Call& call) {
   const FqAttend& a = call.args;
   for (int req = 0; req < a.num_reqs; ++req) {
     if (a.query_start_loc[req + 1] < a.query_start_loc[req] || context_len(call, req) < 0) return 2;
     if (a.seq_lens[req] > a.stride_block_table * call.pages.block_size) return 3;
     if (a.key_map && a.key_map->turn_fine && a.seq_lens[req] > a.key_map->num_positions) return 4;
+  }
+  const int64_t num_tokens = a.query_start_loc[a.num_reqs];
+  for (int64_t i = 0; i < a.num_new; ++i) {
+    if (a.new_tokens[i] < 0 || a.new_tokens[i] >= num_tokens) return 5;
+    if (a.new_rows[i] < 0 || a.new_rows[i] >= a.num_copy_rows) return 5;
   }
   return 0;
 }
@@ -331,6 +337,7 @@ static int paged_attention(const FqCodec& codec, const FqPages& pages, const FqA
     } while (begin < blocks[i].num_splits);
   }
 
+  const int64_t num_copied = args.copy_key ? args.num_new * pages.num_kv_heads : 0;
   const int max_rows = call.group_size > kMaxRows ? call.group_size : kMaxRows;
 #pragma omp parallel num_threads(num_threads) if (work >= kMinParallelWork || args.raw_key)
   {
@@ -343,6 +350,9 @@ static int paged_attention(const FqCodec& codec, const FqPages& pages, const FqA
         if (blocks[i].partial >= 0) merge_partials(call, blocks[i], scratch);
       }
     }
+    // Only now: a row may change hands in this step, and its old owner has just read it.
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < num_copied; ++i) copy_new(call, i);
   }
   return call.bad_block ? 1 : 0;
 }

@@ -27,6 +27,22 @@ static inline int hide_copies(const Call& call, int req, int t0, int count, floa
   return num_hidden;
 }
 
+// Copies this step's tokens that later steps read without codes, heads of all of them in turn.
+static void copy_new(const Call& call, int64_t i) {
+  const FqAttend& a = call.args;
+  const int head_dim = call.codec.head_dim, heads = call.pages.num_kv_heads;
+  const int64_t token = a.new_tokens[i / heads], row = a.new_rows[i / heads], head = i % heads;
+  const int64_t to = row * a.stride_copy_row + head * a.stride_copy_head;
+  alignas(64) float x[kMaxHeadDim];
+  const auto copy = [&](const void* raw, int64_t stride_token, int64_t stride_head, void* copies) {
+    load_row(raw, token * stride_token + head * stride_head, a.dtype, head_dim, x);
+    if (peak(x, head_dim) == __builtin_inff()) memset(x, 0, sizeof(x));
+    store_row(copies, to, a.copy_dtype, head_dim, x);
+  };
+  copy(a.raw_key, a.stride_raw_key_token, a.stride_raw_key_head, a.copy_key);
+  copy(a.raw_value, a.stride_raw_value_token, a.stride_raw_value_head, a.copy_value);
+}
+
 // Vectors in the model's basis: raw new tokens, or copies of cached ones.
 struct Dense {
   const void *key, *value;
@@ -73,6 +89,25 @@ static void attend_dense(const Call& call, const RowBlock& b, const Dense& dense
     softmax_tile(s.scores, rows, s.key_factor, s.value_factor, mask, a.soft_cap, s.raw, s.alpha);
     load_tile(dense.value, dense.stride_value_token, dense.stride_value_head);
     axpy_tile(s.scores, s.alpha, rows, DenseTile{s.tile, head_dim}, head_dim, count, s.raw.o);
+  }
+}
+
+// Asks for the copies of a request's tokens to be in the cache by the time that attend_raw reads
+// them: their rows lie scattered, and one after the other they would be waited for.
+static inline void prefetch_copies(const Call& call, const RowBlock& b) {
+  const FqAttend& a = call.args;
+  if (!a.copy_key) return;
+  const int num_columns = a.num_first + a.num_recent;
+  const int32_t* table = a.copy_table + b.req * (int64_t)num_columns;
+  const int64_t size = a.copy_dtype == kFqFloat32 ? 4 : 2;
+  const int64_t head = b.kv_head * a.stride_copy_head * size;
+  for (int i = 0; i < num_columns; ++i) {
+    if (table[i] < 0) continue;
+    const int64_t at = table[i] * a.stride_copy_row * size + head;
+    for (int64_t j = 0; j < call.codec.head_dim * size; j += 64) {
+      __builtin_prefetch(static_cast<const char*>(a.copy_key) + at + j, 0, 2);
+      __builtin_prefetch(static_cast<const char*>(a.copy_value) + at + j, 0, 2);
+    }
   }
 }
 

@@ -126,13 +126,19 @@ struct FqAttend {
   int32_t copy_dtype;  // FqDtype of copy_key and copy_value
   // 16-bit copies of a request's first and newest cached tokens, read instead of their codes. Null
   // without; they need raw_key.
-  const void* copy_key;       // [num_rows, num_kv_heads, head_dim]
-  const void* copy_value;     // as copy_key, with its strides
+  void* copy_key;             // [num_copy_rows, num_kv_heads, head_dim]
+  void* copy_value;           // as copy_key, with its strides
   const int32_t* copy_table;  // [num_reqs, num_first + num_recent] rows, -1 = none: positions
                               // 0 to num_first - 1, then the num_recent before the new tokens
   int64_t stride_copy_row, stride_copy_head;  // elements
   int32_t num_first;
   int32_t num_recent;
+  // Raw tokens that are copied once everything has been attended: token new_tokens[i] into row
+  // new_rows[i], vectors that hold a NaN or infinity as zeros.
+  const int64_t* new_tokens;  // [num_new]
+  const int64_t* new_rows;    // [num_new], distinct
+  int64_t num_new;
+  int64_t num_copy_rows;
   // Positions below keep_first are seen whatever the window, scored with these queries.
   const void* first_query;  // [num_tokens, num_q_heads, head_dim]; unused if keep_first is 0
   int64_t stride_first_query_token, stride_first_query_head;

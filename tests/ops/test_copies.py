@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tests.ops.test_attention import check_against_oracle, codec_of
 from tests.paged import Paged, make_paged
+from vllm_fibquant import ops
 from vllm_fibquant.ops.reference import TokenCopies
 
 
@@ -78,6 +82,58 @@ def test_one_missing_copy_is_read_from_its_code() -> None:
     copies.table[0, 10] = -1
     assert not torch.allclose(whole, paged.attend(copies=copies, **paged.raw), atol=1e-4)
     check_against_oracle(paged, copies=copies, **paged.raw)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_new_tokens_are_copied_after_everything_is_attended(dtype: torch.dtype) -> None:
+    """A row that changes hands in a step is read for its old owner; the oracle is attended last."""
+    paged = make_paged(codec_of("fibquant_2bit", 64), [100, 40], [3, 1], group_size=3, dtype=dtype)
+    copies = make_copies(paged, 4, 32, torch.bfloat16 if dtype == torch.float32 else dtype)
+    free = sorted(set(range(len(copies.key))) - set(copies.table.flatten().tolist()))
+    new_tokens = torch.tensor([1, 3, 2])
+    new_rows = torch.tensor([int(copies.table[0, -1]), free[0], int(copies.table[1, 0])])
+    copies = replace(copies, new_tokens=new_tokens, new_rows=new_rows)
+    raw_key, raw_value = (x.clone() for x in paged.raw.values())
+    raw_key[3, 1, 5] = torch.nan
+    raw_value[3, 0, 7] = torch.inf
+    raw = {"raw_key": raw_key, "raw_value": raw_value}
+    found = []
+    for reference in (False, True):
+        mine = replace(copies, key=copies.key.clone(), value=copies.value.clone())
+        with ops.use_reference() if reference else contextlib.nullcontext():
+            out = paged.attend(copies=mine, **raw)
+        found.append((out, mine))
+    (out, mine), (expected, theirs) = found
+    torch.testing.assert_close(out[:3], expected[:3], atol=2e-2, rtol=2e-2)
+    for name, raw_vectors in (("key", raw_key), ("value", raw_value)):
+        stored = getattr(mine, name)
+        assert torch.equal(stored.isnan(), getattr(theirs, name).isnan())
+        assert torch.equal(stored.nan_to_num(), getattr(theirs, name).nan_to_num())
+        for token, row in zip(new_tokens.tolist(), new_rows.tolist(), strict=True):
+            finite = torch.isfinite(raw_vectors[token]).all(-1, keepdim=True)
+            exact = torch.where(finite, raw_vectors[token], 0).to(stored.dtype)
+            assert torch.equal(stored[row], exact)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows", "message"),
+    [
+        ([1], [0], "copies.new_tokens and copies.new_rows must be tokens of the batch"),
+        ([0], [5], "copies.new_tokens and copies.new_rows must be tokens of the batch"),
+        ([-1], [0], "copies.new_tokens and copies.new_rows must be tokens of the batch"),
+        ([0], [0, 1], "must be of one length"),
+        ([0], None, "must be of one length"),
+        ([0.0], [0], "copies.new_tokens must be torch.int64"),
+    ],
+)
+def test_bad_new_copies_are_refused(tokens: list, rows: list | None, message: str) -> None:
+    paged = make_paged(codec_of("fibquant_2bit", 64), [20], [1])
+    vectors = torch.zeros(5, 2, 64)
+    table = torch.full((1, 8), -1, dtype=torch.int32)
+    new = torch.tensor(tokens), None if rows is None else torch.tensor(rows)
+    with pytest.raises(ValueError, match=message):
+        paged.attend(copies=TokenCopies(vectors, vectors.clone(), table, 4, *new), **paged.raw)
+    assert not vectors.any()
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@
 write:  `FibQuantImpl.do_kv_cache_update` -> `ops.encode_kv`
 read:   `FibQuantImpl.forward`            -> `ops.paged_attention`
 
-With a recent window `forward` also copies the newest tokens, where `copies.CopyPool` says.
+With a recent window attention also copies the newest tokens, where `copies.CopyPool` says.
 
 Both get the layer's cache as vLLM allocated it, uint8 [num_blocks, num_kv_heads, block_size,
 record_bytes]; its size follows from `customize_spec`, so vLLM itself computes how many blocks fit.
@@ -351,20 +351,18 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
             own_counters().attended(began)
         if attn_metadata.probe is not None:
             attn_metadata.probe.run(self, query, key, value, kv_cache)
-        if attn_metadata.copies is not None:
-            # Only now: a row may change hands in this step, and its old owner has just read it.
-            tokens, rows = attn_metadata.copies.tokens, attn_metadata.copies.rows
-            for buffer, x in ((self._copy_key, key), (self._copy_value, value)):
-                new = x[tokens]
-                finite = torch.isfinite(new).all(-1, keepdim=True)
-                buffer[rows] = torch.where(finite, new, 0.0).to(buffer.dtype)
         return output
 
     def _copies(self, step: StepCopies | None) -> TokenCopies | None:
         if step is None:
             return None
         return TokenCopies(
-            self._copy_key, self._copy_value, step.table, self.options.num_copied_first
+            self._copy_key,
+            self._copy_value,
+            step.table,
+            self.options.num_copied_first,
+            step.tokens,
+            step.rows,
         )
 
 

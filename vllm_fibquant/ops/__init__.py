@@ -25,6 +25,7 @@ _ERRORS = {
     "new tokens",
     3: "seq_lens must not exceed what a row of block_table holds",
     4: "seq_lens must not exceed the positions that key_map.turning knows",
+    5: "copies.new_tokens and copies.new_rows must be tokens of the batch and rows of copies.key",
 }
 
 
@@ -164,7 +165,8 @@ def paged_attention(
         sinks: float32 [num_q_heads] or None; one extra logit per head that has no value.
         raw_key, raw_value: as query with num_kv_heads heads, or None. When given, a request's new
             tokens are attended from these instead of from their codes.
-        copies: copies of cached tokens, read instead of their codes; they need raw_key.
+        copies: copies of cached tokens, read instead of their codes, and which new tokens are
+            copied at the end; they need raw_key.
         keep_first: a query sees positions below this one whatever the window, in a split of their
             own; not together with raw_key.
         first_query: as query, or None for query itself. What positions below keep_first are scored

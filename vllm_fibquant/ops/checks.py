@@ -226,6 +226,17 @@ def _check_copies(
         )
     if raw_key is None:
         raise ValueError(f"{function}: copies need raw_key, got None; give both or neither")
+    tokens, rows = copies.new_tokens, copies.new_rows
+    if tokens is None and rows is None:
+        return
+    if tokens is None or rows is None or tokens.shape != rows.shape:
+        shapes = [None if x is None else list(x.shape) for x in (tokens, rows)]
+        raise ValueError(
+            f"{function}: copies.new_tokens and copies.new_rows must be of one length, "
+            f"got {shapes[0]} and {shapes[1]}"
+        )
+    _check_integers(function, "copies.new_tokens", tokens, cache, torch.int64, 1)
+    _check_integers(function, "copies.new_rows", rows, cache, torch.int64, 1)
 
 
 def _check_integers(

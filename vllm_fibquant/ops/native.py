@@ -115,6 +115,8 @@ class _Attend(Structure):
         *((f"copy_{name}", c_void_p) for name in ("key", "value", "table")),
         *((f"stride_copy_{name}", c_int64) for name in ("row", "head")),
         *((name, c_int32) for name in ("num_first", "num_recent")),
+        *((name, c_void_p) for name in ("new_tokens", "new_rows")),
+        *((name, c_int64) for name in ("num_new", "num_copy_rows")),
         ("first_query", c_void_p),
         *((f"stride_first_query_{name}", c_int64) for name in ("token", "head")),
         ("keep_first", c_int64),
@@ -426,6 +428,11 @@ def paged_attention(
         args.stride_copy_row, args.stride_copy_head, _ = copies.key.stride()
         args.num_first = copies.num_first
         args.num_recent = copies.table.shape[1] - copies.num_first
+        args.num_copy_rows = copies.key.shape[0]
+        if copies.new_tokens is not None and copies.new_rows is not None:
+            args.new_tokens = copies.new_tokens.data_ptr()
+            args.new_rows = copies.new_rows.data_ptr()
+            args.num_new = copies.new_tokens.shape[0]
     return library().fq_paged_attention(
         byref(codec_struct(codec)), byref(pages_of(cache)), byref(args)
     )

@@ -26,12 +26,31 @@ class TokenCopies:
             token at position 0, 1, ... num_first - 1, then at the num_recent positions before its
             first new token; -1 where there is no copy, or no such token.
         num_first: columns of `table` that belong to a request's first tokens.
+        new_tokens: int64 [n] or None: the batch's new tokens that are copied once everything has
+            been attended, so that a row may change hands within a step.
+        new_rows: int64 [n] or None: distinct rows they are copied to.
     """
 
     key: torch.Tensor
     value: torch.Tensor
     table: torch.Tensor
     num_first: int
+    new_tokens: torch.Tensor | None = None
+    new_rows: torch.Tensor | None = None
+
+    def store_new(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Copies new tokens; vectors that hold a NaN or infinity become zeros, as in codes.
+
+        Args:
+            key: float [num_tokens, num_kv_heads, head_dim], the batch's new keys.
+            value: as key.
+        """
+        if self.new_tokens is None or self.new_rows is None:
+            return
+        for copies, x in ((self.key, key), (self.value, value)):
+            new = x[self.new_tokens]
+            finite = torch.isfinite(new).all(-1, keepdim=True)
+            copies[self.new_rows] = torch.where(finite, new, 0.0).to(copies.dtype)
 
     def rows(self, req: int, context_len: int) -> torch.Tensor:
         """Rows of the cached tokens 0 to context_len - 1 of one request, -1 for none: int64."""
@@ -122,7 +141,8 @@ def paged_attention(
         sinks: float32 [num_q_heads] or None; one extra logit per head with no value.
         raw_key, raw_value: float [num_tokens, num_kv_heads, head_dim] or None. When given, a
             request's new tokens are attended from these instead of from their codes.
-        copies: copies that stand in for codes of cached tokens, or None; they need raw_key.
+        copies: copies that stand in for codes of cached tokens, and which new tokens are copied
+            at the end, or None; they need raw_key.
         keep_first: positions below it are seen whatever the window.
         first_query: as query, or None for query itself; what positions below keep_first are
             scored with.
@@ -179,3 +199,5 @@ def paged_attention(
             scores = torch.cat((scores, extra), dim=-1)
         weights = torch.softmax(scores, dim=-1)[..., :seq_len]
         out[begin:end] = torch.einsum("hqs,shd->qhd", weights, values).to(out.dtype)
+    if copies is not None and raw_key is not None and raw_value is not None:
+        copies.store_new(raw_key, raw_value)
