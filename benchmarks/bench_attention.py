@@ -27,8 +27,7 @@ from vllm_fibquant.codec.layout import preset_layout
 from vllm_fibquant.keys.calibration import num_turning
 from vllm_fibquant.keys.key_map import FirstMeans, KeyMap, TurningMean, Turns
 from vllm_fibquant.keys.transform import make_transform, transform_problem
-from vllm_fibquant.ops import native
-from vllm_fibquant.ops.reference import TokenCopies
+from vllm_fibquant.ops import Attend, Batch, Copies, Fresh, cpu
 from vllm_fibquant.options import parse_options
 
 BLOCK_SIZE = 128  # vLLM's default on CPUs
@@ -93,8 +92,12 @@ class Case:
         name = str(dtype).removeprefix("torch.") if cache_dtype == "auto" else cache_dtype
         self.formats["vllm_" + name] = (caches[0].nbytes, run)
 
-    def add_preset(self, name: str, label: str | None = None, **options: Any) -> None:
-        """Codes of a preset, attended with `options` of `ops.paged_attention`."""
+    def add_preset(
+        self, name: str, label: str | None = None, key_map: KeyMap | None = None,
+        copied: tuple[Copies, torch.Tensor] | None = None, fresh: Fresh | None = None,
+    ) -> None:  # fmt: skip
+        """Codes of a preset, attended through a map of keys, with copies and their table, and with
+        raw new tokens."""
         codec = KVCodec.from_preset(PRESETS[name], self.head_dim)
         layout = codec.layout
         shape = (self.num_blocks, self.num_kv_heads, BLOCK_SIZE, layout.record_bytes)
@@ -104,11 +107,16 @@ class Case:
             norms.uniform_(4, 12)
             cache[..., layout.key_norm_offset :] = norms.view(torch.uint8)
 
+        copies, table = copied or (None, None)
+        batch = Batch(self.query_start_loc, self.seq_lens, self.block_table, table)
+        layers = [
+            (ops.pages_of(cache, codec, key_map), Attend(self.scale, copies=copies))
+            for cache in caches
+        ]
+
         def run(layer: int) -> None:
-            ops.paged_attention(
-                self.query, caches[layer], codec, self.query_start_loc, self.seq_lens,
-                self.block_table, self.out, scale=self.scale, **options,
-            )  # fmt: skip
+            pages, attend = layers[layer]
+            ops.paged_attention(self.query, self.out, pages, batch, attend, fresh)
 
         self.formats[label or name] = (caches[0].nbytes, run)
 
@@ -129,15 +137,15 @@ PLAIN, AS_SERVED = "codes alone", "as served"
 
 
 def options_of(case: Case, preset: str) -> dict[str, dict[str, Any]]:
-    """Options of paged attention by the name of the repair."""
+    """Options of `Case.add_preset` by the name of the repair."""
     heads, dim = case.num_kv_heads, case.head_dim
     quality = parse_options(preset, {"fibquant": {"mode": "quality"}})
     rows = quality.num_copies * case.num_reqs
     key, value = torch.randn(2, rows, heads, dim).to(case.dtype)
     table = torch.arange(rows, dtype=torch.int32).view(case.num_reqs, -1)
-    new = {"raw_key": key[: case.num_reqs], "raw_value": value[: case.num_reqs]}
+    new = Fresh(key[: case.num_reqs], value[: case.num_reqs])
     kept = (x.bfloat16() for x in (key, value))  # as in service
-    copies = TokenCopies(*kept, table, quality.num_copied_first)
+    copied = Copies(*kept, quality.num_copied_first), table
     pairs = torch.arange(dim, dtype=torch.int32).view(2, -1).T.contiguous()
     frequency = 1e4 ** (-torch.arange(dim // 2).double() / (dim // 2))
     turns = Turns(pairs, frequency, 1.0, case.context)
@@ -146,7 +154,7 @@ def options_of(case: Case, preset: str) -> dict[str, dict[str, Any]]:
     first = FirstMeans(*torch.randn(2, heads, quality.first_tokens, dim))
     found: dict[str, dict[str, Any]] = {
         PLAIN: {},
-        "copies": {"copies": copies, **new},
+        "copies": {"copied": copied, "fresh": new},
         "means": {"key_map": KeyMap(mean, first.num_first, None, turning, first)},
     }
     if transform_problem(PRESETS[preset].key, dim) is None:
@@ -175,7 +183,7 @@ def main() -> None:
     add_out(parser)
     args = parser.parse_args()
 
-    native.select_isa(args.instruction_set)
+    cpu.select_isa(args.instruction_set)
     dtype = getattr(torch, args.dtype)
     clock = clock_of(args)
     baseline = "vllm_" + args.dtype
@@ -211,7 +219,7 @@ def main() -> None:
                 median=median, vs_vllm=ratio, bytes=case.formats[name][0],
                 kernel=ops.kernel_name(), threads=torch.get_num_threads(),
                 clock="cpu" if args.one_thread else "wall",
-                instruction_set=native.isa(), cpu=cpu_name(), torch=torch.__version__,
+                instruction_set=cpu.isa(), cpu=cpu_name(), torch=torch.__version__,
             )  # fmt: skip
 
 

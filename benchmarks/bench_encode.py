@@ -9,6 +9,7 @@ Reported: microseconds per token of one layer, for a prefill chunk and for a sin
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 from collections.abc import Callable
 
@@ -26,7 +27,7 @@ PRESET_NAMES = (
 )  # fmt: skip
 
 
-def stores(head_dim: int, num_kv_heads: int, num_tokens: int) -> dict[str, Callable[[], None]]:
+def stores(head_dim: int, num_kv_heads: int, num_tokens: int) -> dict[str, Callable[[], object]]:
     """One call per format that stores `num_tokens` tokens of one layer."""
     from vllm import _custom_ops as vllm_ops
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
@@ -37,7 +38,7 @@ def stores(head_dim: int, num_kv_heads: int, num_tokens: int) -> dict[str, Calla
     plain = torch.empty(num_blocks, num_kv_heads, BLOCK_SIZE * 2, head_dim)
     key_cache, value_cache = plain.chunk(2, dim=2)
     isa = _get_attn_isa(torch.float32, BLOCK_SIZE, head_dim, "auto")
-    calls: dict[str, Callable[[], None]] = {
+    calls: dict[str, Callable[[], object]] = {
         "vllm_float32": lambda: vllm_ops.cpu_attn_reshape_and_cache(
             key, value, key_cache, value_cache, slots, isa
         )
@@ -46,8 +47,8 @@ def stores(head_dim: int, num_kv_heads: int, num_tokens: int) -> dict[str, Calla
         codec = KVCodec.from_preset(PRESETS[name], head_dim)
         shape = (num_blocks, num_kv_heads, BLOCK_SIZE, codec.layout.record_bytes)
         cache = torch.zeros(shape, dtype=torch.uint8)
-        calls[name] = lambda cache=cache, codec=codec: ops.encode_kv(  # type: ignore[misc]
-            key, value, cache, slots, codec
+        calls[name] = functools.partial(
+            ops.encode_kv, key, value, slots, ops.pages_of(cache, codec)
         )
     return calls
 

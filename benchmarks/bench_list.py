@@ -85,10 +85,11 @@ def times_of(
     times: list[list[float]] = [[] for _ in lists]
     codecs = [KVCodec(side, side) for side in sides]
     caches = [torch.zeros(1, 1, tokens, c.layout.record_bytes, dtype=torch.uint8) for c in codecs]
+    layers = [ops.pages_of(cache, codec) for cache, codec in zip(caches, codecs, strict=True)]
     for repetition in range(repetitions + 1):
-        for codec, cache, seconds in zip(codecs, caches, times, strict=True):
+        for pages, seconds in zip(layers, times, strict=True):
             begin = clock()
-            ops.encode_kv(key, value, cache, slots, codec)
+            ops.encode_kv(key, value, slots, pages)
             if repetition:
                 seconds.append((clock() - begin) / (2 * tokens))
     return times

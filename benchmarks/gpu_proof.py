@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib.metadata
 import itertools
 import json
@@ -72,22 +73,25 @@ def copy_rate(repetitions: int) -> float:
 def our_kernels(case: Case, preset: str, dry_run: bool):
     """{name: call}, the bytes of the cache, and what the calls write to."""
     from vllm_fibquant.codec.codec import KVCodec
-    from vllm_fibquant.kernels import attention
-    from vllm_fibquant.ops import gpu, native_cuda
+    from vllm_fibquant.ops import Attend, Batch, Pages, cuda, gpu
 
     codec = KVCodec.from_preset(preset, case.head_dim)
     cache, query = make_cache(case, codec), case.query()
     out, table, lens = torch.empty_like(query), case.table(), case.lens()
     starts = torch.arange(case.batch + 1, dtype=torch.int32, device=case.device)
-    arguments = (query, cache, codec, starts, lens, table, out)
-    scale = case.head_dim**-0.5
-    calls = {"triton": lambda: attention.paged_attention(*arguments, scale=scale)}
+    batch, served = Batch(starts, lens, table), [gpu.TRITON]
     if dry_run:
         from tests.emulated import emulated
 
-        calls["cuda"] = lambda: emulated().paged_attention(*arguments, scale=scale)
-    elif gpu.why_not_cuda(cache, codec) is None:
-        calls["cuda"] = lambda: native_cuda.library().paged_attention(*arguments, scale=scale)
+        served.append(cuda.Cuda(emulated()))
+    elif gpu.why_not_cuda(codec, cache) is None:
+        served.append(cuda.kernels())
+    calls = {}
+    for kernels in served:
+        pages, attend = Pages(cache, codec, None, kernels), Attend(case.head_dim**-0.5)
+        calls[kernels.name] = functools.partial(
+            kernels.paged_attention, query, out, pages, batch, attend
+        )
     return calls, cache.numel(), out
 
 

@@ -9,6 +9,7 @@ and 4 wavefronts; `conflicts` reads 8 bytes from a table without copies. All but
 from __future__ import annotations
 
 import ctypes
+import functools
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -86,8 +87,9 @@ def micro_rates(milliseconds: Callable[..., float], repetitions: int) -> Iterato
 
 def encodes(device: str, presets: list[str]) -> Iterator[tuple[dict[str, Any], Callable]]:
     """(row, call) of encoding keys and values of 8 KV heads, and of vLLM's bfloat16 store."""
+    from vllm_fibquant import ops
     from vllm_fibquant.codec.codec import KVCodec
-    from vllm_fibquant.ops import gpu
+    from vllm_fibquant.ops import Pages, gpu
 
     most = ENCODED[-1] if device == "cuda" else 32
     case = Case(128, 8, 1, 1, most, device)
@@ -112,10 +114,7 @@ def encodes(device: str, presets: list[str]) -> Iterator[tuple[dict[str, Any], C
             codec = KVCodec.from_preset(preset, 128)
             cache = make_cache(case, codec)
             row = {"rate": "encode", "preset": preset, "tokens": tokens}
+            pages = Pages(cache, codec, None, gpu.choose(codec, cache))
             if device == "cuda":
-                row["kernel"] = gpu.kernel_name(cache, codec)
-
-            def run(now=now, cache=cache, slots=slots, codec=codec) -> None:
-                gpu.encode_kv(now, now, cache, slots, codec)
-
-            yield row, run
+                row["kernel"] = pages.kernels.name
+            yield row, functools.partial(ops.encode_kv, now, now, slots, pages)

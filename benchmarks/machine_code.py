@@ -179,7 +179,7 @@ def support_markdown(library: Any) -> str:
         ("presets", presets, "all"),
         ("codes", ", ".join(f"`{name}`" for name in support.codes.values()), "any"),
         ("block sizes", "multiples of 16", "any"),
-        ("query heads per KV head", *[f"up to {gpu.MAX_GROUP_SIZE}"] * 2),
+        ("query heads per KV head", *[f"up to {gpu.TRITON.max_group_size}"] * 2),
         ("architectures", f"{built}, PTX of sm_80",
          "what Triton compiles for"),
     ]  # fmt: skip

@@ -18,11 +18,12 @@ outside the cache, or a position beyond the block table, gives NaN, never a read
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 
-from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.kernels.codes import find_rows, load_codewords, load_indices, soft_cap_scores
 from vllm_fibquant.kernels.states import (
     EMPTY,
@@ -34,6 +35,7 @@ from vllm_fibquant.kernels.states import (
 )
 from vllm_fibquant.kernels.tables import device_codec, next_power_of_two, prefixed
 from vllm_fibquant.ops import splits
+from vllm_fibquant.ops.call import Attend, Batch, Fresh, Pages
 
 BLOCK_T = 32
 DECODE_ROWS, PREFILL_ROWS = 16, 32
@@ -173,22 +175,23 @@ def workspace_floats(num_rows: int, head_dim: int, num_splits: int, raw: bool) -
 
 
 def raw_token_states(
-    query: torch.Tensor,
-    raw_key: torch.Tensor,
-    raw_value: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    seq_lens: torch.Tensor,
-    *,
-    scale: float,
-    window: int,
-    soft_cap: float,
+    query: torch.Tensor, batch: Batch, attend: Attend, fresh: Fresh
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """States of every row over its request's new tokens, for another kernel to merge.
+
+    Args:
+        query: [num_tokens, num_q_heads, head_dim].
+        batch, attend, fresh: as in `ops.paged_attention`; raw keys and values are given.
 
     Returns:
         float32 o [num_tokens * num_q_heads, head_dim], m and l [num_tokens * num_q_heads]; weights
         are relative to exp(m).
     """
+    raw_key, raw_value = fresh.raw_key, fresh.raw_value
+    if raw_key is None or raw_value is None:
+        raise ValueError("raw_token_states: raw_key and raw_value must be given, got None")
+    query_start_loc, seq_lens = batch.query_start_loc, batch.seq_lens
+    scale, window, soft_cap = attend.scale, attend.window, attend.soft_cap
     num_tokens, num_q_heads, head_dim = query.shape
     num_kv_heads, num_rows = raw_key.shape[1], num_tokens * num_q_heads
     group_size = num_q_heads // num_kv_heads
@@ -209,29 +212,26 @@ def raw_token_states(
 
 def paged_attention(
     query: torch.Tensor,
-    cache: torch.Tensor,
-    codec: KVCodec,
-    query_start_loc: torch.Tensor,
-    seq_lens: torch.Tensor,
-    block_table: torch.Tensor,
     out: torch.Tensor,
-    *,
-    scale: float,
-    window: int = 0,
-    soft_cap: float = 0.0,
-    sinks: torch.Tensor | None = None,
-    raw_key: torch.Tensor | None = None,
-    raw_value: torch.Tensor | None = None,
+    pages: Pages,
+    batch: Batch,
+    attend: Attend,
+    fresh: Fresh | None = None,
     num_splits: int | None = None,
-    workspace: torch.Tensor | None = None,
+    allocate: Callable[[int, torch.device], torch.Tensor] = splits.allocate,
 ) -> None:
     """See `ops.paged_attention`; reads nothing back to the host.
 
     Args:
         num_splits: parts of every sequence; None chooses.
-        workspace: float32 [at least `workspace_floats`] on the cache's device; None allocates,
-            which a CUDA graph's memory pool keeps valid.
+        allocate: (float32 elements, device) to scratch memory, at a multiple of 16 bytes; what is
+            allocated while a CUDA graph is captured stays valid in the graph's memory pool.
     """
+    cache, codec = pages.cache, pages.codec
+    query_start_loc, seq_lens = batch.query_start_loc, batch.seq_lens
+    block_table = batch.block_table
+    scale, window, soft_cap = attend.scale, attend.window, attend.soft_cap
+    sinks, (raw_key, raw_value, _) = attend.sinks, fresh or Fresh()
     num_tokens, num_q_heads, head_dim = query.shape
     num_blocks, num_kv_heads, block_size, record_bytes = cache.shape
     num_reqs, table_width = seq_lens.shape[0], block_table.shape[1]
@@ -250,7 +250,7 @@ def paged_attention(
             num_row_blocks * num_kv_heads, table_width * block_size, cache.device
         )
     floats = workspace_floats(num_rows, head_dim, num_splits, raw)
-    workspace = splits.workspace_of(workspace, floats, cache.device)
+    workspace = allocate(floats, cache.device)
     sizes = [
         num_rows * head_dim,
         num_splits * num_rows * head_dim,

@@ -15,9 +15,10 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.codec.config import GAIN_NUMBERS, GainRule
 from vllm_fibquant.kernels.tables import DeviceCode, device_codec, next_power_of_two
+from vllm_fibquant.ops.call import Pages
+from vllm_fibquant.ops.kernels import device_counters
 
 BLOCK_V = 16  # the least number of rows of a matrix product
 CHUNK = 32
@@ -196,22 +197,16 @@ def _side(code: DeviceCode, gain: GainRule, index_offset: int, norm_offset: int,
 def encode_kv(
     key: torch.Tensor,
     value: torch.Tensor,
-    cache: torch.Tensor,
     slot_mapping: torch.Tensor,
-    codec: KVCodec,
-    counters: torch.Tensor,
-) -> None:
-    """See `ops.encode_kv`; reads nothing back to the host.
-
-    Args:
-        key, value, cache, slot_mapping, codec: as in `ops.encode_kv`, on one device.
-        counters: int32 [2], added to: vectors stored as zeros because they held a NaN or infinity,
-            and vectors whose slot lies outside the cache (they are not stored).
-    """
+    pages: Pages,
+    positions: torch.Tensor | None = None,
+) -> int:
+    """See `ops.encode_kv`; reads nothing back to the host, and returns 0."""
+    cache, codec = pages.cache, pages.codec
     num_slots = slot_mapping.shape[0]
     num_blocks, num_heads, block_size, record_bytes = cache.shape
     if num_slots == 0:
-        return
+        return 0
     tables, at = device_codec(codec, cache.device), codec.layout
     padded = at.key_norm_offset - at.key_index_bytes - at.value_index_bytes
     pad = at.key_norm_offset - 1 if padded else -1
@@ -222,9 +217,10 @@ def encode_kv(
     num_vectors = num_slots * num_heads
     _encode[(triton.cdiv(num_vectors, BLOCK_V), 2)](
         key, value, cache, slot_mapping, tables.matrix, tables.key.rows_t, tables.key.half_sq,
-        tables.value.rows_t, tables.value.half_sq, counters, num_vectors, num_blocks * block_size,
-        key.stride(0), key.stride(1), value.stride(0), value.stride(1), cache.stride(0),
-        cache.stride(1), HEADS=num_heads, BLOCK_SIZE=block_size, RECORD_BYTES=record_bytes,
-        HEAD_DIM=codec.head_dim, BLOCK_V=BLOCK_V, CHUNK=CHUNK, KEY=key_side, VALUE=value_side,
-        num_warps=4,
+        tables.value.rows_t, tables.value.half_sq, device_counters(cache.device), num_vectors,
+        num_blocks * block_size, key.stride(0), key.stride(1), value.stride(0), value.stride(1),
+        cache.stride(0), cache.stride(1), HEADS=num_heads, BLOCK_SIZE=block_size,
+        RECORD_BYTES=record_bytes, HEAD_DIM=codec.head_dim, BLOCK_V=BLOCK_V, CHUNK=CHUNK,
+        KEY=key_side, VALUE=value_side, num_warps=4,
     )  # fmt: skip
+    return 0

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from tests.paged import Paged
-from vllm_fibquant.ops import native_cuda
-from vllm_fibquant.ops.native_cuda import Library, workspace_floats
+from vllm_fibquant.ops import Pages, cuda
+from vllm_fibquant.ops.cuda import Cuda, Library
 
 ROOT = Path(__file__).parent.parent
 PATH = ROOT / "build" / "libfibquant_cuda_emulated.so"
@@ -44,25 +44,23 @@ def aligned(x: torch.Tensor) -> torch.Tensor:
     return buffer[start : start + x.numel()].view(x.shape).copy_(x)
 
 
-def attend(library: Library, paged: Paged, *, num_splits: int = 2, wide=False, **options):
+def attend(library: Library, paged: Paged, *, num_splits=2, wide=False, raw_states=None, **options):
     """The kernels' answer, from scratch memory that holds NaN."""
-    rows, head_dim = paged.query.shape[0] * paged.query.shape[1], paged.codec.head_dim
     device = native_device(library)
-    on = {name: x.to(device) if torch.is_tensor(x) else x for name, x in options.items()}
+
+    def allocate(floats: int, device: torch.device) -> torch.Tensor:
+        return torch.full((floats,), torch.nan, device=device)
+
+    states = raw_states and (lambda *_: raw_states)
+    kernels = Cuda(library, num_splits, wide, allocate, states)
     out = torch.full_like(paged.query, torch.nan, device=device)
-    workspace = torch.full(
-        (workspace_floats(rows, head_dim, num_splits),), torch.nan, device=device
-    )
     cache = aligned(paged.cache) if device.type == "cpu" else paged.cache.to(device)
-    library.paged_attention(
-        paged.query.to(device), cache, paged.codec, paged.query_start_loc.to(device),
-        paged.seq_lens.to(device), paged.block_table.to(device), out, scale=paged.scale,
-        num_splits=num_splits, wide=wide, workspace=workspace, **on,
-    )  # fmt: skip
+    pages = Pages(cache, paged.codec, None, kernels)
+    kernels.paged_attention(paged.query.to(device), out, pages, *paged.split(options, device))
     return out.cpu()
 
 
 def native_device(library: Library) -> torch.device:
     """Where the library's kernels run."""
-    is_cuda = native_cuda.is_built() and library is native_cuda.library()
+    is_cuda = cuda.is_built() and library is cuda.library()
     return torch.device("cuda" if is_cuda else "cpu")

@@ -12,7 +12,7 @@ import torch
 from vllm_fibquant import ops
 from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.keys.key_map import KeyMap
-from vllm_fibquant.ops import reference
+from vllm_fibquant.ops import Attend, Batch, Fresh, Pages, reference
 
 POISON = 0xFF  # as a norm: NaN
 MAX_TIES = 0.02
@@ -38,21 +38,32 @@ class Paged:
 
     def attend(self, **options: Any) -> torch.Tensor:
         out = torch.full_like(self.query, torch.nan)
-        ops.paged_attention(
-            self.query, self.cache, self.codec, self.query_start_loc, self.seq_lens,
-            self.block_table, out, scale=self.scale, key_map=self.key_map, **options,
-        )  # fmt: skip
+        ops.paged_attention(self.query, out, self.pages, *self.split(options))
         return out
 
     def oracle(self, dtype: torch.dtype = torch.float64, **options: Any) -> torch.Tensor:
         """The oracle's answer computed in `dtype`, as float64."""
         out = torch.zeros_like(self.query, dtype=torch.float64)
-        reference.paged_attention(
-            self.query, self.cache, self.codec, self.query_start_loc, self.seq_lens,
-            self.block_table, out, scale=self.scale, compute_dtype=dtype, key_map=self.key_map,
-            **options,
-        )  # fmt: skip
+        pages = Pages(self.cache, self.codec, self.key_map, ops.REFERENCE)
+        reference.paged_attention(self.query, out, pages, *self.split(options), dtype)
         return out
+
+    @property
+    def pages(self) -> Pages:
+        return ops.pages_of(self.cache, self.codec, self.key_map)
+
+    def split(
+        self, options: dict[str, Any], device: torch.device | None = None
+    ) -> tuple[Batch, Attend, Fresh | None]:
+        """What ops.paged_attention takes, of options by the names of its classes' fields and
+        `copies`, Copies and then Batch's fields from copy_table on."""
+        on = {name: x.to(device) if torch.is_tensor(x) else x for name, x in options.items()}
+        fresh = [on.pop(name, None) for name in Fresh._fields]
+        copies, *of_step = on.pop("copies", (None,))
+        batch = (x.to(device) for x in (self.query_start_loc, self.seq_lens, self.block_table))
+        attend = Attend(**{"scale": self.scale, "copies": copies, **on})
+        given = any(x is not None for x in fresh)
+        return Batch(*batch, *of_step), attend, Fresh(*fresh) if given else None
 
     @property
     def scale(self) -> float:
@@ -100,11 +111,11 @@ def make_paged(
     shape = (num_blocks, num_kv_heads, block_size, codec.layout.record_bytes)
     cache = torch.full(shape, POISON, dtype=torch.uint8)
     slot_mapping = torch.cat(slots)
-    ops.encode_kv(key, value, cache, slot_mapping, codec, key_map, positions)
+    ops.encode_kv(key, value, slot_mapping, ops.pages_of(cache, codec, key_map), positions)
     if key_map is not None:
         plain = positions < key_map.num_plain
         first = key_map.without_first(key[plain], value[plain], positions[plain])
-        ops.encode_kv(*first, cache, slot_mapping[plain], codec)
+        ops.encode_kv(*first, slot_mapping[plain], ops.pages_of(cache, codec))
     ends = torch.tensor(seq_lens).cumsum(0).tolist()
     new = torch.cat([torch.arange(e - q, e) for e, q in zip(ends, query_lens, strict=True)])
     return Paged(

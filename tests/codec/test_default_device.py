@@ -16,7 +16,7 @@ from vllm_fibquant import ops
 from vllm_fibquant.codec import codec, gain, rotation, search
 from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.codec.config import HEAD_DIMS, PRESETS, Preset
-from vllm_fibquant.ops import native_cuda
+from vllm_fibquant.ops import cuda_tables
 
 CACHES = (
     rotation.make_rotation, codec._kv_codec, search.codeword_lists, gain.levels,
@@ -79,7 +79,7 @@ def test_layers_are_accepted_and_tables_made(as_vllm_builds_layers) -> None:
         for device in ("cpu", "cuda"):
             assert ops.unsupported_codec(KVCodec.from_preset(preset, 128), device) is None, name
         made = KVCodec.from_preset(preset, 128)
-        struct = native_cuda._codec_struct(made, torch.device("cpu"))
+        struct = cuda_tables.codec_struct(made, torch.device("cpu"))
         assert struct.key.table and struct.value.half_sq
     x = torch.ones(3, 128, dtype=torch.float32, device="cpu")
     assert made.encode_records(x, x).device.type == "cpu"

@@ -15,8 +15,7 @@ from vllm_fibquant.codec.codec import KVCodec, VectorCodec
 from vllm_fibquant.codec.config import PRESETS, CodeSpec
 from vllm_fibquant.codec.gain import LOWEST, level_of_half, levels, pack_norms, unpack_norms
 from vllm_fibquant.keys.transform import transform_problem
-from vllm_fibquant.ops import gpu, native
-from vllm_fibquant.ops.reference import encode_kv
+from vllm_fibquant.ops import Pages, cpu
 from vllm_fibquant.options import parse_options
 
 PRESET_NAMES = [name for name in PRESETS if name != "fibquant"]
@@ -55,7 +54,7 @@ def test_every_norm_becomes_the_nearest_level() -> None:
 def test_the_record(name: str, bits: tuple[int, int]) -> None:
     codec, plain = codec_of(name, 80, bits), KVCodec.from_preset(PRESETS[name], 80)
     at = codec.layout
-    assert native.record_layout(codec) == [
+    assert cpu.record_layout(codec) == [
         0, at.key_index_bytes, at.key_norm_offset, at.value_norm_offset, at.record_bytes,
     ]  # fmt: skip
     assert at.record_bytes == plain.layout.record_bytes - (32 - sum(bits)) // 8
@@ -93,8 +92,8 @@ def test_odd_vectors(name: str, isa: str) -> None:
     x = torch.cat((x, x[4:5], x[4:5])).unsqueeze(1)
     x[-2, 0, 3], x[-1, 0, 5] = torch.nan, torch.inf
     got, expected = torch.full((2, 1, 1, 16, codec.layout.record_bytes), 0xFF, dtype=torch.uint8)
-    counts = [f(x, x, cache, torch.arange(len(x)), codec)
-              for f, cache in ((ops.encode_kv, got), (encode_kv, expected))]  # fmt: skip
+    counts = [kernels.encode_kv(x, x, torch.arange(len(x)), Pages(cache, codec, None, kernels))
+              for kernels, cache in ((ops.CPU, got), (ops.REFERENCE, expected))]  # fmt: skip
     assert counts == [4, 4]
     assert torch.equal(got, expected)
     norms = [d.norm(dim=-1) for d in codec.decode_records(got[0, 0, : len(x)])]
@@ -112,8 +111,8 @@ def test_kernel_records_equal_the_oracles(name: str, bits: tuple[int, int], isa:
     codec = codec_of(name, 80, bits)
     key, value = torch.randn(2, 200, 2, 80, generator=torch.Generator().manual_seed(1)) * 3
     got, expected = torch.full((2, 13, 2, 16, codec.layout.record_bytes), 0xFF, dtype=torch.uint8)
-    ops.encode_kv(key, value, got, torch.arange(200), codec)
-    encode_kv(key, value, expected, torch.arange(200), codec)
+    for kernels, cache in ((ops.CPU, got), (ops.REFERENCE, expected)):
+        kernels.encode_kv(key, value, torch.arange(200), Pages(cache, codec, None, kernels))
     different = (got != expected).any(-1)
     assert float(different.float().mean()) <= 0.02
     # A norm on the border of two levels may fall to either.
@@ -143,7 +142,9 @@ def test_a_flipped_level_changes_the_output() -> None:
 
 
 def test_what_is_refused() -> None:
-    assert "gain_bits must be 16 on a GPU" in str(gpu.unsupported_codec(codec_of("fibquant_2bit")))
+    assert "gain_bits must be 16 on a GPU" in str(
+        ops.unsupported_codec(codec_of("fibquant_2bit"), "cuda")
+    )
     problem = transform_problem(codec_of("fibquant_2bit").key.spec, 64)
     assert "keys must have gain_bits 16 to be transformed, got 8" in str(problem)
     with pytest.raises(ValueError, match="gain_bits must be 8 or 16, got 12"):

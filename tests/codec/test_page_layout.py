@@ -10,7 +10,7 @@ import torch
 
 from vllm_fibquant.codec.codec import KVCodec, unpack_indices
 from vllm_fibquant.codec.config import PRESETS
-from vllm_fibquant.ops import native
+from vllm_fibquant.ops import cpu
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "page-layout.md"
 ROW = re.compile(r"^\| `(\w+)` \| (\d+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", re.M)
@@ -29,7 +29,7 @@ def test_document_python_and_library_agree() -> None:
             layout.value_norm_offset,
             layout.record_bytes,
         ]
-        assert [int(x) for x in offsets] == expected == native.record_layout(codec)
+        assert [int(x) for x in offsets] == expected == cpu.record_layout(codec)
 
 
 def test_record_read_by_hand() -> None:
@@ -39,7 +39,7 @@ def test_record_read_by_hand() -> None:
     codec = KVCodec.from_preset(PRESETS["fibquant_3bit"], 64)  # 24 + 24 index bytes, norms at 48
     key, value = torch.randn(2, 1, 1, 64, generator=torch.Generator().manual_seed(0))
     cache = torch.full((1, 1, 16, 52), 0xFF, dtype=torch.uint8)
-    ops.encode_kv(key, value, cache, torch.tensor([5]), codec)
+    ops.encode_kv(key, value, torch.tensor([5]), ops.pages_of(cache, codec))
     record = cache[0, 0, 5]
     for side, x, begin, norm_offset in ((codec.key, key, 0, 48), (codec.value, value, 24, 50)):
         field = record[begin : begin + 24].tolist()

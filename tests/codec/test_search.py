@@ -159,9 +159,10 @@ def test_a_vector_has_one_code_whatever_is_encoded_with_it(isa: str, num_lists) 
 
     def encode(size: int) -> torch.Tensor:
         cache = torch.zeros(1, 2, 1500, codec.layout.record_bytes, dtype=torch.uint8)
+        pages = ops.pages_of(cache, codec)
         for begin in range(0, 1500, size):
             part = slice(begin, min(begin + size, 1500))
-            ops.encode_kv(key[part], value[part], cache, torch.arange(1500)[part], codec)
+            ops.encode_kv(key[part], value[part], torch.arange(1500)[part], pages)
         return cache
 
     alone = encode(1)

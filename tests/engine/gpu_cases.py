@@ -32,21 +32,20 @@ SETTINGS = {
 
 @pytest.fixture
 def gpu_door(monkeypatch):
-    """Sends CPU tensors through `gpu`; counts what went through."""
+    """Sends CPU tensors to the Triton kernels; counts what went there."""
     calls = {"encode": 0, "attend": 0}
 
-    def encode_kv(*args):
-        calls["encode"] += 1
-        *on_gpu, key_map, _ = args if len(args) == 7 else (*args, None, None)
-        assert key_map is None
-        return gpu.encode_kv(*on_gpu)
+    class Counted(gpu.Triton):
+        def encode_kv(self, *args):
+            calls["encode"] += 1
+            return super().encode_kv(*args)
 
-    def paged_attention(*args, keep_first=0, **options):
-        calls["attend"] += 1
-        gpu.paged_attention(*args, keep_first=keep_first or None, **options)
+        def paged_attention(self, *args):
+            calls["attend"] += 1
+            super().paged_attention(*args)
 
-    monkeypatch.setattr(ops, "encode_kv", encode_kv)
-    monkeypatch.setattr(ops, "paged_attention", paged_attention)
+    triton = Counted()
+    monkeypatch.setattr(ops, "choose", lambda codec, cache: triton)
     return calls
 
 

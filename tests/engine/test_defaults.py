@@ -11,11 +11,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from vllm_fibquant import ops
 from vllm_fibquant.engine import attention, measure
 from vllm_fibquant.engine.measure import Texts
 from vllm_fibquant.engine.reading import attend_dense
 from vllm_fibquant.keys.calibration import parse_calibration
-from vllm_fibquant.ops.reference import paged_attention
 
 from .harness import DEFAULTS, engine, generate, largest_difference, random_text, varied_prompts
 from .models import VOCAB_SIZE, make_model
@@ -188,11 +188,10 @@ def test_dense_attention_is_the_oracles(window, soft_cap):
     sinks = torch.randn(6)
     out = torch.empty_like(query)
     cache = torch.zeros(2, 2, 16, codec.layout.record_bytes, dtype=torch.uint8)
-    paged_attention(
-        query, cache, codec, torch.tensor([0, 20]), torch.tensor([20]), torch.tensor([[0, 1]]),
-        out, scale=0.125, window=window, soft_cap=soft_cap, sinks=sinks, raw_key=key,
-        raw_value=value,
-    )  # fmt: skip
+    batch = ops.Batch(*(torch.tensor(x).int() for x in ([0, 20], [20], [[0, 1]])))
+    attend = ops.Attend(0.125, window, soft_cap, sinks)
+    pages = ops.Pages(cache, codec, None, ops.REFERENCE)
+    ops.reference.paged_attention(query, out, pages, batch, attend, ops.Fresh(key, value))
     got = attend_dense(query, key, value, 0.125, window, soft_cap, sinks)
     assert torch.allclose(got, out, atol=1e-5)
 

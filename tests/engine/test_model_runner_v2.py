@@ -20,6 +20,8 @@ from vllm_fibquant import ops
 from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.codec.config import PRESETS
 from vllm_fibquant.engine.metadata import FibQuantMetadata, FibQuantMetadataBuilder
+from vllm_fibquant.ops import Attend, Pages
+from vllm_fibquant.ops.cuda import Cuda
 
 STALE = 2**30
 """A block number that another request may have left behind: nobody may follow it."""
@@ -78,12 +80,10 @@ def attend(library, paged, metadata: FibQuantMetadata) -> torch.Tensor:
     query = torch.zeros(rows, *paged.query.shape[1:], dtype=paged.query.dtype)
     query[: len(paged.query)] = paged.query
     out = torch.full_like(query, torch.nan)
-    cache = emu.aligned(paged.cache)
-    for part in metadata.parts:
-        library.paged_attention(
-            query[: part.end], cache, paged.codec, part.query_start_loc, part.seq_lens,
-            part.block_table, out[: part.end], scale=paged.scale,
-        )  # fmt: skip
+    kernels = Cuda(library)
+    pages = Pages(emu.aligned(paged.cache), paged.codec, None, kernels)
+    for end, batch in metadata.parts:
+        kernels.paged_attention(query[:end], out[:end], pages, batch, Attend(paged.scale))
     return out
 
 
@@ -103,7 +103,7 @@ def test_the_kernels_read_v2s_batches(name: str) -> None:
     with ops.use_reference():
         paged = make_paged(codec, seq_lens, query_lens, group_size=4, dtype=torch.float16)
     metadata = metadata_of_v2(query_lens, paged, num_reqs, num_tokens)
-    assert metadata.num_tokens == num_tokens and len(metadata.seq_lens) == num_reqs
+    assert metadata.num_tokens == num_tokens and metadata.batch.num_reqs == num_reqs
     out, real = attend(emu.emulated(), paged, metadata), sum(query_lens)
     assert (out[:real].double() - paged.oracle()).abs().max() < 3e-3
     assert out[real:].isnan().all(), "rows behind the batch are not written"
@@ -114,10 +114,10 @@ def test_decodes_beside_a_chunk_have_a_launch_of_their_own() -> None:
     with ops.use_reference():
         paged = make_paged(codec, [40, 17, 50], [1, 1, 20], dtype=torch.float16)
     metadata = metadata_of_v2([1, 1, 20], paged, 3, 22)
-    assert [(part.end, len(part.seq_lens)) for part in metadata.parts] == [(2, 2), (22, 1)]
-    assert metadata.parts[1].query_start_loc.tolist() == [2, 22]
+    assert [(end, batch.num_reqs) for end, batch in metadata.parts] == [(2, 2), (22, 1)]
+    assert metadata.parts[1][1].query_start_loc.tolist() == [2, 22]
     whole = metadata_of_v2([1, 1, 20], paged, 3, 22, threshold=None)
-    assert [(part.end, len(part.seq_lens)) for part in whole.parts] == [(22, 3)]
+    assert [(end, batch.num_reqs) for end, batch in whole.parts] == [(22, 3)]
     assert len(metadata_of_v2([1, 1], paged_of_two(), 2, 2).parts) == 1
 
 

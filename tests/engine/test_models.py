@@ -65,7 +65,7 @@ def test_sinks_follow_weights_that_are_updated(model_folder):
         model_of = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
         model = model_of.model_runner.get_model()
         layers = [m for m in model.modules() if hasattr(m, "impl")]
-        places = [layer.impl.sinks.data_ptr() for layer in layers]
+        places = [layer.impl.attend.sinks.data_ptr() for layer in layers]
         before = generate(llm, prompts, 4)
         parameters = [p for name, p in model.named_parameters() if name.endswith("sinks")]
         assert len(parameters) == len(layers)
@@ -75,8 +75,8 @@ def test_sinks_follow_weights_that_are_updated(model_folder):
         updated = generate(llm, prompts, 4)
         assert updated != before
         for parameter, layer in zip(parameters, layers, strict=True):
-            assert torch.equal(layer.impl.sinks, parameter.float())
+            assert torch.equal(layer.impl.attend.sinks, parameter.float())
             parameter.data.fill_(7.0)  # as vLLM copies a checkpoint's: no version is counted
             layer.impl.process_weights_after_loading(torch.float32)
-            assert (layer.impl.sinks == 7.0).all()
-        assert [layer.impl.sinks.data_ptr() for layer in layers] == places
+            assert (layer.impl.attend.sinks == 7.0).all()
+        assert [layer.impl.attend.sinks.data_ptr() for layer in layers] == places

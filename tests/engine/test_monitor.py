@@ -10,7 +10,7 @@ from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.engine import calibrate
 from vllm_fibquant.observe.counters import own_counters
 from vllm_fibquant.observe.ledger import DAMAGED, HEALTHY, UNKNOWN, Ledger
-from vllm_fibquant.ops import native
+from vllm_fibquant.ops import cpu_tables
 
 from .harness import engine, in_batches, num_preemptions, varied_prompts
 from .models import VOCAB_SIZE, make_model
@@ -84,7 +84,7 @@ def test_drill_damage(model_folder, every_step_compares):
         assert findings.health in (UNKNOWN, HEALTHY)
         codec = KVCodec.from_preset(PRESET, 64)
         shape = codec.value.codebook.rows.shape
-        table = next(t for t in native._codecs[codec][1] if t.shape == shape)
+        table = next(t for t in cpu_tables._codecs[codec][1] if t.shape == shape)
         kept = table.clone()
         try:
             with torch.inference_mode():  # a table made by an engine may be written in no other

@@ -105,7 +105,7 @@ def test_copies_are_counted(model):
             context = llm.llm_engine.vllm_config.compilation_config.static_forward_context
             layers = [layer for layer in context.values() if hasattr(layer, "impl")]
             page_bytes = sum(layer.kv_cache[0].numel() for layer in layers)
-            copies = [layer.impl._copy_key for layer in layers]
+            copies = [c.key for layer in layers if (c := layer.impl.attend.copies)]
             copied = sum(2 * c.numel() * c.element_size() for c in copies)
             generate(llm, [prompt], 2)
     assert 0 < copied <= 0.1 * (64 << 20)

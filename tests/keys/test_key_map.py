@@ -12,8 +12,7 @@ from vllm_fibquant import ops
 from vllm_fibquant.codec.config import PRESETS
 from vllm_fibquant.keys.key_map import FirstMeans, KeyMap, TurningMean, Turns
 from vllm_fibquant.keys.transform import make_transform, transform_problem
-from vllm_fibquant.ops import native, reference
-from vllm_fibquant.ops.reference import TokenCopies
+from vllm_fibquant.ops import Attend, Batch, Copies, Pages
 from vllm_fibquant.ops.selfcheck import run_self_check
 
 NUM_PLAIN = 4
@@ -125,8 +124,8 @@ def test_records_of_transformed_keys(head_dim: int, turning: bool) -> None:
     caches = torch.zeros(2, 25, 2, 16, codec.layout.record_bytes, dtype=torch.uint8)
     slots = torch.arange(400)
     counts = [
-        encode(key, value, cache, slots, codec, key_map, positions)
-        for encode, cache in zip((ops.encode_kv, reference.encode_kv), caches, strict=True)
+        kernels.encode_kv(key, value, slots, Pages(cache, codec, key_map, kernels), positions)
+        for kernels, cache in zip((ops.CPU, ops.REFERENCE), caches, strict=True)
     ]
     assert counts == [2, 2]
     differs = (caches[0] != caches[1]).any(-1)
@@ -167,7 +166,7 @@ def test_copies_of_first_and_recent_tokens(kind: dict) -> None:
         is_copied[num_first:] &= columns[num_first:] >= num_first
         is_copied[-3] = False  # one was taken
         table[req, is_copied] = (starts[req] + columns[is_copied]).to(torch.int32)
-    copies = TokenCopies(paged.key, paged.value, table, num_first)
+    copies = Copies(paged.key, paged.value, num_first), table
     check_against_oracle(paged, copies=copies, **paged.raw)
 
 
@@ -185,9 +184,9 @@ def test_every_instruction_set(isa: str, kind: dict) -> None:
 @pytest.mark.parametrize("options", [{}, {"window": 100}, {"soft_cap": 3.0}], ids=str)
 def test_bit_equal_however_the_prompt_is_cut(options: dict, kind: dict) -> None:
     paged = mapped([1100], [1100], group_size=3, **kind)
-    whole = attend_in_chunks(paged, [1100], key_map=paged.key_map, **options)
+    whole = attend_in_chunks(paged, [1100], **options)
     for chunks in ([512, 588], [1, 2, 1, 1096], [3, 1049, 48], [1073] + [1] * 27):
-        cut = attend_in_chunks(paged, chunks, key_map=paged.key_map, **options)
+        cut = attend_in_chunks(paged, chunks, **options)
         assert torch.equal(whole, cut)
 
 
@@ -225,11 +224,12 @@ def test_first_means_are_worth_it() -> None:
         key_map = KeyMap(torch.zeros(2, 64), NUM_PLAIN, first=first)
         cache = torch.zeros(1, 2, 16, codec.layout.record_bytes, dtype=torch.uint8)
         stored = key_map.without_first(key, value, torch.arange(4))
-        ops.encode_kv(*stored, cache, torch.arange(4), codec)
+        ops.encode_kv(*stored, torch.arange(4), ops.pages_of(cache, codec))
         query, out, exact = torch.randn(3, 1, 2, 64, generator=torch.Generator().manual_seed(4))
         batch = (torch.tensor([0, 1]), torch.tensor([4]), torch.tensor([[0]]))
-        batch = tuple(x.to(torch.int32) for x in batch)
-        ops.paged_attention(query, cache, codec, *batch, out, scale=0.125, key_map=key_map)
+        batch = Batch(*(x.to(torch.int32) for x in batch))
+        pages = ops.pages_of(cache, codec, key_map)
+        ops.paged_attention(query, out, pages, batch, Attend(0.125))
         weights = (torch.einsum("qhd,khd->hqk", query, key) * 0.125).softmax(-1)
         exact = torch.einsum("hqk,khd->qhd", weights, value)
         errors.append(float((out - exact).norm()))
@@ -264,12 +264,12 @@ def test_the_self_check_covers_maps(kind: dict, monkeypatch: pytest.MonkeyPatch)
     )  # fmt: skip
     result = run_self_check(codec, torch.float32, 9, 3, 16, key_map=key_map)
     assert 0 < result.error <= result.tolerance
-    attend = native.paged_attention
+    attend = ops.CPU.paged_attention
 
-    def without_map(*args, **options):
-        return attend(*args, **{**options, "key_map": None})
+    def without_map(query, out, pages, *rest):
+        return attend(query, out, ops.pages_of(pages.cache, pages.codec), *rest)
 
-    monkeypatch.setattr(native, "paged_attention", without_map)
+    monkeypatch.setattr(ops.CPU, "paged_attention", without_map)
     with pytest.raises(RuntimeError, match="refusing to serve"):
         run_self_check(codec, torch.float32, 9, 3, 16, key_map=key_map)
 
@@ -317,7 +317,7 @@ def test_bad_maps_are_refused(key_map, message: str) -> None:
 
 def test_positions_are_needed_and_known() -> None:
     paged = mapped([30, 9], [1, 1], turning=True)
-    encode = (paged.key, paged.value, paged.cache, paged.slots, paged.codec, paged.key_map)
+    encode = (paged.key, paged.value, paged.slots, paged.pages)
     with pytest.raises(ValueError, match="positions must be given with key_map.turning.* 39 slots"):
         ops.encode_kv(*encode)
     for wrong in (-1, 1152):

@@ -16,7 +16,7 @@ from vllm_fibquant.observe import ledger, monitor
 from vllm_fibquant.observe.counters import Counters
 from vllm_fibquant.observe.ledger import DAMAGED, DEGRADED, HEALTHY, UNKNOWN, Ledger
 from vllm_fibquant.observe.monitor import Monitor
-from vllm_fibquant.ops import native
+from vllm_fibquant.ops import Attend, cpu_tables
 from vllm_fibquant.options import MonitorOptions
 
 HEAD_DIM, BLOCK_SIZE, NUM_BLOCKS, NUM_HEADS, NUM_KV_HEADS = 64, 16, 32, 4, 2
@@ -29,8 +29,8 @@ class Bench:
         self.codec = KVCodec.from_preset(preset, HEAD_DIM)
         self.layers = [
             SimpleNamespace(
-                codec=self.codec, scale=HEAD_DIM**-0.5, soft_cap=0.0, num_heads=NUM_HEADS,
-                num_kv_heads=NUM_KV_HEADS, window=window, keep_first=0, key_map=None,
+                codec=self.codec, attend=Attend(HEAD_DIM**-0.5, window), num_heads=NUM_HEADS,
+                num_kv_heads=NUM_KV_HEADS, key_map=None,
             )
             for _ in range(num_layers)
         ]  # fmt: skip
@@ -65,7 +65,8 @@ class Bench:
         for layer, cache in zip(self.layers, self.caches, strict=True):
             key, value, query = random(NUM_KV_HEADS), random(NUM_KV_HEADS), random(NUM_HEADS)
             key = self.change_keys(key)
-            ops.encode_kv(key, value, cache, torch.from_numpy(slots), self.codec)
+            pages = ops.pages_of(cache, self.codec)
+            ops.encode_kv(key, value, torch.from_numpy(slots), pages)
             if probe:
                 probe.run(layer, query, key, value, cache)
         return probe
@@ -199,7 +200,9 @@ def test_drill_a_codebook_damaged_after_the_self_check(monkeypatch):
     before = bench.cosine()
     assert bench.counters["monitor_changed"] == 0
     rows = next(
-        t for t in native._codecs[bench.codec][1] if t.shape == bench.codec.key.codebook.rows.shape
+        t
+        for t in cpu_tables._codecs[bench.codec][1]
+        if t.shape == bench.codec.key.codebook.rows.shape
     )
     kept = rows.clone()
     try:

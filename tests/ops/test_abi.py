@@ -7,16 +7,16 @@ from ctypes import Structure
 
 import pytest
 
-from vllm_fibquant.ops import native
+from vllm_fibquant.ops import cpu
 from vllm_fibquant.ops.abi import load_library
 
 STRUCTS = (
-    native._Code, native._Codec, native.Pages, native._Encode, native._Attend, native._KeyMap,
+    cpu.FqCode, cpu.FqCodec, cpu.FqPages, cpu.FqEncode, cpu.FqAttend, cpu.FqKeyMap,
 )  # fmt: skip
 
 
 def load(structs):
-    return load_library("test", native.LIBRARY_PATH, "fq_abi", structs, "build it again")
+    return load_library("test", cpu.LIBRARY_PATH, "fq_abi", structs, "build it again")
 
 
 def changed(struct, change):
@@ -49,4 +49,4 @@ def test_other_fields_are_refused(struct, change):
 
 def test_a_library_that_describes_nothing_is_refused():
     with pytest.raises(RuntimeError, match="got 'nothing'"):
-        load_library("test", native.LIBRARY_PATH, "no_such_function", STRUCTS, "build it again")
+        load_library("test", cpu.LIBRARY_PATH, "no_such_function", STRUCTS, "build it again")

@@ -155,10 +155,10 @@ def attend_in_chunks(paged, chunks: list[int], **options) -> torch.Tensor:
     out, begin = torch.empty_like(paged.query), 0
     for chunk in chunks:
         end = begin + chunk
+        bounds, lens = (torch.tensor(x, dtype=torch.int32) for x in ([0, chunk], [end]))
         ops.paged_attention(
-            paged.query[begin:end], paged.cache, paged.codec,
-            torch.tensor([0, chunk], dtype=torch.int32), torch.tensor([end], dtype=torch.int32),
-            paged.block_table, out[begin:end], scale=paged.scale, **options,
+            paged.query[begin:end], out[begin:end], paged.pages,
+            ops.Batch(bounds, lens, paged.block_table), ops.Attend(paged.scale, **options),
         )  # fmt: skip
         begin = end
     assert begin == len(out)
@@ -200,11 +200,12 @@ def test_bit_equal_whatever_else_is_in_the_batch(head_dim: int, group_size: int,
     for req in range(4):
         begin, end = batch.query_start_loc[req : req + 2].tolist()
         alone = torch.empty_like(batch.query[begin:end])
-        ops.paged_attention(
-            batch.query[begin:end], batch.cache, codec,
+        part = ops.Batch(
             torch.tensor([0, end - begin], dtype=torch.int32), batch.seq_lens[req : req + 1],
-            batch.block_table[req : req + 1], alone, scale=batch.scale,
+            batch.block_table[req : req + 1],
         )  # fmt: skip
+        attend = ops.Attend(batch.scale)
+        ops.paged_attention(batch.query[begin:end], alone, batch.pages, part, attend)
         assert torch.equal(alone, together[begin:end])
 
 

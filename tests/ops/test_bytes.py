@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.ops.test_lanes import ROOT, find_compiler
-from vllm_fibquant.ops import native
+from vllm_fibquant.ops import cpu
 
 # Every function of the header, on vectors at `in` (2048 bytes): 64 bytes of `out` each.
 SOURCE = """
@@ -80,11 +80,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
 
 def test_instructions_give_the_bits_of_their_model(model: ctypes.CDLL, tmp_path: Path) -> None:
     try:
-        native.select_isa("avx512-vnni")
+        cpu.select_isa("avx512-vnni")
     except ValueError:
         pytest.skip("this CPU does not have AVX-512 VBMI and VNNI")
     finally:
-        native.select_isa(None)
+        cpu.select_isa(None)
     instructions = build(tmp_path, "instructions", *INSTRUCTIONS.split())
     generator = np.random.default_rng(0)
     for trial in range(200):

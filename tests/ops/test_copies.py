@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import replace
 
 import pytest
 import torch
@@ -12,12 +11,12 @@ import torch
 from tests.ops.test_attention import check_against_oracle, codec_of
 from tests.paged import Paged, make_paged
 from vllm_fibquant import ops
-from vllm_fibquant.ops.reference import TokenCopies
+from vllm_fibquant.ops import Copies
 
 
 def make_copies(
     paged: Paged, num_first: int, num_recent: int, dtype: torch.dtype, share: float = 1.0
-) -> TokenCopies:
+) -> tuple[Copies, torch.Tensor]:
     """Copies of a random `share` of the tokens in reach, in shuffled rows among poisoned ones."""
     generator = torch.Generator().manual_seed(7)
     lens, new = paged.seq_lens.tolist(), paged.query_start_loc.diff().tolist()
@@ -39,7 +38,7 @@ def make_copies(
                 key[row], value[row] = paged.key[begin + position], paged.value[begin + position]
                 used += 1
         begin += seq_len
-    return TokenCopies(key, value, table, num_first)
+    return Copies(key, value, num_first), table
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -79,7 +78,7 @@ def test_one_missing_copy_is_read_from_its_code() -> None:
     paged = make_paged(codec_of("fibquant_1bit", 64), [70], [1])
     copies = make_copies(paged, 4, 32, torch.float32)
     whole = paged.attend(copies=copies, **paged.raw)
-    copies.table[0, 10] = -1
+    copies[1][0, 10] = -1
     assert not torch.allclose(whole, paged.attend(copies=copies, **paged.raw), atol=1e-4)
     check_against_oracle(paged, copies=copies, **paged.raw)
 
@@ -89,19 +88,19 @@ def test_new_tokens_are_copied_after_everything_is_attended(dtype: torch.dtype) 
     """A row that changes hands in a step is read for its old owner; the oracle is attended last."""
     paged = make_paged(codec_of("fibquant_2bit", 64), [100, 40], [3, 1], group_size=3, dtype=dtype)
     copies = make_copies(paged, 4, 32, torch.bfloat16 if dtype == torch.float32 else dtype)
-    free = sorted(set(range(len(copies.key))) - set(copies.table.flatten().tolist()))
+    copies, table = copies
+    free = sorted(set(range(len(copies.key))) - set(table.flatten().tolist()))
     new_tokens = torch.tensor([1, 3, 2])
-    new_rows = torch.tensor([int(copies.table[0, -1]), free[0], int(copies.table[1, 0])])
-    copies = replace(copies, new_tokens=new_tokens, new_rows=new_rows)
+    new_rows = torch.tensor([int(table[0, -1]), free[0], int(table[1, 0])])
     raw_key, raw_value = (x.clone() for x in paged.raw.values())
     raw_key[3, 1, 5] = torch.nan
     raw_value[3, 0, 7] = torch.inf
     raw = {"raw_key": raw_key, "raw_value": raw_value}
     found = []
     for reference in (False, True):
-        mine = replace(copies, key=copies.key.clone(), value=copies.value.clone())
+        mine = copies._replace(key=copies.key.clone(), value=copies.value.clone())
         with ops.use_reference() if reference else contextlib.nullcontext():
-            out = paged.attend(copies=mine, **raw)
+            out = paged.attend(copies=(mine, table, new_tokens, new_rows), **raw)
         found.append((out, mine))
     (out, mine), (expected, theirs) = found
     torch.testing.assert_close(out[:3], expected[:3], atol=2e-2, rtol=2e-2)
@@ -118,12 +117,12 @@ def test_new_tokens_are_copied_after_everything_is_attended(dtype: torch.dtype) 
 @pytest.mark.parametrize(
     ("tokens", "rows", "message"),
     [
-        ([1], [0], "copies.new_tokens and copies.new_rows must be tokens of the batch"),
-        ([0], [5], "copies.new_tokens and copies.new_rows must be tokens of the batch"),
-        ([-1], [0], "copies.new_tokens and copies.new_rows must be tokens of the batch"),
+        ([1], [0], "new_tokens and new_rows must be tokens of the batch"),
+        ([0], [5], "new_tokens and new_rows must be tokens of the batch"),
+        ([-1], [0], "new_tokens and new_rows must be tokens of the batch"),
         ([0], [0, 1], "must be of one length"),
         ([0], None, "must be of one length"),
-        ([0.0], [0], "copies.new_tokens must be torch.int64"),
+        ([0.0], [0], "new_tokens must be torch.int64"),
     ],
 )
 def test_bad_new_copies_are_refused(tokens: list, rows: list | None, message: str) -> None:
@@ -132,15 +131,15 @@ def test_bad_new_copies_are_refused(tokens: list, rows: list | None, message: st
     table = torch.full((1, 8), -1, dtype=torch.int32)
     new = torch.tensor(tokens), None if rows is None else torch.tensor(rows)
     with pytest.raises(ValueError, match=message):
-        paged.attend(copies=TokenCopies(vectors, vectors.clone(), table, 4, *new), **paged.raw)
+        paged.attend(copies=(Copies(vectors, vectors.clone(), 4), table, *new), **paged.raw)
     assert not vectors.any()
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"table": torch.zeros(3, 4, dtype=torch.int32)}, "copies.table must be"),
-        ({"table": torch.zeros(1, 4, dtype=torch.int64)}, "copies.table must be torch.int32"),
+        ({"table": torch.zeros(3, 4, dtype=torch.int32)}, "copy_table must be"),
+        ({"table": torch.zeros(1, 4, dtype=torch.int64)}, "copy_table must be torch.int32"),
         ({"num_first": 9}, "num_first 9"),
         ({"key": torch.zeros(5, 3, 64)}, "copies.key must be"),
         ({"value": torch.zeros(5, 64, 2).transpose(1, 2)}, "copies.value must be"),
@@ -153,7 +152,8 @@ def test_bad_copies_are_refused(change: dict, message: str) -> None:
     fields = {"key": vectors, "value": vectors, "num_first": 4} | change
     fields.setdefault("table", torch.full((1, 8), -1, dtype=torch.int32))
     with pytest.raises(ValueError, match=message):
-        paged.attend(copies=TokenCopies(**fields), **paged.raw)
+        table = fields.pop("table")
+        paged.attend(copies=(Copies(**fields), table), **paged.raw)
 
 
 def test_copies_need_raw_tokens() -> None:

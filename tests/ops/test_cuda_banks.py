@@ -17,7 +17,7 @@ from benchmarks import machine_code
 from tests import emulated as emu
 from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.codec.config import PRESETS
-from vllm_fibquant.ops.native_cuda import Library
+from vllm_fibquant.ops.cuda import Library
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++")
 

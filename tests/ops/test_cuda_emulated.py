@@ -16,16 +16,16 @@ from tests.paged import MAX_TIES, check_records, make_paged
 from vllm_fibquant import ops
 from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.codec.config import PRESETS
-from vllm_fibquant.ops import gpu, native_cuda, reference, selfcheck, splits
+from vllm_fibquant.ops import Pages, cuda, gpu, kernels, reference, selfcheck, splits
 
 PRESET_NAMES = [name for name in PRESETS if name != "fibquant"]
 OTHER_PAIR = {"key": {"subvec_dim": 8, "num_codewords": 256, "storage": "int8"}}
 
 
 @pytest.fixture(scope="module")
-def library() -> native_cuda.Library:
-    if torch.cuda.is_available() and native_cuda.is_built():
-        return native_cuda.library()
+def library() -> cuda.Library:
+    if torch.cuda.is_available() and cuda.is_built():
+        return cuda.library()
     if shutil.which("g++") is None:
         pytest.skip("the emulator needs g++")
     return emu.emulated()
@@ -140,7 +140,8 @@ def test_raw_states_take_the_place_of_new_tokens(library) -> None:
         rows.append((torch.einsum("qhs,shd->qhd", weights, v), m, weights.sum(-1)))
     o, m, l = (torch.cat(x).float().contiguous() for x in zip(*rows, strict=True))  # noqa: E741
     device = emu.native_device(library)
-    got = emu.attend(library, paged, raw_states=tuple(x.to(device) for x in (o, m, l)))
+    states = tuple(x.to(device) for x in (o, m, l))
+    got = emu.attend(library, paged, raw_states=states, **paged.raw)
     exact = paged.oracle(**paged.raw)
     assert (got.double() - exact).abs().max() < 2e-3
     # The second request has no tokens before its new ones: only raw states.
@@ -249,10 +250,13 @@ def encode_both(library, codec, key, value, slots):
     shape = (4, key.shape[1], 16, codec.layout.record_bytes)
     expected = torch.full(shape, 0xFF, dtype=torch.uint8)
     got = emu.aligned(expected).to(device)
-    counters = torch.zeros(2, dtype=torch.int32, device=device)
-    library.encode_kv(key.to(device), value.to(device), got, slots.to(device), codec, counters)
+    counters = kernels.device_counters(device).zero_()
+    served = cuda.Cuda(library)
+    on = (x.to(device) for x in (key, value, slots))
+    served.encode_kv(*on, Pages(got, codec, None, served))
     inside = torch.where(slots < 64, slots, -1)
-    assert int(counters[0]) == reference.encode_kv(key, value, expected, inside, codec)
+    oracle = Pages(expected, codec, None, ops.REFERENCE)
+    assert int(counters[0]) == reference.encode_kv(key, value, inside, oracle)
     return got.cpu(), expected, counters.tolist()
 
 
@@ -308,49 +312,54 @@ def test_every_preset_has_a_kernel_of_its_own_and_others_are_refused(library) ->
     fewer = dataclasses.replace(library.support, codes=codes)
     assert "the key code must be one of k2n256" in fewer.unsupported(codec_of("fibquant_1bit", 64))
     cache = emu.aligned(torch.zeros(2, 1, 24, 36, dtype=torch.uint8))
-    assert "block_size must be a multiple of 16" in native_cuda.unsupported_cache(cache)
+    assert "block_size must be a multiple of 16" in cuda.unsupported_cache(cache)
     with pytest.raises(RuntimeError, match="pages must be 16-byte aligned"):
         paged = paged_of(codec_of("fibquant_2bit", 64), [5], [1], block_size=24)
         emu.attend(library, paged)
 
 
-def test_the_door_chooses_the_library_where_it_fits(library, monkeypatch) -> None:
+@pytest.fixture
+def gpu_door(library, monkeypatch) -> None:
+    """The ops' door leads CPU tensors to the emulated library, or to Triton."""
+    if emu.native_device(library).type == "cuda":
+        pytest.skip("a GPU needs no stand-in")
+    monkeypatch.setattr(cuda, "is_built", lambda: True)
+    monkeypatch.setattr(cuda, "kernels", lambda: cuda.Cuda(library))
+    monkeypatch.setattr(gpu, "_why_not_on", lambda device: None)
+    monkeypatch.setattr(ops, "choose", gpu.choose)
+
+
+def test_the_door_chooses_the_library_where_it_fits(library, gpu_door, monkeypatch) -> None:
     codec = codec_of("fibquant_2bit", 64)
     paged = paged_of(codec, [40, 20], [1, 2])
-    cache = emu.aligned(paged.cache)
-    if emu.native_device(library).type == "cuda":
-        pytest.skip("the rest is for the emulated library")
-    monkeypatch.setattr(native_cuda, "is_built", lambda: False)
-    assert "not built" in gpu.why_not_cuda(cache, codec)
-    monkeypatch.setattr(native_cuda, "is_built", lambda: True)
-    assert "cannot run on cpu: it is no GPU" in gpu.why_not_cuda(cache, codec)
-    monkeypatch.setattr(native_cuda, "library", lambda: library)
-    monkeypatch.setattr(gpu, "_why_not_on", lambda device: None)
-    monkeypatch.setattr(gpu, "_chosen", {})
-    assert gpu.kernel_name(cache, codec) == "cuda"
-    assert gpu.kernel_name(cache, codec_of("fibquant_2bit", 80)) == "triton"
-    assert gpu.kernel_name(cache[:, :, :8], codec) == "triton"
-    out = torch.full_like(paged.query, torch.nan)
-    gpu.paged_attention(
-        paged.query, cache, codec, paged.query_start_loc, paged.seq_lens, paged.block_table, out,
-        scale=paged.scale,
-    )  # fmt: skip
-    assert (out.double() - paged.oracle()).abs().max() < 2e-3
+    cache = paged.cache = emu.aligned(paged.cache)
+    pages = ops.pages_of(cache, codec)
+    assert pages.kernels.name == "cuda"
+    assert gpu.choose(codec_of("fibquant_2bit", 80), cache).name == "triton"
+    assert gpu.choose(codec, cache[:, :, :8]).name == "triton"
+    assert (paged.attend().double() - paged.oracle()).abs().max() < 2e-3
     expected, slots = cache.clone(), torch.tensor([3, -1])
-    assert gpu.encode_kv(paged.new_key, paged.new_value, cache, slots, codec) == 0
-    reference.encode_kv(paged.new_key, paged.new_value, expected, slots, codec)
+    assert ops.encode_kv(paged.new_key, paged.new_value, slots, pages) == 0
+    oracle = Pages(expected, codec, None, ops.REFERENCE)
+    reference.encode_kv(paged.new_key, paged.new_value, slots, oracle)
     assert float((cache != expected).any(-1).float().mean()) <= MAX_TIES
+
+
+def test_why_the_library_is_not_taken(monkeypatch) -> None:
+    codec, cache = codec_of("fibquant_2bit", 64), torch.zeros(1, 1, 16, 36, dtype=torch.uint8)
+    monkeypatch.setattr(cuda, "is_built", lambda: False)
+    assert "not built" in gpu.why_not_cuda(codec, cache)
+    monkeypatch.setattr(cuda, "is_built", lambda: True)
+    assert "cannot run on cpu: it is no GPU" in gpu.why_not_cuda(codec, cache)
 
 
 # ---- the start-up check of a GPU -----------------------------------------------------------------
 
 
 @pytest.fixture
-def gpu_door(library, monkeypatch) -> list[tuple[bool, int]]:
-    """The ops' door leads to the emulated library, of a GPU with 132 multiprocessors; the attention
-    calls that come through it, as (wide, number of splits)."""
-    if emu.native_device(library).type == "cuda":
-        pytest.skip("a GPU needs no stand-in")
+def launches(library, gpu_door, monkeypatch) -> list[tuple[bool, int]]:
+    """The attention calls that come through the door to a GPU of 132 multiprocessors, as (wide,
+    number of splits)."""
     calls: list[tuple[bool, int]] = []
 
     def launch(codec, pages, args, stream) -> int:
@@ -358,35 +367,23 @@ def gpu_door(library, monkeypatch) -> list[tuple[bool, int]]:
         return real(codec, pages, args, stream)
 
     real = library.lib.fq_cuda_paged_attention
-    monkeypatch.setattr(native_cuda, "is_built", lambda: True)
-    monkeypatch.setattr(native_cuda, "library", lambda: library)
-    monkeypatch.setattr(gpu, "_why_not_on", lambda device: None)
-    monkeypatch.setattr(gpu, "_chosen", {})
     monkeypatch.setattr(splits, "num_sms", lambda device: 132)
-    monkeypatch.setattr(library, "_layers", {})
     monkeypatch.setattr(library.lib, "fq_cuda_paged_attention", launch)
-
-    def paged_attention(*args, key_map=None, **options) -> None:
-        gpu.paged_attention(*args, **options)
-
-    monkeypatch.setattr(ops, "encode_kv", lambda *args: gpu.encode_kv(*args[:5]))
-    monkeypatch.setattr(ops, "paged_attention", paged_attention)
-    monkeypatch.setattr(ops, "kernel_name", gpu.kernel_name)
     return calls
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_the_start_up_check_runs_what_a_gpu_serves(gpu_door, dtype: torch.dtype) -> None:
+def test_the_start_up_check_runs_what_a_gpu_serves(launches, dtype: torch.dtype) -> None:
     codec = codec_of("fibquant_k5v3", 64)
     result = selfcheck.run_self_check(codec, dtype, 8, 2, 16, all_cases=True)
     assert result.kernel == "cuda" and 0 < result.error <= result.tolerance
-    kinds = {(wide, num_splits > 1) for wide, num_splits in gpu_door}
+    kinds = {(wide, num_splits > 1) for wide, num_splits in launches}
     assert kinds == {(False, False), (False, True), (True, False)}
-    assert len(gpu_door) == 6
+    assert len(launches) == 6
 
 
 @pytest.mark.parametrize("broken", [(False, True), (True, False)], ids=["splits", "wide"])
-def test_the_start_up_check_sees_each_kernel(library, gpu_door, monkeypatch, broken) -> None:
+def test_the_start_up_check_sees_each_kernel(library, launches, monkeypatch, broken) -> None:
     launch = library.lib.fq_cuda_paged_attention
 
     def no_values(codec, pages, args, stream) -> int:
@@ -402,30 +399,26 @@ def test_the_start_up_check_sees_each_kernel(library, gpu_door, monkeypatch, bro
 
 
 def test_why_a_device_is_not_usable_is_the_runtimes_word(library, monkeypatch, caplog) -> None:
-    class Old:
+    def old() -> str:
         """What a library built by nvcc 13 says under an older driver."""
-
-        support = library.support
-
-        def why_unusable(self) -> str:
-            return "CUDA driver version is insufficient for CUDA runtime version"
+        return "CUDA driver version is insufficient for CUDA runtime version"
 
     codec, device = codec_of("fibquant_2bit", 64), torch.device("cuda", 0)
     pages = SimpleNamespace(
         device=device, is_cuda=True, shape=(1, 1, 16, 36), data_ptr=lambda: 0,
-        stride=lambda: (576, 576, 36, 1),
+        stride=lambda axis: (576, 576, 36, 1)[axis],
     )  # fmt: skip
-    monkeypatch.setattr(native_cuda, "is_built", lambda: True)
-    monkeypatch.setattr(native_cuda, "library", Old)
-    monkeypatch.setattr(gpu, "_current", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(gpu, "_chosen", {})
+    monkeypatch.setattr(cuda, "is_built", lambda: True)
+    monkeypatch.setattr(cuda, "kernels", lambda: cuda.Cuda(library))
+    monkeypatch.setattr(library, "why_unusable", old)
+    monkeypatch.setattr(cuda, "current", lambda device: contextlib.nullcontext())
     said: list[str] = []
     monkeypatch.setattr(gpu.logger, "warning", lambda text, *args: said.append(text % args))
     gpu._why_not_on.cache_clear()
     gpu._warn_of_triton.cache_clear()
     try:
         for _ in range(2):
-            assert gpu.kernel_name(pages, codec) == "triton"
+            assert gpu.choose(codec, pages).name == "triton"
     finally:
         gpu._why_not_on.cache_clear()
     assert len(said) == 1 and "slower than --kv-cache-dtype auto" in said[0]
@@ -434,7 +427,7 @@ def test_why_a_device_is_not_usable_is_the_runtimes_word(library, monkeypatch, c
 
 def test_a_library_of_other_sources_is_refused(tmp_path) -> None:
     with pytest.raises(RuntimeError, match="is missing; build it with `make cuda`"):
-        native_cuda.Library(tmp_path / "none.so")
+        cuda.Library(tmp_path / "none.so")
     (tmp_path / "text.so").write_text("no library")
     with pytest.raises(RuntimeError, match="does not load"):
-        native_cuda.Library(tmp_path / "text.so")
+        cuda.Library(tmp_path / "text.so")

@@ -18,7 +18,7 @@ import torch
 from tests import emulated as emu
 from tests.ops.test_cuda_emulated import check, codec_of, encode_both, paged_of
 from tests.paged import check_records
-from vllm_fibquant.ops import native_cuda
+from vllm_fibquant.ops import cuda
 
 pytestmark = [
     pytest.mark.long,  # each compiles the kernels
@@ -69,7 +69,7 @@ IN_THE_GATE = {"a key register", "no transpose", "a stored sign"}
 """One of keys, one of values, one of encode; the others are slow."""
 
 
-def build_mutant(folder: Path, header: str, old: str, new: str) -> native_cuda.Library:
+def build_mutant(folder: Path, header: str, old: str, new: str) -> cuda.Library:
     """The emulated kernels of head_dim 64 and the pair of 3 bits, with one change."""
     shutil.copytree(emu.ROOT / "csrc", folder / "csrc")
 
@@ -90,7 +90,7 @@ def build_mutant(folder: Path, header: str, old: str, new: str) -> native_cuda.L
     target = folder / "mutant.so"
     command = ["g++", *flags, "-I", str(folder / "csrc"), *sources, "-o", str(target)]
     subprocess.run(command, check=True)
-    mutant = native_cuda.Library(target)
+    mutant = cuda.Library(target)
     emu.options(mutant)
     return mutant
 

@@ -12,7 +12,7 @@ from vllm_fibquant.codec.codebook import make_codebook
 from vllm_fibquant.codec.codec import KVCodec, VectorCodec, unpack_indices
 from vllm_fibquant.codec.config import HEAD_DIMS, PRESETS, CodeSpec
 from vllm_fibquant.codec.rotation import make_rotation
-from vllm_fibquant.ops import native, reference
+from vllm_fibquant.ops import Pages, cpu
 from vllm_fibquant.ops.selfcheck import run_self_check
 
 PRESET_NAMES = [name for name in PRESETS if name != "fibquant"]
@@ -26,8 +26,8 @@ def encode_both(codec: KVCodec, key: torch.Tensor, value: torch.Tensor):
     caches = [torch.full(shape, 0xFF, dtype=torch.uint8) for _ in range(2)]
     slots = torch.arange(num_tokens).flip(0) + 3
     counts = [
-        encode(key, value, cache, slots, codec)
-        for encode, cache in zip((ops.encode_kv, reference.encode_kv), caches, strict=True)
+        kernels.encode_kv(key, value, slots, Pages(cache, codec, None, kernels))
+        for kernels, cache in zip((ops.CPU, ops.REFERENCE), caches, strict=True)
     ]
     return *caches, *counts
 
@@ -51,7 +51,7 @@ def check_records(codec: KVCodec, got: torch.Tensor, expected: torch.Tensor) -> 
 def test_layout_is_the_librarys(name: str, head_dim: int) -> None:
     codec = KVCodec.from_preset(PRESETS[name], head_dim)
     layout = codec.layout
-    assert native.record_layout(codec) == [
+    assert cpu.record_layout(codec) == [
         layout.key_index_offset,
         layout.value_index_offset,
         layout.key_norm_offset,
@@ -101,7 +101,7 @@ def test_model_dtypes_and_strided_inputs(dtype: torch.dtype) -> None:
 )
 def test_every_instruction_set(isa: str, name: str) -> None:
     try:
-        native.select_isa(isa)
+        cpu.select_isa(isa)
     except ValueError:
         pytest.skip(f"this CPU does not have {isa}")
     try:
@@ -111,7 +111,7 @@ def test_every_instruction_set(isa: str, name: str) -> None:
             got, expected, *_ = encode_both(codec, key, value)
             check_records(codec, got, expected)
     finally:
-        native.select_isa(None)
+        cpu.select_isa(None)
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_skipped_tokens_write_nothing() -> None:
     cache = torch.full((2, 2, 8, codec.layout.record_bytes), 0xFF, dtype=torch.uint8)
     key = torch.randn(6, 2, 64)
     slots = torch.tensor([-1, 9, -1, 0])  # fewer slots than tokens: the rest is padding
-    ops.encode_kv(key, key, cache, slots, codec)
+    ops.encode_kv(key, key, slots, ops.pages_of(cache, codec))
     written = (cache != 0xFF).any(-1).all(1).flatten()
     assert written.nonzero().flatten().tolist() == [0, 9]
 
@@ -185,7 +185,7 @@ def test_slot_outside_the_cache_is_refused(slot: int) -> None:
     cache = torch.zeros(2, 2, 8, codec.layout.record_bytes, dtype=torch.uint8)
     key = torch.randn(1, 2, 64)
     with pytest.raises(ValueError, match="slots below 16"):
-        ops.encode_kv(key, key, cache, torch.tensor([slot]), codec)
+        ops.encode_kv(key, key, torch.tensor([slot]), ops.pages_of(cache, codec))
 
 
 @pytest.mark.parametrize(
@@ -201,7 +201,7 @@ def test_bad_arguments_are_refused(key, value, slots, message: str) -> None:
     codec = KVCodec.from_preset(PRESETS["fibquant_2bit"], 64)
     cache = torch.zeros(2, 2, 8, codec.layout.record_bytes, dtype=torch.uint8)
     with pytest.raises(ValueError, match=message):
-        ops.encode_kv(key, value, cache, slots, codec)
+        ops.encode_kv(key, value, slots, ops.pages_of(cache, codec))
 
 
 # ---- the self-check -----------------------------------------------------------------------------
@@ -221,28 +221,26 @@ def test_self_check_passes(preset: str, head_dim: int, dtype: torch.dtype) -> No
 @pytest.mark.parametrize("damage", ["codebook", "output", "record"])
 def test_self_check_refuses_a_damaged_kernel(damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     codec = KVCodec.from_preset(PRESETS["fibquant_2bit"], 64)
-    attend, encode = native.paged_attention, native.encode_kv
+    attend, encode = ops.CPU.paged_attention, ops.CPU.encode_kv
 
-    def damaged_attend(query, cache, codec, *args, **options):
-        error = attend(query, cache, codec, *args, **options)
-        out = args[3]
+    def damaged_attend(query, out, *args):
+        attend(query, out, *args)
         if damage == "output":
             out[-1, 0] *= 1.1
-        return error
 
-    def damaged_encode(*args):
-        count = encode(*args)
+    def damaged_encode(key, value, slots, pages, *args):
+        count = encode(key, value, slots, pages, *args)
         if damage == "record":
-            args[2][..., 0] ^= 1  # the cache
+            pages.cache[..., 0] ^= 1
         return count
 
-    monkeypatch.setattr(native, "paged_attention", damaged_attend)
-    monkeypatch.setattr(native, "encode_kv", damaged_encode)
+    monkeypatch.setattr(ops.CPU, "paged_attention", damaged_attend)
+    monkeypatch.setattr(ops.CPU, "encode_kv", damaged_encode)
     if damage == "codebook":
         other = KVCodec.from_preset(
             PRESETS["fibquant_2bit"].with_overrides({"rotation_seed": 1}), 64
         )
-        struct = native.codec_struct(other)
-        monkeypatch.setattr(native, "codec_struct", lambda _: struct)
+        struct = cpu.codec_struct(other)
+        monkeypatch.setattr(cpu, "codec_struct", lambda _: struct)
     with pytest.raises(RuntimeError, match="refusing to serve"):
         run_self_check(codec, torch.float32, 9, 3, 16)

@@ -8,7 +8,7 @@ import math
 import pytest
 
 from vllm_fibquant.ops import splits
-from vllm_fibquant.ops.native_cuda import MIN_SPLIT, NARROW_COLUMNS
+from vllm_fibquant.ops.cuda import MIN_SPLIT, NARROW_COLUMNS
 
 MAX_TOKENS = 131072
 BATCHES = (1, 2, 4, 8, 16, 24, 32, 34, 40, 48, 64, 128)

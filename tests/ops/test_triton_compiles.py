@@ -23,6 +23,7 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 from vllm_fibquant.codec.codec import KVCodec  # noqa: E402
 from vllm_fibquant.codec.config import PRESETS  # noqa: E402
 from vllm_fibquant.kernels import attention, encode  # noqa: E402
+from vllm_fibquant.ops import Attend, Batch, Fresh, Pages, gpu  # noqa: E402
 
 TYPES = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.uint8: "*u8",
@@ -70,11 +71,12 @@ def launches(name: str, head_dim: int, dtype: torch.dtype, prefill: bool, monkey
     key = torch.zeros(num_tokens, 2, head_dim, dtype=dtype)
     query = torch.zeros(num_tokens, 8, head_dim, dtype=dtype)
     integers = torch.zeros(4, dtype=torch.int32)
-    encode.encode_kv(key, key, cache, torch.zeros(3).long(), codec, integers)
+    pages = Pages(cache, codec, None, gpu.TRITON)
+    encode.encode_kv(key, key, torch.zeros(3).long(), pages)
     attention.paged_attention(
-        query, cache, codec, integers, integers[:3], integers.view(1, 4).expand(3, 4),
-        query.clone(), scale=0.1, window=5, soft_cap=3.0, sinks=torch.zeros(8), raw_key=key,
-        raw_value=key, num_splits=2,
+        query, query.clone(), pages,
+        Batch(integers, integers[:3], integers.view(1, 4).expand(3, 4)),
+        Attend(0.1, window=5, soft_cap=3.0, sinks=torch.zeros(8)), Fresh(key, key), num_splits=2,
     )  # fmt: skip
     return recorded
 

@@ -15,7 +15,7 @@ from vllm_fibquant import ops
 from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.codec.config import PRESETS
 from vllm_fibquant.kernels import attention, encode
-from vllm_fibquant.ops import gpu, reference
+from vllm_fibquant.ops import Attend, Batch, Pages, gpu, kernels, reference
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PRESET_NAMES = [name for name in PRESETS if name != "fibquant"]
@@ -30,19 +30,16 @@ def paged_of(*args, **options):
         return make_paged(*args, **options)
 
 
+def pages_on(paged) -> Pages:
+    return Pages(paged.cache.to(DEVICE), paged.codec, None, gpu.TRITON)
+
+
 def attend(paged, num_splits: int = 3, **options) -> torch.Tensor:
-    """The Triton kernel's answer, on the CPU."""
-    on = {name: x.to(DEVICE) if torch.is_tensor(x) else x for name, x in options.items()}
+    """The Triton kernel's answer, on the CPU, from scratch memory that holds NaN."""
     out = torch.full_like(paged.query, torch.nan, device=DEVICE)
-    floats = attention.workspace_floats(
-        paged.query.shape[0] * paged.query.shape[1], paged.codec.head_dim, num_splits,
-        "raw_key" in options,
-    )  # fmt: skip
     attention.paged_attention(
-        paged.query.to(DEVICE), paged.cache.to(DEVICE), paged.codec,
-        paged.query_start_loc.to(DEVICE), paged.seq_lens.to(DEVICE), paged.block_table.to(DEVICE),
-        out, scale=paged.scale, num_splits=num_splits,
-        workspace=torch.full((floats,), torch.nan, device=DEVICE), **on,
+        paged.query.to(DEVICE), out, pages_on(paged), *paged.split(options, DEVICE),
+        num_splits=num_splits, allocate=lambda n, at: torch.full((n,), torch.nan, device=at),
     )  # fmt: skip
     return out.cpu()
 
@@ -168,11 +165,9 @@ def test_nan_query_spoils_only_its_own_row() -> None:
 
 def test_raw_token_states_are_causal_attention() -> None:
     paged = paged_of(codec_of("fibquant_2bit", 64), [40, 3], [5, 3], group_size=2)
-    on = (x.to(DEVICE) for x in (paged.query, paged.new_key, paged.new_value,
-                                 paged.query_start_loc, paged.seq_lens))  # fmt: skip
-    o, m, l = (  # noqa: E741
-        x.cpu() for x in attention.raw_token_states(*on, scale=paged.scale, window=0, soft_cap=0.0)
-    )
+    batch, layer, fresh = paged.split(paged.raw, DEVICE)
+    states = attention.raw_token_states(paged.query.to(DEVICE), batch, layer, fresh)
+    o, m, l = (x.cpu() for x in states)  # noqa: E741
     got = (o / l[:, None]).view(paged.query.shape)
     for begin, end in ((0, 5), (5, 8)):
         q, k, v = (
@@ -196,32 +191,41 @@ def test_raw_token_states_are_causal_attention() -> None:
 def test_the_door_takes_and_refuses() -> None:
     codec = codec_of("fibquant_2bit", 64)
     paged = paged_of(codec, [40, 20], [1, 2])
-    names = ("query", "cache", "query_start_loc", "seq_lens", "block_table")
-    on = {name: getattr(paged, name).to(DEVICE) for name in names}
-    out = torch.zeros_like(on["query"])
+    pages = pages_on(paged)
+    query = paged.query.to(DEVICE)
+    out = torch.zeros_like(query)
 
-    def call(**changes):
-        gpu.paged_attention(**{"codec": codec, "out": out, "scale": paged.scale, **on, **changes})
+    def call(query=query, out=out, pages=pages, **options):
+        ops.paged_attention(query, out, pages, *paged.split(options, DEVICE))
 
     call()
     assert (out.cpu().double() - paged.oracle()).abs().max() < 1e-5
+    copies = Attend(1.0, copies=ops.Copies(*[torch.zeros(3, 2, 64, device=DEVICE)] * 2, 1))
     for changes, message in (
-        ({"query": on["query"][:, :3]}, "query must be"),
+        ({"query": query[:, :3]}, "query must be"),
         ({"out": out.half()}, "out must be"),
-        ({"seq_lens": on["seq_lens"].long()}, "seq_lens must be"),
-        ({"block_table": on["block_table"][:1]}, "block_table at least 2 rows"),
-        ({"window": -1}, "window and soft_cap"),
+        ({"window": -1}, "window, soft_cap and keep_first"),
         ({"sinks": torch.zeros(3)}, "sinks must be"),
-        ({"cache": on["cache"][..., 1:]}, "cache must be"),
-        ({"recent": out}, "recent must be left out on a GPU"),
+        ({"keep_first": 1}, "keep_first .* must be left out with the triton kernels"),
     ):
         with pytest.raises(ValueError, match=message):
             call(**changes)
+    with pytest.raises(ValueError, match="copies .* must be left out with the triton kernels"):
+        ops.paged_attention(query, out, pages, paged.split({}, DEVICE)[0], copies)
+    with pytest.raises(ValueError, match="cache must be"):
+        Pages(pages.cache[..., 1:], codec, None, gpu.TRITON)
+    for changes, message in (
+        ({"seq_lens": paged.seq_lens.long()}, "seq_lens must be"),
+        ({"block_table": paged.block_table[:1]}, "block_table at least 2 rows"),
+    ):
+        fields = ("query_start_loc", "seq_lens", "block_table")
+        with pytest.raises(ValueError, match=message):
+            Batch(**{name: getattr(paged, name) for name in fields} | changes)
     key = torch.randn(3, 2, 64).to(DEVICE)
     slots = torch.tensor([0, -1, 5]).to(DEVICE)
-    assert gpu.encode_kv(key, key, on["cache"], slots, codec) == 0
+    assert ops.encode_kv(key, key, slots, pages) == 0
     with pytest.raises(ValueError, match="slot_mapping must be"):
-        gpu.encode_kv(key, key, on["cache"], slots.int(), codec)
+        ops.encode_kv(key, key, slots.int(), pages)
 
 
 # ---- encode -------------------------------------------------------------------------------------
@@ -231,10 +235,12 @@ def encode_both(codec, key, value, slots):
     """Caches after the kernel and after the oracle, and the kernel's counters."""
     shape = (4, key.shape[1], 16, codec.layout.record_bytes)
     got, expected = (torch.full(shape, 0xFF, dtype=torch.uint8) for _ in range(2))
-    got, counters = got.to(DEVICE), torch.zeros(2, dtype=torch.int32, device=DEVICE)
-    encode.encode_kv(key.to(DEVICE), value.to(DEVICE), got, slots.to(DEVICE), codec, counters)
+    got, counters = got.to(DEVICE), kernels.device_counters(DEVICE).zero_()
+    on = (x.to(DEVICE) for x in (key, value, slots))
+    encode.encode_kv(*on, Pages(got, codec, None, gpu.TRITON))
     inside = torch.where(slots < 64, slots, -1)
-    count = reference.encode_kv(key, value, expected, inside, codec)
+    oracle = Pages(expected, codec, None, ops.REFERENCE)
+    count = reference.encode_kv(key, value, inside, oracle)
     assert int(counters[0]) == count
     return got.cpu(), expected, counters.tolist()
 

@@ -39,12 +39,12 @@ from vllm_fibquant.codec.layout import preset_layout
 from vllm_fibquant.engine import non_finite, rotary
 from vllm_fibquant.engine.copies import num_copy_rows
 from vllm_fibquant.engine.head_dims import head_dim_problem
-from vllm_fibquant.engine.metadata import FibQuantMetadata, FibQuantMetadataBuilder, StepCopies
+from vllm_fibquant.engine.metadata import FibQuantMetadata, FibQuantMetadataBuilder
 from vllm_fibquant.engine.support import BACKEND_NAME, BLOCK_MULTIPLE, refusal, run_options
 from vllm_fibquant.keys.key_map import KeyMap
 from vllm_fibquant.observe.counters import own_counters
+from vllm_fibquant.ops import Attend, Copies, Fresh, Pages
 from vllm_fibquant.ops.checks import DTYPES
-from vllm_fibquant.ops.reference import TokenCopies
 from vllm_fibquant.options import Options
 
 logger = init_logger(f"vllm.{__name__}")
@@ -177,15 +177,17 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
         self.head_size = head_size
         self.scale = float(scale)
         self.kv_cache_dtype = kv_cache_dtype
-        self.window = self.retain.recent if self.retain else sliding_window or 0
-        self.keep_first = self.retain.first if self.retain else 0
-        self.soft_cap = float(logits_soft_cap or 0.0)
+        self.attend = Attend(
+            self.scale,
+            window=self.retain.recent if self.retain else sliding_window or 0,
+            soft_cap=float(logits_soft_cap or 0.0),
+            keep_first=self.retain.first if self.retain else 0,
+        )
         self.codec = KVCodec.from_preset(self.options.preset, head_size)
         self.attends_raw = self.options.prefill == "raw"
         self._sinks_param = sinks
         self._sinks_version = -1
-        self.sinks: torch.Tensor | None = None
-        self._copy_key = self._copy_value = torch.empty(0)
+        self._pages: Pages | None = None
         self._turn_back: rotary.TurnBack | None = None
         self.key_map: KeyMap | None = None
         # What stands in for attention before there is a cache: calibrate.LayerCollector.
@@ -198,7 +200,7 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
     @property
     def num_copy_rows(self) -> int:
         """Rows of this layer's copies, 0 without a recent window."""
-        return self._copy_key.shape[0]
+        return 0 if self.attend.copies is None else len(self.attend.copies.key)
 
     def copy_row_bytes(self, model_dtype: torch.dtype) -> int:
         """Bytes of one token's copy in this layer, 0 without a recent window."""
@@ -209,13 +211,14 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
     def allocate_copies(self, num_rows: int, model_dtype: torch.dtype) -> None:
         """Allocates the copies; to be called once, before vLLM allocates pages."""
         shape = (num_rows, self.num_kv_heads, self.head_size)
-        self._copy_key = torch.zeros(shape, dtype=copy_dtype(model_dtype))
-        self._copy_value = torch.zeros_like(self._copy_key)
+        key = torch.zeros(shape, dtype=copy_dtype(model_dtype))
+        copies = Copies(key, torch.zeros_like(key), self.options.num_copied_first)
+        self.attend = replace(self.attend, copies=copies)
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         self._sinks_version = -1
         self.refresh_sinks()
-        if self.keep_first:
+        if self.attend.keep_first:
             try:
                 self._turn_back = rotary.turn_back_of(
                     self, self._max_model_len, self.head_size, act_dtype
@@ -234,10 +237,20 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
         """
         if self._sinks_param is None or self._sinks_version == self._sinks_param._version:
             return
-        if self.sinks is None:
-            self.sinks = torch.empty_like(self._sinks_param, dtype=torch.float32).contiguous()
-        self.sinks.copy_(self._sinks_param.detach())
+        if self.attend.sinks is None:
+            sinks = torch.empty_like(self._sinks_param, dtype=torch.float32).contiguous()
+            self.attend = replace(self.attend, sinks=sinks)
+        else:
+            sinks = self.attend.sinks
+        sinks.copy_(self._sinks_param.detach())
         self._sinks_version = self._sinks_param._version
+
+    def pages(self, kv_cache: torch.Tensor) -> Pages:
+        """The layer's cache with its kernels, made when the cache is new to it."""
+        pages = self._pages
+        if pages is None or pages.cache is not kv_cache or pages.key_map is not self.key_map:
+            pages = self._pages = ops.pages_of(kv_cache, self.codec, self.key_map)
+        return pages
 
     def do_kv_cache_update(
         self,
@@ -259,28 +272,22 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
         """
         if kv_cache.numel() == 0:
             return
-        num_tokens = min(slot_mapping.shape[0], key.shape[0])
+        if key.shape[0] < slot_mapping.shape[0]:
+            slot_mapping = slot_mapping[: key.shape[0]]
         began = time.perf_counter()
-        count = ops.encode_kv(
-            key[:num_tokens],
-            value[:num_tokens],
-            kv_cache,
-            slot_mapping[:num_tokens],
-            self.codec,
-            self.key_map,
-            self._positions(layer, num_tokens),
-        )
+        pages = self.pages(kv_cache)
+        count = ops.encode_kv(key, value, slot_mapping, pages, self._positions(layer))
         if not kv_cache.is_cuda:  # there an op's return says nothing of its end
             own_counters().encoded(began)
         if count:
             non_finite.counter.add(count)
 
-    def _positions(self, layer: Any, num_tokens: int) -> torch.Tensor | None:
+    def _positions(self, layer: Any) -> torch.Tensor | None:
         """Where the step's tokens stand in their requests, if the map of keys asks for it."""
         if self.key_map is None or self.key_map.turning is None:
             return None
         metadata: Any = get_forward_context().attn_metadata
-        return metadata[layer.layer_name].positions[:num_tokens]
+        return metadata[layer.layer_name].positions
 
     def forward(
         self,
@@ -316,54 +323,28 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
                 return self.without_cache(query, key, value, output)
             ops.reserve(query, raw=self.attends_raw)
             return output.zero_()
+        pages, num_tokens = self.pages(kv_cache), attn_metadata.num_tokens
         if self.key_map is not None and attn_metadata.plain is not None:
             tokens, slots, positions = attn_metadata.plain
             first = self.key_map.without_first(key[tokens], value[tokens], positions)
-            ops.encode_kv(*first, kv_cache, slots, self.codec)
-        num_tokens = attn_metadata.num_tokens
+            ops.encode_kv(*first, slots, ops.pages_of(kv_cache, self.codec))
         if num_tokens < output.shape[0]:
             output[num_tokens:].zero_()
-        first_query = None
+        fresh = Fresh(key, value) if self.attends_raw else None
         if self._turn_back and attn_metadata.num_gone is not None:
             first_query = self._turn_back(query[:num_tokens], attn_metadata.num_gone)
+            fresh = Fresh(first_query=first_query)
         began = time.perf_counter()
-        for end, query_start_loc, seq_lens, block_table in attn_metadata.parts:
-            ops.paged_attention(
-                query[:end],
-                kv_cache,
-                self.codec,
-                query_start_loc,
-                seq_lens,
-                block_table,
-                output[:end],
-                scale=self.scale,
-                window=self.window,
-                soft_cap=self.soft_cap,
-                sinks=self.sinks,
-                raw_key=key[:end] if self.attends_raw else None,
-                raw_value=value[:end] if self.attends_raw else None,
-                copies=self._copies(attn_metadata.copies),
-                keep_first=self.keep_first,
-                first_query=first_query,
-                key_map=self.key_map,
-            )
+        for end, batch in attn_metadata.parts:
+            if end == query.shape[0]:
+                ops.paged_attention(query, output, pages, batch, self.attend, fresh)
+            else:
+                ops.paged_attention(query[:end], output[:end], pages, batch, self.attend, fresh)
         if not kv_cache.is_cuda:
             own_counters().attended(began)
         if attn_metadata.probe is not None:
             attn_metadata.probe.run(self, query, key, value, kv_cache)
         return output
-
-    def _copies(self, step: StepCopies | None) -> TokenCopies | None:
-        if step is None:
-            return None
-        return TokenCopies(
-            self._copy_key,
-            self._copy_value,
-            step.table,
-            self.options.num_copied_first,
-            step.tokens,
-            step.rows,
-        )
 
 
 def our_layers(vllm_config: VllmConfig) -> dict[str, FibQuantImpl]:

@@ -40,7 +40,7 @@ class CopyPlan:
     """What one step reads from copies and what it copies.
 
     Attributes:
-        table: int32 [num_reqs, num_first + num_recent], as `reference.TokenCopies.table`.
+        table: int32 [num_reqs, num_first + num_recent], as `ops.Batch.copy_table`.
         tokens: int64 [n], new tokens of this step to be copied once attention has been computed.
         rows: int64 [n], where to; distinct.
     """

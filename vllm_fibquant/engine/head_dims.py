@@ -9,6 +9,7 @@ from vllm_fibquant import ops
 from vllm_fibquant.codec.codebook import load_codebook
 from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.codec.config import PRESETS, Preset
+from vllm_fibquant.ops.cpu import unsupported_head_dim
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -28,7 +29,7 @@ def head_dim_problem(preset: Preset, head_dim: int, device_type: str = "cpu") ->
             spec.num_subvecs(head_dim)
     except ValueError as error:
         return str(error)
-    if device_type == "cpu" and (reason := ops.unsupported_head_dim(head_dim)):
+    if device_type == "cpu" and (reason := unsupported_head_dim(head_dim)):
         return f"{reason}; use --kv-cache-dtype auto for this model"
     problems = []
     for spec in specs:

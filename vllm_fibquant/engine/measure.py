@@ -13,7 +13,7 @@ import json
 import re
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,6 +30,7 @@ from vllm_fibquant.keys.calibration import (
     join_heads,
 )
 from vllm_fibquant.keys.key_map import Turns
+from vllm_fibquant.ops import Batch, Fresh
 from vllm_fibquant.options import DEFAULT_FIRST
 
 if TYPE_CHECKING:
@@ -239,7 +240,7 @@ class LayerCollector:
             impl.num_kv_heads, impl.head_size, turns, DEFAULT_FIRST
         )
         shape = (1, impl.num_kv_heads, BLOCK_SIZE, impl.codec.layout.record_bytes)
-        self._no_cache = torch.zeros(shape, dtype=torch.uint8)
+        self._pages = ops.pages_of(torch.zeros(shape, dtype=torch.uint8), impl.codec)
 
     def __call__(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor
@@ -253,21 +254,9 @@ class LayerCollector:
             self.statistics.add_start(k[:DEFAULT_FIRST], v[:DEFAULT_FIRST])
             if length > DEFAULT_FIRST:
                 self._add(q[rest].float(), k[rest].float(), torch.arange(length)[rest])
-        ops.paged_attention(
-            query,
-            self._no_cache,
-            self._impl.codec,
-            bounds,
-            lens,
-            torch.zeros(self.num_seqs, length // BLOCK_SIZE + 1, dtype=torch.int32),
-            output,
-            scale=self._impl.scale,
-            window=self._impl.window,
-            soft_cap=self._impl.soft_cap,
-            sinks=self._impl.sinks,
-            raw_key=key,
-            raw_value=value,
-        )
+        table = torch.zeros(self.num_seqs, length // BLOCK_SIZE + 1, dtype=torch.int32)
+        batch, attend = Batch(bounds, lens, table), replace(self._impl.attend, keep_first=0)
+        ops.paged_attention(query, output, self._pages, batch, attend, Fresh(key, value))
         return output
 
     def _add(self, query: torch.Tensor, key: torch.Tensor, positions: torch.Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy.typing as npt
 import torch
@@ -28,7 +28,7 @@ from vllm_fibquant.engine.non_finite import DeviceReader
 from vllm_fibquant.keys.key_map import KeyMap
 from vllm_fibquant.observe.counters import own_counters
 from vllm_fibquant.observe.monitor import Probe, monitor_of
-from vllm_fibquant.ops import selfcheck
+from vllm_fibquant.ops import Batch, selfcheck
 from vllm_fibquant.options import Retain
 
 logger = init_logger(f"vllm.{__name__}")
@@ -40,12 +40,9 @@ class FibQuantMetadata(AttentionMetadata):
 
     Attributes:
         num_tokens: new tokens of all requests, without padding.
-        query_start_loc: int32 [num_reqs + 1].
-        seq_lens: int32 [num_reqs], new tokens included.
-        block_table: int32 [num_reqs, max_blocks].
+        batch: their requests.
         num_gone: int64 [num_tokens], how many tokens between a query and the first ones are kept
             no more; None if none of any query.
-        copies: what the step reads from copies and what it copies; None without a recent window.
         probe: what the fidelity monitor compares in this step, or None.
         plain: tokens whose keys are encoded without the layer's map, int64 [n], and their slots,
             int64 [n]; None if there are none.
@@ -57,11 +54,8 @@ class FibQuantMetadata(AttentionMetadata):
     """
 
     num_tokens: int
-    query_start_loc: torch.Tensor
-    seq_lens: torch.Tensor
-    block_table: torch.Tensor
+    batch: Batch
     num_gone: torch.Tensor | None = None
-    copies: StepCopies | None = None
     probe: Probe | None = None
     plain: tuple[torch.Tensor, ...] | None = None
     positions: torch.Tensor | None = None
@@ -69,42 +63,20 @@ class FibQuantMetadata(AttentionMetadata):
     num_decode_tokens: int = 0
 
     @functools.cached_property
-    def parts(self) -> list[Part]:
-        """What is attended in launches of its own: decodes, then the other requests, or all."""
-        loc, lens, table, n = (
-            self.query_start_loc,
-            self.seq_lens,
-            self.block_table,
-            self.num_decodes,
-        )
-        if n in (0, len(lens)):
-            return [Part(self.num_tokens, loc, lens, table)]
+    def parts(self) -> list[tuple[int, Batch]]:
+        """What is attended in launches of its own: decodes, then the other requests, or all.
+
+        Each with the row of the query tensor behind its tokens; query_start_loc says where those
+        begin.
+        """
+        whole, n = self.batch, self.num_decodes
+        if n in (0, whole.num_reqs):
+            return [(self.num_tokens, whole)]
+        loc, lens, table = whole.query_start_loc, whole.seq_lens, whole.block_table
         return [
-            Part(self.num_decode_tokens, loc[: n + 1], lens[:n], table[:n]),
-            Part(self.num_tokens, loc[n:], lens[n:], table[n:]),
+            (self.num_decode_tokens, Batch(loc[: n + 1], lens[:n], table[:n])),
+            (self.num_tokens, Batch(loc[n:], lens[n:], table[n:])),
         ]
-
-
-class Part(NamedTuple):
-    """Requests that follow each other in a batch, as ops.paged_attention takes them.
-
-    Attributes:
-        end: row of the query tensor behind their tokens; query_start_loc says where those begin.
-    """
-
-    end: int
-    query_start_loc: torch.Tensor
-    seq_lens: torch.Tensor
-    block_table: torch.Tensor
-
-
-@dataclass
-class StepCopies:
-    """`copies.CopyPlan` as tensors: table int32 [num_reqs, columns], tokens and rows int64 [n]."""
-
-    table: torch.Tensor
-    tokens: torch.Tensor
-    rows: torch.Tensor
 
 
 class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
@@ -182,13 +154,16 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
         positions = None
         if self._num_plain or self._needs_positions:
             positions = _positions(common).long()
+        copies: tuple[torch.Tensor, ...] = ()
+        if self._pool:
+            plan = self._pool.step(*_as_numpy(common))
+            copies = tuple(map(torch.from_numpy, (plan.table, plan.tokens, plan.rows)))
         return FibQuantMetadata(
             num_tokens=common.num_actual_tokens,
-            query_start_loc=common.query_start_loc,
-            seq_lens=common.seq_lens,
-            block_table=common.block_table_tensor,
+            batch=Batch(
+                common.query_start_loc, common.seq_lens, common.block_table_tensor, *copies
+            ),
             num_gone=self._num_gone(common),
-            copies=_plan_copies(self._pool, common) if self._pool else None,
             probe=self._monitor.plan(*_as_numpy(common)) if self._monitor else None,
             plain=None if positions is None else self._plain(common, positions),
             positions=positions,
@@ -229,11 +204,6 @@ def _holds_first_layer(layer_names: list[str], vllm_config: VllmConfig) -> bool:
 def _as_numpy(common: CommonAttentionMetadata) -> tuple[npt.NDArray[Any], ...]:
     tensors = common.query_start_loc, common.seq_lens, common.block_table_tensor
     return tuple(tensor.numpy() for tensor in (*tensors, common.slot_mapping))
-
-
-def _plan_copies(pool: CopyPool, common: CommonAttentionMetadata) -> StepCopies:
-    plan = pool.step(*_as_numpy(common))
-    return StepCopies(*map(torch.from_numpy, (plan.table, plan.tokens, plan.rows)))
 
 
 _passed: list[selfcheck.SelfCheckResult] = []

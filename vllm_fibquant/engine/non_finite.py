@@ -14,7 +14,7 @@ import torch
 from vllm.logger import init_logger
 
 from vllm_fibquant.observe.counters import own_counters
-from vllm_fibquant.ops import gpu
+from vllm_fibquant.ops.kernels import device_counters
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -55,7 +55,7 @@ class DeviceReader:
     """Hands what a device has counted to `counter`, never waiting for the device."""
 
     def __init__(self, device: torch.device) -> None:
-        self._on_device = gpu.counters(device)
+        self._on_device = device_counters(device)
         on_gpu = device.type == "cuda"
         self._copy = torch.zeros(2, dtype=torch.int32, device="cpu", pin_memory=on_gpu)
         self._arrived = torch.cuda.Event() if on_gpu else None

@@ -104,7 +104,7 @@ def _kernel(layers: Iterable[Any]) -> str:
     """The kernel of the first of our layers."""
     for layer in layers:
         if isinstance(layer.impl, FibQuantImpl):
-            return ops.kernel_name(layer.kv_cache, layer.impl.codec)
+            return ops.choose(layer.impl.codec, layer.kv_cache).name
     return "none"
 
 

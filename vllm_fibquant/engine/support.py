@@ -18,6 +18,7 @@ from vllm_fibquant.codec.config import PRESETS
 from vllm_fibquant.engine.head_dims import draft_problems, head_dim_problem
 from vllm_fibquant.keys.transform import transform_problem
 from vllm_fibquant.ops.checks import DTYPES
+from vllm_fibquant.ops.kernels import features_on
 from vllm_fibquant.options import Options, Part, given_options, misplaced_options, parse_options
 
 if TYPE_CHECKING:
@@ -27,6 +28,15 @@ UNMEASURED_HYBRID = (
     "layers beside attention (Mamba, linear attention) have their state only once there are pages, "
     "and keys are measured before"
 )
+
+NEEDED_BY_DEFAULTS: dict[Part, str] = {"copies": "copies", "calibration": "means"}
+"""The feature of kernels (`ops.kernels.FEATURES`) that each part of the defaults asks for."""
+
+UNMOVED: dict[Part, str] = {
+    "copies": "KV connectors and offloading move pages, not what is kept beside them",
+    "calibration": "pages that move mean the same only to those who read the same file: give it as "
+    "calibration",
+}
 
 BLOCK_MULTIPLE = 16
 """Tokens: a block has a multiple of it."""
@@ -73,18 +83,17 @@ def lacking_parts(vllm_config: VllmConfig) -> dict[Part, str]:
     model, device = vllm_config.model_config, vllm_config.device_config.device_type
     given = given_options(vllm_config.additional_config)
     given = given if isinstance(given, dict) else {}
-    if device != "cpu":
-        reasons["copies"] = reasons["calibration"] = f"kernels of {device} devices have it not yet"
-    elif given.get("retain") is not None:
-        reasons["copies"] = reasons["calibration"] = "retain bounds what is kept"
-    elif _moves_pages(vllm_config):
-        reasons["copies"] = "KV connectors and offloading move pages, not what is kept beside them"
-        reasons["calibration"] = (
-            "pages that move mean the same only to those who read the same file: give it as "
-            "calibration"
-        )
-    if model is not None and model.is_hybrid and "calibration" not in reasons:
-        reasons["calibration"] = UNMEASURED_HYBRID
+    found: list[tuple[bool, Part, str]] = []
+    for part, feature in NEEDED_BY_DEFAULTS.items():
+        has_it = feature in features_on(device)
+        found.append((not has_it, part, f"kernels of {device} devices have it not yet"))
+        found.append((given.get("retain") is not None, part, "retain bounds what is kept"))
+        found.append((_moves_pages(vllm_config), part, UNMOVED[part]))
+    is_hybrid = model is not None and model.is_hybrid
+    found.append((is_hybrid, "calibration", UNMEASURED_HYBRID))
+    for is_lacking, part, reason in found:
+        if is_lacking:
+            reasons.setdefault(part, reason)
     return reasons
 
 
@@ -122,56 +131,25 @@ def config_problems(vllm_config: VllmConfig) -> list[str]:
 
     model = vllm_config.model_config
     if model is not None:
-        require(
-            not model.use_mla,
-            "attention",
-            "standard multi-head or grouped-query attention",
-            "multi-head latent attention (MLA)",
-            other_dtype,
-        )
-        require(
-            not model.is_encoder_decoder,
-            "model",
-            "decoder-only",
-            "an encoder-decoder model",
-            other_dtype,
-        )
-        require(
-            model.runner_type != "pooling",
-            "runner",
-            "generate",
-            model.runner_type,
-            "embedding models keep no KV cache worth compressing; " + other_dtype,
-        )
-        require(
-            model.dtype in DTYPES,
-            "dtype",
-            "float32, bfloat16 or float16",
-            model.dtype,
-            "give --dtype bfloat16",
-        )
-        require(
-            not model.is_mm_prefix_lm,
-            "attention mask",
-            "causal",
-            "bidirectional attention between the tokens of an image",
-            other_dtype,
-        )
-        require(
-            model.rswa_window is None,
-            "attention mask",
-            "causal, optionally with a sliding window",
-            "reference sliding-window attention",
-            other_dtype,
-        )
         chunk = getattr(model.hf_text_config, "attention_chunk_size", None)
-        require(
-            chunk is None,
-            "attention",
-            "full or sliding-window",
-            f"chunked local attention (attention_chunk_size {chunk})",
-            other_dtype,
-        )
+        for is_met, what, must, got, remedy in (
+            (not model.use_mla, "attention", "standard multi-head or grouped-query attention",
+             "multi-head latent attention (MLA)", other_dtype),
+            (not model.is_encoder_decoder, "model", "decoder-only", "an encoder-decoder model",
+             other_dtype),
+            (model.runner_type != "pooling", "runner", "generate", model.runner_type,
+             "embedding models keep no KV cache worth compressing; " + other_dtype),
+            (model.dtype in DTYPES, "dtype", "float32, bfloat16 or float16", model.dtype,
+             "give --dtype bfloat16"),
+            (not model.is_mm_prefix_lm, "attention mask", "causal",
+             "bidirectional attention between the tokens of an image", other_dtype),
+            (model.rswa_window is None, "attention mask",
+             "causal, optionally with a sliding window", "reference sliding-window attention",
+             other_dtype),
+            (chunk is None, "attention", "full or sliding-window",
+             f"chunked local attention (attention_chunk_size {chunk})", other_dtype),
+        ):  # fmt: skip
+            require(is_met, what, must, got, remedy)
         if not model.use_mla:
             found = (head_dim_problem(p, model.get_head_size(), device) for p in options.presets)
             problems += [problem for problem in found if problem]
@@ -194,18 +172,19 @@ def config_problems(vllm_config: VllmConfig) -> list[str]:
             "float32",
             "give --dtype bfloat16",
         )
-        for name, asked in (
-            ("recent_window", options.recent_window),
-            ("retain", options.retain),
-            ("monitor", options.monitor),
+        for feature, name, asked in (
+            ("copies", "recent_window", options.recent_window),
+            ("keep_first", "retain", options.retain),
+            ("monitor", "monitor", options.monitor),
             # "auto" asks for no more than a device has.
-            ("calibrate", "" if options.calibrate in ("none", "auto") else options.calibrate),
-            ("layers", dict(options.layers)),
+            ("means", "calibrate", options.calibrate not in ("none", "auto") and options.calibrate),
+            ("layers", "layers", dict(options.layers)),
         ):
             hint = 'use "mode": "exact" without it'
             if name == "recent_window":
                 hint = 'give "prefill": "raw", which GPUs have, in the place of "mode": "quality"'
-            require(not asked, name, "left out on a GPU", asked, hint)
+            is_met = not asked or feature in features_on(device)
+            require(is_met, name, "left out on a GPU", asked, hint)
 
     require(
         not cache.user_specified_block_size or cache.block_size % BLOCK_MULTIPLE == 0,

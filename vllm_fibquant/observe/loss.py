@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -19,7 +19,7 @@ import torch
 from vllm_fibquant import ops
 from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.keys.key_map import KeyMap
-from vllm_fibquant.ops.reference import TokenCopies
+from vllm_fibquant.ops import Attend, Batch, Copies, Fresh
 from vllm_fibquant.options import Options
 
 CHUNK = 16
@@ -45,12 +45,8 @@ class Layer(Protocol):
 
     options: Options
     codec: KVCodec
-    scale: float
-    soft_cap: float
-    window: int
-    sinks: torch.Tensor | None
+    attend: Attend
     num_kv_heads: int
-    keep_first: int
     key_map: KeyMap | None
 
 
@@ -70,8 +66,6 @@ class LayerReading:
     def __init__(self, layer: Layer, judged_from: int) -> None:
         self._layer = layer
         self._judged = slice(judged_from, None)
-        # A layer that retains few tokens reads this text whole: what is dropped is not measured.
-        self._window = 0 if layer.keep_first else layer.window
         self.reads_codes = False
         self.sums = (0.0, 0.0, 0.0, 0.0)
 
@@ -93,51 +87,59 @@ class LayerReading:
         )
         return output
 
+    @property
+    def _attend(self) -> Attend:
+        """How the layer attends, without what it copies; one that retains few tokens reads this
+        text whole: what is dropped is not measured."""
+        attend = replace(self._layer.attend, copies=None)
+        return replace(attend, window=0, keep_first=0) if attend.keep_first else attend
+
     def exact(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor
     ) -> None:
         """Attends to keys and values as they are."""
-        cache = self._new_cache(1)
+        num_blocks = -(-len(query) // BLOCK_SIZE)
         ends = torch.tensor([0, len(query)], dtype=torch.int32, device=query.device)
-        blocks = torch.zeros(
-            1, -(-len(query) // BLOCK_SIZE), dtype=torch.int32, device=query.device
-        )
-        self._attend(query, cache, ends, ends[1:], blocks, output, raw=(key, value), key_map=None)
+        blocks = torch.zeros(1, num_blocks, dtype=torch.int32, device=query.device)
+        pages = ops.pages_of(self._new_cache(1, query.device), self._layer.codec)
+        batch = Batch(ends, ends[1:], blocks)
+        ops.paged_attention(query, output, pages, batch, self._attend, Fresh(key, value))
 
     def from_codes(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor
     ) -> torch.Tensor:
         """Writes records of all tokens and attends to them, as this layer will serve."""
         layer, device, num_tokens = self._layer, query.device, len(query)
-        cache = self._new_cache(-(-num_tokens // BLOCK_SIZE)).to(device)
+        cache = self._new_cache(-(-num_tokens // BLOCK_SIZE), device)
+        pages = ops.pages_of(cache, layer.codec, layer.key_map)
         positions = torch.arange(num_tokens, device=device)
-        ops.encode_kv(key, value, cache, positions, layer.codec, layer.key_map, positions)
+        ops.encode_kv(key, value, positions, pages, positions)
         if layer.key_map is not None and layer.key_map.num_plain:
             first = slice(0, layer.key_map.num_plain)
             plain = layer.key_map.without_first(key[first], value[first], positions[first])
-            ops.encode_kv(*plain, cache, positions[first], layer.codec)
+            ops.encode_kv(*plain, positions[first], ops.pages_of(cache, layer.codec))
         is_raw = layer.options.prefill == "raw"
         # Every step of the text is a request of its own over the same blocks.
         step = CHUNK if is_raw else num_tokens
         ends = torch.tensor(
             [*range(0, num_tokens, step), num_tokens], dtype=torch.int32, device=device
         )
-        table = torch.arange(len(cache), dtype=torch.int32, device=device)
-        blocks = table.repeat(len(ends) - 1, 1)
-        self._attend(
-            query, cache, ends, ends[1:].clone(), blocks, output,
-            raw=(key, value) if is_raw else (None, None),
-            copies=self._copies(key, value, ends), key_map=layer.key_map,
-        )  # fmt: skip
+        blocks = torch.arange(len(cache), dtype=torch.int32, device=device)
+        table, attend = None, self._attend
+        if layer.options.recent_window:
+            table, copies = self._copies(key, value, ends)
+            attend = replace(attend, copies=copies)
+        batch = Batch(ends, ends[1:].clone(), blocks.repeat(len(ends) - 1, 1), table)
+        fresh = Fresh(key, value) if is_raw else None
+        ops.paged_attention(query, output, pages, batch, attend, fresh)
         return output
 
     def _copies(
         self, key: torch.Tensor, value: torch.Tensor, ends: torch.Tensor
-    ) -> TokenCopies | None:
-        """Copies of the first and the newest tokens before each step; their rows are positions."""
+    ) -> tuple[torch.Tensor, Copies]:
+        """Copies of the first and the newest tokens before each step, and their table; their rows
+        are positions."""
         options = self._layer.options
-        if not options.recent_window:
-            return None
         num_first = options.num_copied_first
         context = ends[:-1, None]
         first = torch.arange(num_first, device=key.device).expand(len(context), num_first)
@@ -147,29 +149,13 @@ class LayerReading:
         rows = torch.where(rows < context, rows, -1).to(torch.int32).contiguous()
         dtype = torch.bfloat16 if key.dtype == torch.float32 else key.dtype
         key, value = (x.to(dtype).contiguous() for x in (key, value))
-        return TokenCopies(key, value, rows, num_first)
+        return rows, Copies(key, value, num_first)
 
-    def _new_cache(self, num_blocks: int) -> torch.Tensor:
-        shape = (
-            num_blocks,
-            self._layer.num_kv_heads,
-            BLOCK_SIZE,
-            self._layer.codec.layout.record_bytes,
-        )
-        # 0xFF bytes are NaN norms: reading a slot nobody wrote would show.
-        return torch.full(shape, 0xFF, dtype=torch.uint8)
-
-    def _attend(
-        self, query: torch.Tensor, cache: torch.Tensor, ends: torch.Tensor,
-        seq_lens: torch.Tensor, blocks: torch.Tensor, output: torch.Tensor, *, raw: Any,
-        copies: TokenCopies | None = None, key_map: KeyMap | None,
-    ) -> None:  # fmt: skip
+    def _new_cache(self, num_blocks: int, device: torch.device) -> torch.Tensor:
         layer = self._layer
-        ops.paged_attention(
-            query, cache.to(query.device), layer.codec, ends, seq_lens, blocks, output,
-            scale=layer.scale, window=self._window, soft_cap=layer.soft_cap, sinks=layer.sinks,
-            raw_key=raw[0], raw_value=raw[1], copies=copies, key_map=key_map,
-        )  # fmt: skip
+        shape = (num_blocks, layer.num_kv_heads, BLOCK_SIZE, layer.codec.layout.record_bytes)
+        # 0xFF bytes are NaN norms: reading a slot nobody wrote would show.
+        return torch.full(shape, 0xFF, dtype=torch.uint8, device=device)
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.keys.key_map import KeyMap
 from vllm_fibquant.observe.counters import own_counters
 from vllm_fibquant.observe.ledger import Ledger, exact_attention
+from vllm_fibquant.ops import Attend, Batch
 from vllm_fibquant.options import MonitorOptions
 
 MIN_TOKENS, MAX_TOKENS = 16, 64
@@ -49,12 +50,9 @@ class Layer(Protocol):
     """What the monitor needs to know of an attention layer."""
 
     codec: KVCodec
-    scale: float
-    soft_cap: float
+    attend: Attend
     num_heads: int
     num_kv_heads: int
-    window: int
-    keep_first: int
     key_map: KeyMap | None
 
 
@@ -232,19 +230,12 @@ class Monitor:
         sample's tokens, at their own positions, and nothing else.
         """
         layer, out = self.layers[sample.layer], torch.empty_like(query)
-        ops.paged_attention(
-            query,
-            kv_cache,
-            layer.codec,
-            torch.tensor([0, 1], dtype=torch.int32),
-            torch.tensor([sample.end], dtype=torch.int32),
-            sample.table,
-            out,
-            scale=layer.scale,
-            window=sample.end - sample.begin,
-            soft_cap=layer.soft_cap,
-            key_map=layer.key_map,
-        )
+        bounds = torch.tensor([0, 1], dtype=torch.int32)
+        batch = Batch(bounds, torch.tensor([sample.end], dtype=torch.int32), sample.table)
+        window = sample.end - sample.begin
+        attend = Attend(layer.attend.scale, window=window, soft_cap=layer.attend.soft_cap)
+        pages = ops.pages_of(kv_cache, layer.codec, layer.key_map)
+        ops.paged_attention(query, out, pages, batch, attend)
         return out
 
     def _compare(self, sample: Sample, query: torch.Tensor, output: torch.Tensor) -> None:
@@ -252,7 +243,7 @@ class Monitor:
         group_size = layer.num_heads // layer.num_kv_heads
         heads = slice(sample.head * group_size, (sample.head + 1) * group_size)
         exact = exact_attention(
-            query[0, heads], sample.key, sample.value, layer.scale, layer.soft_cap
+            query[0, heads], sample.key, sample.value, layer.attend.scale, layer.attend.soft_cap
         )
         found = output[0, heads].float()
         size = float(exact.norm())
@@ -280,7 +271,8 @@ class Monitor:
         # Its own last token's query is asked; a window layer would not see tokens far before it.
         number = self._turn % len(self.layers)
         layer = self.layers[number]
-        reach = int(query_lens[req]) if not layer.window else min(query_lens[req], layer.window)
+        window, num_new = layer.attend.window, int(query_lens[req])
+        reach = min(num_new, window) if window else num_new
         if reach < MIN_TOKENS:
             return None
         length = min(length, reach)
@@ -332,8 +324,8 @@ class Monitor:
             reads = (block_table[:, first:last] == held).all(-1)
             reads &= (query_lens > 0) & (context >= sample.end)
             layer = self.layers[sample.layer]
-            if layer.window:
-                reads &= sample.begin > seq_lens - 1 - layer.window
+            if layer.attend.window:
+                reads &= sample.begin > seq_lens - 1 - layer.attend.window
             readers = np.flatnonzero(reads)
             if len(readers):
                 return Probe(self, sample, int(query_start_loc[readers[0] + 1]) - 1, None)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one door to the kernels: checks every argument, then calls the kernel of the device.
+"""The one door to the kernels: checks every argument, then calls the implementation that was chosen
+for the layer's pages (`pages_of`).
 
-Kernels: the C++ library for CPU tensors (csrc/cpu), Triton for CUDA tensors (`gpu`). The oracle
+The C++ library serves CPU tensors, the CUDA library or Triton those on a GPU. The oracle
 (`reference`) takes their place only when `use_reference` asks for it.
 """
 
@@ -14,24 +15,36 @@ import torch
 
 from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.keys.key_map import KeyMap
-from vllm_fibquant.ops import checks, gpu, native, reference
-from vllm_fibquant.ops.reference import TokenCopies
+from vllm_fibquant.ops import checks, cpu, gpu, reference
+from vllm_fibquant.ops.call import Attend, Batch, Copies, Fresh, Pages
+from vllm_fibquant.ops.kernels import Kernels
+
+__all__ = [
+    "Attend",
+    "Batch",
+    "Copies",
+    "Fresh",
+    "Kernels",
+    "Pages",
+    "choose",
+    "encode_kv",
+    "kernel_name",
+    "paged_attention",
+    "pages_of",
+    "reserve",
+    "unsupported_codec",
+    "use_reference",
+]
+
+CPU = cpu.Cpu()
+REFERENCE = reference.Reference()
 
 _forced_reference = False
-
-_ERRORS = {
-    1: "block_table must hold block numbers inside the cache",
-    2: "query_start_loc and seq_lens must describe requests with at least as many tokens as "
-    "new tokens",
-    3: "seq_lens must not exceed what a row of block_table holds",
-    4: "seq_lens must not exceed the positions that key_map.turning knows",
-    5: "copies.new_tokens and copies.new_rows must be tokens of the batch and rows of copies.key",
-}
 
 
 @contextlib.contextmanager
 def use_reference() -> Iterator[None]:
-    """Within this context the oracle stands in for the kernels."""
+    """Pages made within this context have the oracle in the place of kernels."""
     global _forced_reference
     before, _forced_reference = _forced_reference, True
     try:
@@ -40,45 +53,58 @@ def use_reference() -> Iterator[None]:
         _forced_reference = before
 
 
-def kernel_name(cache: torch.Tensor | None = None, codec: KVCodec | None = None) -> str:
-    """The kernel that serves: ``cpu-avx512``, ``cpu-avx2`` or ``cpu-portable`` on a CPU, ``cuda``
-    or ``triton`` on a GPU, or ``reference``.
-
-    Args:
-        cache, codec: what is to be served; without them a CPU is meant.
+def choose(codec: KVCodec, cache: torch.Tensor) -> Kernels:
+    """The kernels for a codec and the device of a cache.
 
     Raises:
-        RuntimeError: the library of the device is not built or does not load.
+        ValueError: they cannot serve this codec or this cache.
+        RuntimeError: their library is not built or does not load.
     """
     if _forced_reference:
-        return "reference"
-    if cache is not None and codec is not None and cache.is_cuda:
-        return gpu.kernel_name(cache, codec)
-    return f"cpu-{native.isa()}"
+        kernels: Kernels = REFERENCE
+    elif cache.is_cuda:
+        kernels = gpu.choose(codec, cache)
+    else:
+        kernels = CPU
+    if reason := kernels.refuses(codec, cache):
+        raise ValueError(f"pages_of: {reason}; use another preset or device")
+    return kernels
+
+
+def pages_of(cache: torch.Tensor, codec: KVCodec, key_map: KeyMap | None = None) -> Pages:
+    """The pages of one layer, with the kernels chosen for them; to be made once and kept.
+
+    Args:
+        cache, codec, key_map: as in `Pages`.
+
+    Raises:
+        ValueError: as in `Pages` and `choose`.
+        RuntimeError: as in `choose`.
+    """
+    checks.check_cache(cache, codec)
+    return Pages(cache, codec, key_map, choose(codec, cache))
+
+
+def kernel_name() -> str:
+    """The kernel that serves on this machine's CPU: ``cpu-avx512``, ``cpu-avx2``, ``cpu-portable``,
+    or ``reference``; what serves a layer is its `Pages.kernels.name`.
+
+    Raises:
+        RuntimeError: the library is not built or does not load.
+    """
+    return REFERENCE.name if _forced_reference else CPU.name
 
 
 def unsupported_codec(codec: KVCodec, device_type: str = "cpu") -> str | None:
-    """Why the kernels of a device cannot take this codec, or None when they can."""
-    if device_type == "cuda":
-        return gpu.unsupported_codec(codec)
-    return unsupported_head_dim(codec.head_dim)
-
-
-def unsupported_head_dim(head_dim: int) -> str | None:
-    """Why the CPU kernels cannot take this head_dim, or None when they can."""
-    multiple, most = native.HEAD_DIM_MULTIPLE, native.MAX_HEAD_DIM
-    if head_dim % multiple or not 0 < head_dim <= most:
-        return f"head_dim must be a multiple of {multiple}, at most {most}, got {head_dim}"
-    return None
+    """Why the kernels of a type of device cannot take this codec, or None when they can."""
+    return (gpu.TRITON if device_type == "cuda" else CPU).refuses(codec)
 
 
 def encode_kv(
     key: torch.Tensor,
     value: torch.Tensor,
-    cache: torch.Tensor,
     slot_mapping: torch.Tensor,
-    codec: KVCodec,
-    key_map: KeyMap | None = None,
+    pages: Pages,
     positions: torch.Tensor | None = None,
 ) -> int:
     """Encodes new keys and values and stores their records at the mapped slots.
@@ -87,62 +113,34 @@ def encode_kv(
         key: float32, bfloat16 or float16 [num_tokens, num_kv_heads, head_dim], last axis
             contiguous.
         value: as key.
-        cache: uint8 [num_blocks, num_kv_heads, block_size, record_bytes], last two axes contiguous.
         slot_mapping: int64 [num_slots], num_slots <= num_tokens; -1 skips a token.
-        codec: the codec of this cache.
-        key_map: how keys are encoded, None for as they are; on the CPU alone.
-        positions: int64 [num_slots], where tokens stand in their requests; needed with
+        pages: where the records go, and how they are encoded.
+        positions: int64 [at least num_slots], where tokens stand in their requests; needed with a
             key_map.turning, else unused.
 
     Returns:
-        How many stored vectors held a NaN or infinity; they are stored as zero vectors.
+        How many stored vectors held a NaN or infinity; they are stored as zero vectors. On a GPU 0:
+        it counts on the device (`kernels.device_counters`).
 
     Raises:
-        ValueError: an argument's shape, dtype or layout, a slot outside the cache, or a position
-            outside key_map.turning's table.
+        ValueError: an argument's shape, dtype or layout; on a CPU also a slot outside the cache, or
+            a position outside key_map.turning's table.
 
     Cost: reads 2 * head_dim elements and writes record_bytes per token and KV head; the search
         takes num_rows * head_dim multiply-adds per vector.
     Oracle: reference.encode_kv, equal but for ties of the two nearest codewords.
     """
-    if cache.is_cuda and not _forced_reference and key_map is None:
-        return gpu.encode_kv(key, value, cache, slot_mapping, codec)
-    checks.check_encode(key, value, cache, slot_mapping, codec, key_map, positions)
-    _check_cpu("encode_kv", cache, codec)
-    kernel = reference.encode_kv if _forced_reference else native.encode_kv
-    nonfinite = kernel(key, value, cache, slot_mapping, codec, key_map, positions)
-    if nonfinite == -2 and positions is not None:
-        raise ValueError(
-            "encode_kv: positions must be from 0 to those of key_map.turning, got "
-            f"{int(positions.min())} to {int(positions.max())}"
-        )
-    if nonfinite < 0:
-        raise ValueError(
-            f"encode_kv: slot_mapping must hold slots below {cache.shape[0] * cache.shape[2]} "
-            f"or -1, got {int(slot_mapping.max())}"
-        )
-    return nonfinite
+    checks.check_encode(key, value, slot_mapping, pages, positions)
+    return pages.kernels.encode_kv(key, value, slot_mapping, pages, positions)
 
 
 def paged_attention(
     query: torch.Tensor,
-    cache: torch.Tensor,
-    codec: KVCodec,
-    query_start_loc: torch.Tensor,
-    seq_lens: torch.Tensor,
-    block_table: torch.Tensor,
     out: torch.Tensor,
-    *,
-    scale: float,
-    window: int = 0,
-    soft_cap: float = 0.0,
-    sinks: torch.Tensor | None = None,
-    raw_key: torch.Tensor | None = None,
-    raw_value: torch.Tensor | None = None,
-    copies: TokenCopies | None = None,
-    keep_first: int = 0,
-    first_query: torch.Tensor | None = None,
-    key_map: KeyMap | None = None,
+    pages: Pages,
+    batch: Batch,
+    attend: Attend,
+    fresh: Fresh | None = None,
 ) -> None:
     """Causal attention of each request's newest tokens over its cached codes.
 
@@ -153,70 +151,22 @@ def paged_attention(
     Args:
         query: float32, bfloat16 or float16 [num_tokens, num_q_heads, head_dim], last axis
             contiguous.
-        cache: uint8 [num_blocks, num_kv_heads, block_size, record_bytes], last two axes contiguous.
-        codec: the codec of this cache.
-        query_start_loc: int32 [num_reqs + 1]; rows of request r are loc[r]:loc[r + 1].
-        seq_lens: int32 [num_reqs]; tokens of each request, its new ones included.
-        block_table: int32 [num_reqs, max_blocks].
         out: as query; rows query_start_loc[0]:query_start_loc[-1] are written.
-        scale: factor of the scores.
-        window: a query at position p sees positions p - window + 1 to p; 0 means all.
-        soft_cap: scores become soft_cap * tanh(score / soft_cap); 0 means none.
-        sinks: float32 [num_q_heads] or None; one extra logit per head that has no value.
-        raw_key, raw_value: as query with num_kv_heads heads, or None. When given, a request's new
-            tokens are attended from these instead of from their codes.
-        copies: copies of cached tokens, read instead of their codes, and which new tokens are
-            copied at the end; they need raw_key.
-        keep_first: a query sees positions below this one whatever the window, in a split of their
-            own; not together with raw_key.
-        first_query: as query, or None for query itself. What positions below keep_first are scored
-            with: the query as it would be nearer to them.
-        key_map: the map that keys at positions from key_map.num_plain on were encoded with, or
-            None; those below were encoded as they are. On the CPU alone, and without keep_first.
+        pages: the layer's cache.
+        batch: the step's requests.
+        attend: how the layer attends.
+        fresh: what new tokens bring beside their queries; None when codes say all.
 
     Raises:
-        ValueError: an argument's shape, dtype or layout, or a block number outside the cache.
+        ValueError: an argument's shape, dtype or layout, or a feature that the pages' kernels do
+            not have; on a CPU also a block number outside the cache, or impossible lengths.
 
     Cost: reads record_bytes per cached token and KV head for every 48 rows that share them.
     Oracle: reference.paged_attention.
     """
-    if cache.is_cuda and not _forced_reference and key_map is None:
-        gpu.paged_attention(
-            query, cache, codec, query_start_loc, seq_lens, block_table, out, scale=scale,
-            window=window, soft_cap=soft_cap, sinks=sinks, raw_key=raw_key, raw_value=raw_value,
-            copies=copies, keep_first=keep_first or None, first_query=first_query,
-        )  # fmt: skip
-        return
-    checks.check_attention(
-        query, cache, codec, query_start_loc, seq_lens, block_table, out, window=window,
-        soft_cap=soft_cap, sinks=sinks, raw_key=raw_key, raw_value=raw_value, copies=copies,
-        keep_first=keep_first, first_query=first_query, key_map=key_map,
-    )  # fmt: skip
-    _check_cpu("paged_attention", cache, codec)
-    if seq_lens.shape[0] == 0 or query.shape[0] == 0:
-        return
-    kernel = reference.paged_attention if _forced_reference else native.paged_attention
-    error = kernel(
-        query,
-        cache,
-        codec,
-        query_start_loc,
-        seq_lens,
-        block_table,
-        out,
-        scale=scale,
-        window=window,
-        soft_cap=soft_cap,
-        sinks=sinks,
-        raw_key=raw_key,
-        raw_value=raw_value,
-        copies=copies,
-        keep_first=keep_first,
-        first_query=first_query,
-        key_map=key_map,
-    )
-    if error:
-        raise ValueError(f"paged_attention: {_ERRORS[error]}")
+    checks.check_attention(query, out, pages, batch, attend, fresh)
+    if batch.num_reqs and query.shape[0]:
+        pages.kernels.paged_attention(query, out, pages, batch, attend, fresh)
 
 
 def reserve(query: torch.Tensor, raw: bool) -> None:
@@ -227,12 +177,3 @@ def reserve(query: torch.Tensor, raw: bool) -> None:
     """
     if query.is_cuda and not _forced_reference:
         gpu.reserve(query, raw)
-
-
-def _check_cpu(function: str, cache: torch.Tensor, codec: KVCodec) -> None:
-    """What the CPU kernels need beside what every device needs (`checks`)."""
-    reason = unsupported_head_dim(codec.head_dim)
-    if reason:
-        raise ValueError(f"{function}: {reason}")
-    if not cache.is_cpu:
-        raise ValueError(f"{function}: cache must be on the CPU or a CUDA GPU, got {cache.device}")

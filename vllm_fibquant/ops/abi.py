@@ -14,7 +14,7 @@ import torch
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-class Pages(Structure):
+class FqPages(Structure):
     """The pages of one layer."""
 
     _fields_ = [
@@ -24,11 +24,11 @@ class Pages(Structure):
     ]
 
 
-def pages_of(cache: torch.Tensor) -> Pages:
+def pages_of(cache: torch.Tensor) -> FqPages:
     """A layer's cache, uint8 [num_blocks, num_kv_heads, block_size, record_bytes], as a library
     reads it."""
     num_blocks, num_kv_heads, block_size, _ = cache.shape
-    return Pages(cache.data_ptr(), num_blocks, *cache.stride()[:2], num_kv_heads, block_size)
+    return FqPages(cache.data_ptr(), num_blocks, *cache.stride()[:2], num_kv_heads, block_size)
 
 
 def describe(structs: Sequence[type[Structure]]) -> str:

@@ -1,142 +1,178 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the ops require of their arguments on every device; a door adds what its kernels require.
+"""What is required of the operations' arguments on every device; see `call` for when it is checked.
 
-Each check raises ValueError, naming the function, the argument, what it must be and what it got.
-All tensors must be on the cache's device.
+Each check raises ValueError, naming the argument, what it must be and what it is. All tensors must
+be on the cache's device.
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 
 from vllm_fibquant.codec.codec import KVCodec
-from vllm_fibquant.keys.key_map import KeyMap
-from vllm_fibquant.ops.reference import TokenCopies
+from vllm_fibquant.ops.kernels import FEATURES, Kernels
+
+if TYPE_CHECKING:
+    from vllm_fibquant.ops.call import Attend, Batch, Fresh, Pages
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Combinations that have passed; each is an entry of a few hundred bytes.
+_MAX_PASSED = 4096
+_passed: set[tuple[Any, ...]] = set()
+
+
+def _look(x: torch.Tensor) -> tuple[Any, ...]:
+    """What is checked of a tensor."""
+    return x.shape, x.stride(), x.dtype, x.device
+
+
+def _pass(kind: tuple[Any, ...]) -> None:
+    if len(_passed) >= _MAX_PASSED:
+        _passed.clear()
+    _passed.add(kind)
 
 
 def check_encode(
     key: torch.Tensor,
     value: torch.Tensor,
-    cache: torch.Tensor,
     slot_mapping: torch.Tensor,
-    codec: KVCodec,
-    key_map: KeyMap | None = None,
-    positions: torch.Tensor | None = None,
+    pages: Pages,
+    positions: torch.Tensor | None,
 ) -> None:
     """Checks the arguments of `ops.encode_kv`."""
-    _check_cache("encode_kv", cache, codec)
-    for name, x in (("key", key), ("value", value)):
-        _check_vectors("encode_kv", name, x, cache, codec, cache.shape[1])
+    given = None if positions is None else _look(positions)
+    kind = pages.kind, _look(key), _look(value), _look(slot_mapping), given
+    if kind in _passed:
+        return
+    name, device, heads = "encode_kv", pages.cache.device, pages.num_kv_heads
+    for which, x in (("key", key), ("value", value)):
+        _check_vectors(name, which, x, heads, pages)
     if key.dtype != value.dtype or key.shape != value.shape:
         raise ValueError(
             f"encode_kv: value must have key's dtype and shape {key.dtype} {list(key.shape)}, "
             f"got {value.dtype} {list(value.shape)}"
         )
-    _check_integers("encode_kv", "slot_mapping", slot_mapping, cache, torch.int64, 1)
+    check_integers(name, "slot_mapping", slot_mapping, torch.int64, 1, device)
     if slot_mapping.shape[0] > key.shape[0]:
         raise ValueError(
             f"encode_kv: slot_mapping must have at most key's {key.shape[0]} entries, "
             f"got {slot_mapping.shape[0]}"
         )
-    _check_key_map("encode_kv", key_map, cache, codec)
-    if key_map is not None and key_map.turning is not None:
-        if positions is None or positions.shape != slot_mapping.shape:
+    if pages.key_map is not None and pages.key_map.turning is not None:
+        if positions is None or positions.shape[0] < slot_mapping.shape[0]:
             raise ValueError(
                 "encode_kv: positions must be given with key_map.turning, one for each of "
                 f"{slot_mapping.shape[0]} slots, got "
                 f"{None if positions is None else list(positions.shape)}"
             )
-        _check_integers("encode_kv", "positions", positions, cache, torch.int64, 1)
+        check_integers(name, "positions", positions, torch.int64, 1, device)
+    _pass(kind)
 
 
 def check_attention(
     query: torch.Tensor,
-    cache: torch.Tensor,
-    codec: KVCodec,
-    query_start_loc: torch.Tensor,
-    seq_lens: torch.Tensor,
-    block_table: torch.Tensor,
     out: torch.Tensor,
-    *,
-    window: int,
-    soft_cap: float,
-    sinks: torch.Tensor | None,
-    raw_key: torch.Tensor | None,
-    raw_value: torch.Tensor | None,
-    copies: TokenCopies | None = None,
-    keep_first: int = 0,
-    first_query: torch.Tensor | None = None,
-    key_map: KeyMap | None = None,
+    pages: Pages,
+    batch: Batch,
+    attend: Attend,
+    fresh: Fresh | None,
 ) -> None:
     """Checks the arguments of `ops.paged_attention`."""
-    name = "paged_attention"
-    _check_cache(name, cache, codec)
-    num_kv_heads = cache.shape[1]
-    num_q_heads = query.shape[1] if query.dim() == 3 else -1
-    if num_q_heads <= 0 or num_q_heads % num_kv_heads:
+    if query.shape[0] < batch.num_rows:
         raise ValueError(
-            f"{name}: query must be [num_tokens, a multiple of {num_kv_heads} heads, "
-            f"{codec.head_dim}], got {list(query.shape)}"
+            f"paged_attention: query must have the {batch.num_rows} rows of query_start_loc, got "
+            f"{query.shape[0]}"
         )
-    _check_vectors(name, "query", query, cache, codec, num_q_heads)
-    _check_vectors(name, "out", out, cache, codec, num_q_heads, query.dtype)
-    if out.shape[0] < query.shape[0]:
-        raise ValueError(f"{name}: out must have query's {query.shape[0]} rows, got {out.shape[0]}")
-    for raw_name, raw in (("raw_key", raw_key), ("raw_value", raw_value)):
-        if raw is not None:
-            _check_vectors(name, raw_name, raw, cache, codec, num_kv_heads, query.dtype)
-            if raw.shape[0] < query.shape[0]:
-                raise ValueError(
-                    f"{name}: {raw_name} must have query's {query.shape[0]} rows, "
-                    f"got {raw.shape[0]}"
-                )
+    given = fresh and tuple(x if x is None else _look(x) for x in fresh)
+    copied = None if batch.copy_table is None else batch.copy_table.shape[1]
+    kind = pages.kind, attend.kind, batch.device, copied, _look(query), _look(out), given
+    if kind not in _passed:
+        _check_shapes(query, out, pages, batch, attend, fresh)
+        _pass(kind)
+
+
+def check_pair(pages: Pages, attend: Attend) -> None:
+    """Checks that a layer may attend so to its pages; asked for when the two first meet."""
+    name, num_sinks = "paged_attention", attend.kind[0]
+    require_features(name, pages.kernels, attend.asked)
+    if attend.keep_first > 0 and pages.key_map is not None:
+        raise ValueError(f"{name}: keep_first must be 0 with key_map, got {attend.keep_first}")
+    if num_sinks and attend.sinks is not None and attend.sinks.device != pages.cache.device:
+        raise ValueError(
+            f"{name}: sinks must be on {pages.cache.device}, got them on {attend.sinks.device}"
+        )
+    if attend.copies is not None:
+        for which, x in (("key", attend.copies.key), ("value", attend.copies.value)):
+            dtypes = DTYPES if which == "key" else (attend.copies.key.dtype,)
+            _check_vectors(name, f"copies.{which}", x, pages.num_kv_heads, pages, dtypes)
+        if attend.copies.key.shape != attend.copies.value.shape:
+            raise ValueError(
+                f"{name}: copies.value must have copies.key's shape "
+                f"{list(attend.copies.key.shape)}, got {list(attend.copies.value.shape)}"
+            )
+
+
+def _check_shapes(
+    query: torch.Tensor,
+    out: torch.Tensor,
+    pages: Pages,
+    batch: Batch,
+    attend: Attend,
+    fresh: Fresh | None,
+) -> None:
+    raw_key, raw_value, first_query = fresh or (None, None, None)
+    name, heads, rows = "paged_attention", pages.num_kv_heads, query.shape[0]
+    num_q_heads = query.shape[1] if query.dim() == 3 else -1
+    if num_q_heads <= 0 or num_q_heads % heads:
+        raise ValueError(
+            f"{name}: query must be [num_tokens, a multiple of {heads} heads, "
+            f"{pages.codec.head_dim}], got {list(query.shape)}"
+        )
+    most = pages.kernels.max_group_size
+    if most is not None and num_q_heads > most * heads:
+        raise ValueError(
+            f"{name}: query must have at most {most} heads per KV head, got {num_q_heads // heads}"
+        )
+    given = (("query", query, num_q_heads), ("out", out, num_q_heads),
+             ("raw_key", raw_key, heads), ("raw_value", raw_value, heads),
+             ("first_query", first_query, num_q_heads))  # fmt: skip
+    for which, x, num_heads in given:
+        if x is None:
+            continue
+        dtypes = DTYPES if which == "query" else (query.dtype,)
+        _check_vectors(name, which, x, num_heads, pages, dtypes)
+        if x.shape[0] < rows:
+            raise ValueError(f"{name}: {which} must have query's {rows} rows, got {x.shape[0]}")
+    if batch.device != pages.cache.device:
+        raise ValueError(
+            f"{name}: batch must be on the cache's {pages.cache.device}, got {batch.device}"
+        )
+    if attend.kind[0] not in (0, num_q_heads):
+        raise ValueError(f"{name}: sinks must be of {num_q_heads} heads, got {attend.kind[0]}")
     if (raw_key is None) != (raw_value is None):
         raise ValueError(f"{name}: raw_key and raw_value must be given together")
-    if copies is not None:
-        _check_copies(name, copies, cache, codec, seq_lens.shape[0], raw_key)
-    if keep_first < 0 or (keep_first > 0 and raw_key is not None):
-        raise ValueError(
-            f"{name}: keep_first must be at least 0, and 0 with raw_key, got {keep_first}"
-        )
-    _check_key_map(name, key_map, cache, codec)
-    if keep_first > 0 and key_map is not None:
-        raise ValueError(f"{name}: keep_first must be 0 with key_map, got {keep_first}")
-    if first_query is not None:
-        _check_vectors(name, "first_query", first_query, cache, codec, num_q_heads, query.dtype)
-        if keep_first == 0 or first_query.shape[0] != query.shape[0]:
+    if attend.keep_first > 0 and raw_key is not None:
+        raise ValueError(f"{name}: keep_first must be 0 with raw_key, got {attend.keep_first}")
+    if first_query is not None and attend.keep_first == 0:
+        raise ValueError(f"{name}: first_query must come with a keep_first above 0, got 0")
+    require_features(name, pages.kernels, [] if raw_key is None else ["raw"])
+    if batch.copy_table is not None:
+        if attend.copies is None or raw_key is None:
             raise ValueError(
-                f"{name}: first_query must have query's {query.shape[0]} rows and a keep_first "
-                f"above 0, got {first_query.shape[0]} rows and {keep_first}"
+                f"{name}: copy_table must come with copies and raw_key, got "
+                f"{'no copies' if attend.copies is None else 'no raw_key'}"
             )
-    _check_integers(name, "query_start_loc", query_start_loc, cache, torch.int32, 1)
-    _check_integers(name, "seq_lens", seq_lens, cache, torch.int32, 1)
-    _check_integers(name, "block_table", block_table, cache, torch.int32, 2)
-    num_reqs = seq_lens.shape[0]
-    if query_start_loc.shape[0] != num_reqs + 1 or block_table.shape[0] < num_reqs:
-        raise ValueError(
-            f"{name}: query_start_loc must have {num_reqs + 1} entries and block_table at least "
-            f"{num_reqs} rows for {num_reqs} seq_lens, got {query_start_loc.shape[0]} and "
-            f"{block_table.shape[0]}"
-        )
-    if sinks is not None and (
-        sinks.dtype != torch.float32
-        or sinks.shape != (num_q_heads,)
-        or not sinks.is_contiguous()
-        or sinks.device != cache.device
-    ):
-        raise ValueError(
-            f"{name}: sinks must be contiguous float32 [{num_q_heads}] on {cache.device}, "
-            f"got {sinks.dtype} {list(sinks.shape)} on {sinks.device}"
-        )
-    if window < 0 or soft_cap < 0:
-        raise ValueError(
-            f"{name}: window and soft_cap must be at least 0, got {window} and {soft_cap}"
-        )
+        if not 0 <= attend.copies.num_first <= batch.copy_table.shape[1]:
+            raise ValueError(
+                f"{name}: copy_table must have at least num_first {attend.copies.num_first} "
+                f"columns, got {batch.copy_table.shape[1]}"
+            )
 
 
-def _check_cache(function: str, cache: torch.Tensor, codec: KVCodec) -> None:
+def check_cache(cache: torch.Tensor, codec: KVCodec) -> None:
     """Raises ValueError unless `cache` has the shape and layout of the codec's pages."""
     record_bytes = codec.layout.record_bytes
     shape, stride = cache.shape, cache.stride()
@@ -148,112 +184,61 @@ def _check_cache(function: str, cache: torch.Tensor, codec: KVCodec) -> None:
         or stride[2] != record_bytes
     ):
         raise ValueError(
-            f"{function}: cache must be uint8 [num_blocks, num_kv_heads, block_size, "
+            f"pages_of: cache must be uint8 [num_blocks, num_kv_heads, block_size, "
             f"{record_bytes}] with contiguous records, got {cache.dtype} {list(shape)} "
             f"with strides {stride}"
         )
+
+
+def require_features(function: str, kernels: Kernels, asked: list[str]) -> None:
+    for name in asked:
+        if name not in kernels.features:
+            row = FEATURES[name]
+            raise ValueError(
+                f"{function}: {name} ({row.what}) must be left out with the {kernels.name} "
+                f"kernels, which do not have it; {', '.join(row.had_by)} do"
+            )
 
 
 def _check_vectors(
     function: str,
     name: str,
     x: torch.Tensor,
-    cache: torch.Tensor,
-    codec: KVCodec,
     num_heads: int,
-    dtype: torch.dtype | None = None,
+    pages: Pages,
+    dtypes: tuple[torch.dtype, ...] = DTYPES,
 ) -> None:
-    dtypes = DTYPES if dtype is None else (dtype,)
-    shape = x.shape
+    shape, head_dim, device = x.shape, pages.codec.head_dim, pages.cache.device
     if (
         len(shape) != 3
         or shape[1] != num_heads
-        or shape[2] != codec.head_dim
+        or shape[2] != head_dim
         or x.stride()[2] != 1
         or x.dtype not in dtypes
-        or x.device != cache.device
+        or x.device != device
     ):
         raise ValueError(
-            f"{function}: {name} must be [num_tokens, {num_heads}, {codec.head_dim}] of "
-            f"{' or '.join(map(str, dtypes))} on {cache.device} with a contiguous last axis, "
+            f"{function}: {name} must be [num_tokens, {num_heads}, {head_dim}] of "
+            f"{' or '.join(map(str, dtypes))} on {device} with a contiguous last axis, "
             f"got {x.dtype} {list(x.shape)} with strides {x.stride()} on {x.device}"
         )
 
 
-def _check_key_map(
-    function: str, key_map: KeyMap | None, cache: torch.Tensor, codec: KVCodec
-) -> None:
-    if key_map is None:
-        return
-    expected = (cache.shape[1], codec.head_dim)
-    if key_map.mean.shape != expected or not cache.is_cpu:
-        raise ValueError(
-            f"{function}: key_map must be of {expected[0]} KV heads and head_dim {expected[1]}, "
-            f"for a cache on the CPU, got {list(key_map.mean.shape)} on {cache.device}"
-        )
-    if key_map.transform is not None:
-        index_bytes = codec.layout.key_index_bytes
-        got = key_map.transform.index_bytes
-        if got != index_bytes:
-            raise ValueError(
-                f"{function}: key_map must have a transform to {index_bytes} index bytes, as the "
-                f"codec's keys, got one to {got}"
-            )
-
-
-def _check_copies(
-    function: str,
-    copies: TokenCopies,
-    cache: torch.Tensor,
-    codec: KVCodec,
-    num_reqs: int,
-    raw_key: torch.Tensor | None,
-) -> None:
-    for name, x in (("copies.key", copies.key), ("copies.value", copies.value)):
-        _check_vectors(function, name, x, cache, codec, cache.shape[1], copies.key.dtype)
-        if not x.is_contiguous():
-            raise ValueError(f"{function}: {name} must be contiguous, got strides {x.stride()}")
-    table = copies.table
-    _check_integers(function, "copies.table", table, cache, torch.int32, 2)
-    if (
-        table.shape[0] != num_reqs
-        or not table.is_contiguous()
-        or not 0 <= copies.num_first <= table.shape[1]
-    ):
-        raise ValueError(
-            f"{function}: copies.table must be contiguous with {num_reqs} rows and at least "
-            f"num_first {copies.num_first} columns, got {list(table.shape)}"
-        )
-    if raw_key is None:
-        raise ValueError(f"{function}: copies need raw_key, got None; give both or neither")
-    tokens, rows = copies.new_tokens, copies.new_rows
-    if tokens is None and rows is None:
-        return
-    if tokens is None or rows is None or tokens.shape != rows.shape:
-        shapes = [None if x is None else list(x.shape) for x in (tokens, rows)]
-        raise ValueError(
-            f"{function}: copies.new_tokens and copies.new_rows must be of one length, "
-            f"got {shapes[0]} and {shapes[1]}"
-        )
-    _check_integers(function, "copies.new_tokens", tokens, cache, torch.int64, 1)
-    _check_integers(function, "copies.new_rows", rows, cache, torch.int64, 1)
-
-
-def _check_integers(
+def check_integers(
     function: str,
     name: str,
     x: torch.Tensor,
-    cache: torch.Tensor,
     dtype: torch.dtype,
     num_axes: int,
+    device: torch.device,
 ) -> None:
     if (
         x.dtype != dtype
         or x.dim() != num_axes
         or (x.stride()[-1] != 1 and x.numel())
-        or x.device != cache.device
+        or x.device != device
     ):
         raise ValueError(
-            f"{function}: {name} must be {dtype} with {num_axes} axes on {cache.device}, the last "
+            f"{function}: {name} must be {dtype} with {num_axes} axes on {device}, the last "
             f"contiguous, got {x.dtype} {list(x.shape)} on {x.device}"
         )

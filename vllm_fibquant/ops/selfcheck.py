@@ -12,15 +12,14 @@ way by as much as the outputs themselves, which would allow anything.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 
 from vllm_fibquant import ops
 from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.keys.key_map import KeyMap
-from vllm_fibquant.ops import reference
+from vllm_fibquant.ops import Attend, Batch, Fresh, Pages, reference
 
 MAX_RECORD_MISMATCH = 0.02
 """Share of records that may differ between kernel and oracle: ties of the two nearest codewords."""
@@ -40,7 +39,7 @@ class _Case:
         query_lens: new tokens of the requests, of _SEQ_LENS.
         table_tokens: tokens that a row of the block table holds at least. A GPU cuts long rows into
             splits.
-        window, soft_cap: as in ops.paged_attention.
+        window, soft_cap: as in ops.Attend.
         sinks: whether heads have sinks.
         raw: whether new tokens are attended raw.
     """
@@ -151,8 +150,10 @@ def run_self_check(
     def store(key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, key_map: KeyMap | None):
         # As views of one tensor, whose strides are not those of a tensor of its own.
         keys, values = torch.cat((key, value), 1).to(device).split(num_kv_heads, dim=1)
-        ops.encode_kv(keys, values, cache, slots.to(device), codec, key_map, positions)
-        reference.encode_kv(key, value, expected_cache, slots, codec, key_map, positions)
+        pages = ops.pages_of(cache, codec, key_map)
+        ops.encode_kv(keys, values, slots.to(device), pages, positions)
+        expected = Pages(expected_cache, codec, key_map, ops.REFERENCE)
+        reference.encode_kv(key, value, slots, expected, positions)
 
     store(key, value, slot_mapping, key_map)
     if key_map is not None:
@@ -162,7 +163,8 @@ def run_self_check(
     written = len(slot_mapping) * num_kv_heads
     mismatch = int((cache.cpu() != expected_cache).any(-1).sum()) / written
 
-    shown = cache.cpu()
+    pages = ops.pages_of(cache, codec, key_map)
+    shown = Pages(cache.cpu(), codec, key_map, ops.REFERENCE)
     cases: tuple[_Case, ...] = _CPU_CASES
     if all_cases if all_cases is not None else cache.is_cuda:
         cases = _GPU_CASES + (_RAW_CASES if attends_raw else ())
@@ -177,23 +179,17 @@ def run_self_check(
         # Entries behind a request's blocks are never read: vLLM's are left from other requests.
         missing = -(-case.table_tokens // block_size) - block_table.shape[1]
         table = torch.nn.functional.pad(block_table, (0, max(0, missing)), value=-1)
-        options: dict[str, Any] = {"scale": codec.head_dim**-0.5}
-        options |= {"window": case.window, "soft_cap": case.soft_cap}
-        if case.sinks:
-            options["sinks"] = torch.linspace(-2, 2, num_q_heads, dtype=torch.float32)
-        if case.raw:
-            options |= {"raw_key": new[1], "raw_value": new[2]}
-        out = _attend(new, cache, codec, (bounds, seq_lens, table), options, key_map)
+        sinks = torch.linspace(-2, 2, num_q_heads, dtype=torch.float32) if case.sinks else None
+        attend = Attend(codec.head_dim**-0.5, case.window, case.soft_cap, sinks)
+        out = _attend(new, pages, Batch(bounds, seq_lens, table), attend, case.raw)
+        batch, fresh = Batch(bounds, seq_lens, block_table), Fresh(*new[1:]) if case.raw else None
         expected, plain = torch.empty(query.shape, dtype=torch.float64), torch.empty_like(query)
         for found, compute_dtype in ((expected, torch.float64), (plain, torch.float32)):
-            reference.paged_attention(
-                query, shown, codec, bounds, seq_lens, block_table, found, **options,
-                key_map=key_map, compute_dtype=compute_dtype,
-            )  # fmt: skip
+            reference.paged_attention(query, found, shown, batch, attend, fresh, compute_dtype)
         error, largest = _largest(out - expected), _largest(expected)
         tolerance = 2 * _largest(plain - expected) + NUM_ULP * torch.finfo(dtype).eps * largest
-        tolerance += _score_rounding(query, key, options["scale"]) * largest
-        result = SelfCheckResult(ops.kernel_name(cache, codec), mismatch, error, tolerance)
+        tolerance += _score_rounding(query, key, attend.scale) * largest
+        result = SelfCheckResult(pages.kernels.name, mismatch, error, tolerance)
         if not (mismatch <= MAX_RECORD_MISMATCH and error <= tolerance):
             raise RuntimeError(
                 f"run_self_check: kernel {result.kernel} must equal the oracle (at most "
@@ -207,42 +203,32 @@ def run_self_check(
 
 
 def _attend(
-    new: tuple[torch.Tensor, ...],
-    cache: torch.Tensor,
-    codec: KVCodec,
-    batch: tuple[torch.Tensor, ...],
-    options: dict[str, Any],
-    key_map: KeyMap | None,
+    new: tuple[torch.Tensor, ...], pages: Pages, batch: Batch, attend: Attend, raw: bool
 ) -> torch.Tensor:
     """The kernel's outputs, on the CPU; on a GPU those of a replayed graph.
 
     Args:
-        new: queries, keys and values of the new tokens.
-        cache, codec, batch, key_map: as in ops.paged_attention.
-        options: the others.
+        new: queries, keys and values of the new tokens, on the CPU as batch and attend are.
+        pages: on any device.
+        raw: whether new tokens are attended raw.
 
     Raises:
         RuntimeError: a graph's outputs are not those of the call that was not captured.
     """
-    device = cache.device
+    device = pages.cache.device
     query, key, value = torch.cat(new, 1).to(device).split([x.shape[1] for x in new], dim=1)
-    on: dict[str, Any] = dict(options)
-    if "sinks" in on:
-        on["sinks"] = on["sinks"].to(device)
-    if "raw_key" in on:
-        on |= {"raw_key": key, "raw_value": value}
-    bounds, lens, table = (x.to(device) for x in batch)
-
-    def attend(into: torch.Tensor) -> None:
-        ops.paged_attention(query, cache, codec, bounds, lens, table, into, **on, key_map=key_map)
-
+    tensors = batch.query_start_loc, batch.seq_lens, batch.block_table
+    on_device = Batch(*(x.to(device) for x in tensors))
+    if attend.sinks is not None:
+        attend = replace(attend, sinks=attend.sinks.to(device))
+    fresh = Fresh(key, value) if raw else None
     out = torch.full(query.shape, torch.nan, dtype=query.dtype, device=device)
-    attend(out)
-    if not cache.is_cuda:
+    ops.paged_attention(query, out, pages, on_device, attend, fresh)
+    if not pages.cache.is_cuda:
         return out
     graph, replayed = torch.cuda.CUDAGraph(), torch.full_like(out, torch.nan)
     with torch.cuda.graph(graph):
-        attend(replayed)
+        ops.paged_attention(query, replayed, pages, on_device, attend, fresh)
     replayed.fill_(torch.nan)
     graph.replay()
     if not torch.equal(replayed, out):

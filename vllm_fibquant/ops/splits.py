@@ -57,17 +57,6 @@ def num_row_blocks(num_reqs: int, num_tokens: int, group_size: int, columns: int
     return max(num_reqs, math.ceil(num_tokens * group_size / columns))
 
 
-def workspace_of(given: torch.Tensor | None, floats: int, device: torch.device) -> torch.Tensor:
-    """The caller's float32 workspace, or a new one of `floats` elements.
-
-    Raises:
-        ValueError: the caller's is too small, of another dtype or not 16-byte aligned.
-    """
-    if given is None:
-        return torch.empty(floats, dtype=torch.float32, device=device)
-    if given.numel() < floats or given.dtype != torch.float32 or given.data_ptr() % 16:
-        raise ValueError(
-            f"paged_attention: workspace must be float32 of at least {floats} elements at a "
-            f"multiple of 16 bytes, got {given.dtype} of {given.numel()}; see workspace_floats"
-        )
-    return given
+def allocate(floats: int, device: torch.device) -> torch.Tensor:
+    """Scratch memory of `floats` float32 elements."""
+    return torch.empty(floats, dtype=torch.float32, device=device)

@@ -1,27 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CPU library: loads libfibquant_cpu.so and hands it pointers.
-
-The library has a plain C ABI (csrc/cpu/params.h), so one build serves every Python and torch. It
-shares torch's OpenMP runtime, and so its threads and their binding, because torch is imported
-first. Arguments are checked by `ops`; nothing here is called directly.
-"""
+"""A codec and a map of keys as structs and tables of the CPU library (csrc/cpu/params.h)."""
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import weakref
-from ctypes import (
-    POINTER,
-    Structure,
-    byref,
-    c_char_p,
-    c_float,
-    c_int32,
-    c_int64,
-    c_void_p,
-    pointer,
-)
+from ctypes import Structure, c_float, c_int32, c_int64, c_void_p, pointer
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,20 +15,14 @@ from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.codec.config import GAIN_NUMBERS, CodeSpec
 from vllm_fibquant.codec.gain import level_of_half, levels
 from vllm_fibquant.codec.search import CodewordLists
-from vllm_fibquant.files import PACKAGE_DIR
 from vllm_fibquant.keys.key_map import STEP, KeyMap, Turns
-from vllm_fibquant.ops.abi import DTYPES, Pages, load_library, pages_of
-from vllm_fibquant.ops.reference import TokenCopies
 
-LIBRARY_PATH = PACKAGE_DIR / "lib" / "libfibquant_cpu.so"
-MAX_HEAD_DIM = 512
-HEAD_DIM_MULTIPLE = 16
 _ALIGNMENT = 64
 _LARGEST_WORD = 32639  # 127 * 256 + 127
 _COLUMNS = 16  # of turning tables, a multiple of it for each kind of pair
 
 
-class _Code(Structure):
+class FqCode(Structure):
     _fields_ = [
         *((name, c_int32) for name in ("subvec_dim", "index_bits", "num_rows", "folded", "gain")),
         ("num_rows_padded", c_int32),
@@ -58,19 +35,19 @@ class _Code(Structure):
     ]
 
 
-class _Codec(Structure):
+class FqCodec(Structure):
     _fields_ = [
         ("head_dim", c_int32),
         ("record_bytes", c_int32),
         *((f"rotation_{name}", c_void_p) for name in ("signs", "matrix", "matrix_t")),
-        ("key", _Code),
-        ("value", _Code),
+        ("key", FqCode),
+        ("value", FqCode),
         ("levels", c_void_p),
         ("level_of_half", c_void_p),
     ]
 
 
-class _KeyMap(Structure):
+class FqKeyMap(Structure):
     _fields_ = [
         ("mean", c_void_p),
         ("num_plain", c_int64),
@@ -78,88 +55,13 @@ class _KeyMap(Structure):
         ("source_scale", c_float),
         ("num_coded", c_int32),
         ("num_subvecs", c_int32 * 3),
-        ("codes", _Code * 3),
+        ("codes", FqCode * 3),
         *((name, c_void_p) for name in ("turn_pairs", "turn_mean", "turn_fine", "turn_coarse")),
         ("num_positions", c_int64),
         *((name, c_int32) for name in ("num_turning", "num_fast", "num_columns")),
         *((name, c_int32) for name in ("num_fast_columns", "num_first_means")),
         *((name, c_void_p) for name in ("first_key", "first_value")),
     ]
-
-
-class _Encode(Structure):
-    _fields_ = [
-        *((name, c_void_p) for name in ("key", "value", "slot_mapping")),
-        ("num_tokens", c_int64),
-        *((f"stride_key_{name}", c_int64) for name in ("token", "head")),
-        *((f"stride_value_{name}", c_int64) for name in ("token", "head")),
-        ("dtype", c_int32),
-        ("num_threads", c_int32),
-        ("key_map", POINTER(_KeyMap)),
-        ("positions", c_void_p),
-    ]
-
-
-class _Attend(Structure):
-    _fields_ = [
-        *((name, c_void_p) for name in ("query", "out", "raw_key", "raw_value")),
-        *((name, c_void_p) for name in ("query_start_loc", "seq_lens", "block_table", "sinks")),
-        ("stride_block_table", c_int64),
-        *((f"stride_query_{name}", c_int64) for name in ("token", "head")),
-        *((f"stride_out_{name}", c_int64) for name in ("token", "head")),
-        *((f"stride_raw_key_{name}", c_int64) for name in ("token", "head")),
-        *((f"stride_raw_value_{name}", c_int64) for name in ("token", "head")),
-        *((name, c_int32) for name in ("num_reqs", "num_q_heads", "dtype", "window")),
-        *((name, c_float) for name in ("scale", "soft_cap")),
-        *((name, c_int32) for name in ("num_threads", "copy_dtype")),
-        *((f"copy_{name}", c_void_p) for name in ("key", "value", "table")),
-        *((f"stride_copy_{name}", c_int64) for name in ("row", "head")),
-        *((name, c_int32) for name in ("num_first", "num_recent")),
-        *((name, c_void_p) for name in ("new_tokens", "new_rows")),
-        *((name, c_int64) for name in ("num_new", "num_copy_rows")),
-        ("first_query", c_void_p),
-        *((f"stride_first_query_{name}", c_int64) for name in ("token", "head")),
-        ("keep_first", c_int64),
-        ("key_map", POINTER(_KeyMap)),
-    ]
-
-
-def is_built() -> bool:
-    """Whether the library file exists."""
-    return LIBRARY_PATH.exists()
-
-
-@functools.cache
-def library() -> ctypes.CDLL:
-    """The loaded library.
-
-    Raises:
-        RuntimeError: it is missing, does not load, or was built from other sources.
-    """
-    advice = "build it with `pip install -e .` (or `python setup.py build_ext --inplace`)"
-    structs = (_Code, _Codec, Pages, _Encode, _Attend, _KeyMap)
-    lib = load_library("native.library", LIBRARY_PATH, "fq_abi", structs, advice)
-    lib.fq_isa.restype = c_char_p
-    lib.fq_select_isa.argtypes = [c_char_p]
-    lib.fq_encode_kv.argtypes = [POINTER(_Codec), POINTER(Pages), POINTER(_Encode)]
-    lib.fq_encode_kv.restype = c_int64
-    lib.fq_paged_attention.argtypes = [POINTER(_Codec), POINTER(Pages), POINTER(_Attend)]
-    return lib
-
-
-def isa() -> str:
-    """The instruction set in use: ``portable``, ``avx2``, ``avx512`` or ``avx512-vnni``."""
-    return library().fq_isa().decode()
-
-
-def select_isa(name: str | None) -> None:
-    """Choose an instruction set, for tests and benchmarks; None chooses the best.
-
-    Raises:
-        ValueError: this CPU does not have it.
-    """
-    if library().fq_select_isa(name.encode() if name else None):
-        raise ValueError(f"select_isa: name must be one this CPU supports, got {name!r}")
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
@@ -174,7 +76,7 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
 
 def _code(
     spec: CodeSpec, codebook: Codebook, lists: CodewordLists | None, keep: list[torch.Tensor]
-) -> _Code:
+) -> FqCode:
     rows = codebook.rows.float()  # [num_rows, subvec_dim]
     num_rows, dim = rows.shape
     padded = -(-num_rows // 16) * 16
@@ -188,11 +90,11 @@ def _code(
     gain = GAIN_NUMBERS[spec.gain]
     found = _lists(rows, lists, spec.lists_searched, keep)
     shape = dim, spec.index_bits, num_rows, int(spec.folded), gain, padded, spec.norm_bytes
-    return _Code(*shape, *pointers, *found, *_planes(codebook, keep))
+    return FqCode(*shape, *pointers, *found, *_planes(codebook, keep))
 
 
 def _planes(codebook: Codebook, keep: list[torch.Tensor]) -> tuple[int | None, float]:
-    """The fields of `_Code` from planes on.
+    """The fields of `FqCode` from planes on.
 
     int8 books are taken as they are stored. Coordinates of float16 books become integers of two
     bytes, within 2e-5 of the book's largest one.
@@ -221,7 +123,7 @@ def _planes(codebook: Codebook, keep: list[torch.Tensor]) -> tuple[int | None, f
 def _lists(
     rows: torch.Tensor, lists: CodewordLists | None, num_lists: int, keep: list[torch.Tensor]
 ) -> tuple[int | None, ...]:
-    """The fields of `_Code` from num_cells on."""
+    """The fields of `FqCode` from num_cells on."""
     if lists is None:
         return 0, 0, None, None, None, None
     listed = [members.nonzero().squeeze(-1) for members in lists.members]
@@ -241,12 +143,12 @@ def _tiles(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return torch.cat((bias.unsqueeze(-1), rows[index]), -1).unflatten(0, (-1, 16)).transpose(1, 2)
 
 
-_codecs: weakref.WeakKeyDictionary[KVCodec, tuple[_Codec, list[torch.Tensor]]] = (
+_codecs: weakref.WeakKeyDictionary[KVCodec, tuple[FqCodec, list[torch.Tensor]]] = (
     weakref.WeakKeyDictionary()
 )
 
 
-def codec_struct(codec: KVCodec) -> _Codec:
+def codec_struct(codec: KVCodec) -> FqCodec:
     """The codec as the library reads it, made once per codec and kept alive with it."""
     if codec not in _codecs:
         keep: list[torch.Tensor] = []
@@ -257,7 +159,7 @@ def codec_struct(codec: KVCodec) -> _Codec:
         else:
             keep += [_aligned(rotation.matrix), _aligned(rotation.matrix.T)]
             pointers = [None, *(t.data_ptr() for t in keep)]
-        struct = _Codec(codec.head_dim, codec.layout.record_bytes, *pointers)
+        struct = FqCodec(codec.head_dim, codec.layout.record_bytes, *pointers)
         struct.key, struct.value = (
             _code(side.spec, side.codebook, side.lists, keep) for side in (codec.key, codec.value)
         )
@@ -266,18 +168,18 @@ def codec_struct(codec: KVCodec) -> _Codec:
     return _codecs[codec][0]
 
 
-_key_maps: weakref.WeakKeyDictionary[KeyMap, tuple[_KeyMap, list[torch.Tensor]]] = (
+_key_maps: weakref.WeakKeyDictionary[KeyMap, tuple[FqKeyMap, list[torch.Tensor]]] = (
     weakref.WeakKeyDictionary()
 )
 
 
-def _key_map_pointer(key_map: KeyMap | None) -> Any:
+def key_map_pointer(key_map: KeyMap | None) -> Any:
     """The map as the library reads it, made once per map and kept alive with it."""
     if key_map is None:
         return None
     if key_map not in _key_maps:
         keep = [_aligned(key_map.mean)]
-        struct = _KeyMap(keep[0].data_ptr(), key_map.num_plain)
+        struct = FqKeyMap(keep[0].data_ptr(), key_map.num_plain)
         if (transform := key_map.transform) is not None:
             matrices = (transform.key_matrix.mT, transform.query_matrix.mT, transform.weight)
             keep += [_aligned(x) for x in matrices]
@@ -337,102 +239,3 @@ def _turn_tables(turns: Turns) -> _TurnTables:
         fine[:, : len(kinds[0])] = table[:, kinds[0]]
         _tables[turns] = _TurnTables(_aligned(fine), _aligned(coarse), columns)
     return _tables[turns]
-
-
-def record_layout(codec: KVCodec) -> list[int]:
-    """The library's own idea of the record: offsets of K and V indices, of both norms, its size."""
-    struct, out = codec_struct(codec), (c_int32 * 5)()
-    library().fq_record_layout(codec.head_dim, byref(struct.key), byref(struct.value), out)
-    return list(out)
-
-
-def encode_kv(
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cache: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    codec: KVCodec,
-    key_map: KeyMap | None,
-    positions: torch.Tensor | None,
-) -> int:
-    """See `ops.encode_kv`. Returns -1 when a slot lies outside the cache, -2 when a position does
-    outside the map's table."""
-    args = _Encode(
-        key=key.data_ptr(),
-        value=value.data_ptr(),
-        slot_mapping=slot_mapping.data_ptr(),
-        num_tokens=slot_mapping.shape[0],
-        dtype=DTYPES[key.dtype],
-        num_threads=torch.get_num_threads(),
-        key_map=_key_map_pointer(key_map),
-        positions=None if positions is None else positions.data_ptr(),
-    )
-    args.stride_key_token, args.stride_key_head, _ = key.stride()
-    args.stride_value_token, args.stride_value_head, _ = value.stride()
-    return library().fq_encode_kv(byref(codec_struct(codec)), byref(pages_of(cache)), byref(args))
-
-
-def paged_attention(
-    query: torch.Tensor,
-    cache: torch.Tensor,
-    codec: KVCodec,
-    query_start_loc: torch.Tensor,
-    seq_lens: torch.Tensor,
-    block_table: torch.Tensor,
-    out: torch.Tensor,
-    *,
-    scale: float,
-    window: int,
-    soft_cap: float,
-    sinks: torch.Tensor | None,
-    raw_key: torch.Tensor | None,
-    raw_value: torch.Tensor | None,
-    copies: TokenCopies | None,
-    keep_first: int,
-    first_query: torch.Tensor | None,
-    key_map: KeyMap | None,
-) -> int:
-    """See `ops.paged_attention`. Returns the library's error number, 0 for none."""
-    args = _Attend(
-        query=query.data_ptr(),
-        out=out.data_ptr(),
-        query_start_loc=query_start_loc.data_ptr(),
-        seq_lens=seq_lens.data_ptr(),
-        block_table=block_table.data_ptr(),
-        stride_block_table=block_table.stride(0),
-        num_reqs=seq_lens.shape[0],
-        num_q_heads=query.shape[1],
-        dtype=DTYPES[query.dtype],
-        window=window,
-        scale=scale,
-        soft_cap=soft_cap,
-        num_threads=torch.get_num_threads(),
-        keep_first=keep_first,
-        key_map=_key_map_pointer(key_map),
-    )
-    args.stride_query_token, args.stride_query_head, _ = query.stride()
-    args.stride_out_token, args.stride_out_head, _ = out.stride()
-    first = query if first_query is None else first_query
-    args.first_query = first.data_ptr()
-    args.stride_first_query_token, args.stride_first_query_head, _ = first.stride()
-    if sinks is not None:
-        args.sinks = sinks.data_ptr()
-    if raw_key is not None and raw_value is not None:
-        args.raw_key, args.raw_value = raw_key.data_ptr(), raw_value.data_ptr()
-        args.stride_raw_key_token, args.stride_raw_key_head, _ = raw_key.stride()
-        args.stride_raw_value_token, args.stride_raw_value_head, _ = raw_value.stride()
-    if copies is not None:
-        args.copy_dtype = DTYPES[copies.key.dtype]
-        args.copy_key, args.copy_value = copies.key.data_ptr(), copies.value.data_ptr()
-        args.copy_table = copies.table.data_ptr()
-        args.stride_copy_row, args.stride_copy_head, _ = copies.key.stride()
-        args.num_first = copies.num_first
-        args.num_recent = copies.table.shape[1] - copies.num_first
-        args.num_copy_rows = copies.key.shape[0]
-        if copies.new_tokens is not None and copies.new_rows is not None:
-            args.new_tokens = copies.new_tokens.data_ptr()
-            args.new_rows = copies.new_rows.data_ptr()
-            args.num_new = copies.new_tokens.shape[0]
-    return library().fq_paged_attention(
-        byref(codec_struct(codec)), byref(pages_of(cache)), byref(args)
-    )

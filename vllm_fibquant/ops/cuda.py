@@ -3,13 +3,16 @@
 
 A plain C ABI (csrc/cuda/params.h) without torch headers: one build serves every Python and torch.
 The same kernels built for the emulator (csrc/cuda/emulate.h) are another `Library`, for tests.
-Arguments are checked by `gpu`; nothing here is called directly, and nothing reads back to the host.
+Nothing here reads back to the host, so what a host cannot know is not raised: vectors with NaN or
+infinity, and slots outside the cache, are counted on the device (`device_counters`), and a block
+number outside the cache gives NaN in its request's rows.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import weakref
+from collections.abc import Callable
 from ctypes import (
     POINTER,
     Structure,
@@ -27,41 +30,23 @@ from typing import Any
 
 import torch
 
-from vllm_fibquant.codec.codec import KVCodec, VectorCodec
-from vllm_fibquant.codec.config import GAIN_NUMBERS
+from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.files import PACKAGE_DIR
 from vllm_fibquant.ops import splits
-from vllm_fibquant.ops.abi import DTYPES, Pages, load_library, pages_of
+from vllm_fibquant.ops.abi import DTYPES, FqPages, load_library, pages_of
+from vllm_fibquant.ops.call import Attend, Batch, Fresh, Pages
+from vllm_fibquant.ops.checks import check_pair
+from vllm_fibquant.ops.cuda_tables import FqCudaCode, FqCudaCodec, codec_struct
+from vllm_fibquant.ops.kernels import GpuKernels, device_counters
 
 LIBRARY_PATH = PACKAGE_DIR / "lib" / "libfibquant_cuda.so"
 NARROW_COLUMNS = 8
 MIN_SPLIT = 512
 """Tokens below which another split costs more in merging than it saves."""
 ENCODE_CTAS_PER_SM = 8
-MAX_LAYERS = 4096
-"""Of which the structs are kept, per library."""
 
 
-class _Code(Structure):
-    _fields_ = [
-        *((name, c_int32) for name in ("subvec_dim", "index_bits", "folded", "gain")),
-        ("table_scale", c_float),
-        ("num_rows", c_int32),
-        *((name, c_void_p) for name in ("table", "rows", "half_sq")),
-    ]
-
-
-class _Codec(Structure):
-    _fields_ = [
-        ("head_dim", c_int32),
-        ("record_bytes", c_int32),
-        *((f"rotation_{name}", c_void_p) for name in ("signs", "matrix", "matrix_t")),
-        ("key", _Code),
-        ("value", _Code),
-    ]
-
-
-class _Encode(Structure):
+class FqCudaEncode(Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("key", "value", "slot_mapping", "counters")),
         ("num_tokens", c_int64),
@@ -71,7 +56,7 @@ class _Encode(Structure):
     ]
 
 
-class _Attend(Structure):
+class FqCudaAttend(Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("query", "out", "query_start_loc", "seq_lens")),
         *((name, c_void_p) for name in ("block_table", "sinks", "raw_o", "raw_m", "raw_l")),
@@ -148,21 +133,20 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         self.lib = load_library(
-            "native_cuda.Library",
+            "cuda.Library",
             path,
             "fq_cuda_abi",
-            (_Code, _Codec, Pages, _Encode, _Attend),
+            (FqCudaCode, FqCudaCodec, FqPages, FqCudaEncode, FqCudaAttend),
             "build it with `make cuda`",
         )
         for name in ("fq_cuda_support", "fq_cuda_error"):
             getattr(self.lib, name).restype = c_char_p
-        codec, pages = POINTER(_Codec), POINTER(Pages)
-        self.lib.fq_cuda_encode_kv.argtypes = [codec, pages, POINTER(_Encode), c_void_p]
-        self.lib.fq_cuda_paged_attention.argtypes = [codec, pages, POINTER(_Attend), c_void_p]
-        self.lib.fq_cuda_token_order.argtypes = [c_int32, POINTER(_Code), POINTER(_Code)]
+        codec, pages = POINTER(FqCudaCodec), POINTER(FqPages)
+        self.lib.fq_cuda_encode_kv.argtypes = [codec, pages, POINTER(FqCudaEncode), c_void_p]
+        self.lib.fq_cuda_paged_attention.argtypes = [codec, pages, POINTER(FqCudaAttend), c_void_p]
+        self.lib.fq_cuda_token_order.argtypes = [c_int32, POINTER(FqCudaCode), POINTER(FqCudaCode)]
         self.lib.fq_cuda_token_order.restype = c_uint64
         self.support = Support.parse(self.lib.fq_cuda_support().decode())
-        self._layers: dict[tuple[Any, ...], _Layer] = {}
 
     def why_unusable(self) -> str | None:
         """Why the current device cannot run the kernels, in the CUDA runtime's words, or None."""
@@ -171,19 +155,9 @@ class Library:
 
     def token_order(self, codec: KVCodec) -> list[int]:
         """Which token of a tile of 16 stands in each row of its products."""
-        struct = _codec_struct(codec, torch.device("cpu"))
+        struct = codec_struct(codec, torch.device("cpu"))
         packed = self.lib.fq_cuda_token_order(codec.head_dim, struct.key, struct.value)
         return [packed >> 4 * row & 15 for row in range(16)]
-
-    def _layer(self, codec: KVCodec, cache: torch.Tensor) -> _Layer:
-        """What calls on these pages have in common, made at the first."""
-        at = (codec, cache.data_ptr(), cache.shape, cache.stride(), cache.device)
-        layer = self._layers.get(at)
-        if layer is None:
-            if len(self._layers) >= MAX_LAYERS:  # caches that are gone
-                self._layers.clear()
-            layer = self._layers[at] = _Layer(self, codec, cache)
-        return layer
 
     def occupancy(
         self, head_dim: int, record_bytes: int, wide: bool, per_cta: int, per_sm: int
@@ -200,114 +174,15 @@ class Library:
         self.lib.fq_cuda_occupancy(head_dim, record_bytes, int(wide), per_cta, per_sm, out)
         return out[0], out[1], out[2]
 
-    def _check(self, function: str, error: int) -> None:
+    def check(self, function: str, error: int) -> None:
+        """Raises RuntimeError with the library's own words for an error number that is not 0."""
         if error:
             message = self.lib.fq_cuda_error(error).decode()
             raise RuntimeError(f"{function}: the CUDA library must succeed, got {message}")
 
-    def encode_kv(
-        self,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-        codec: KVCodec,
-        counters: torch.Tensor,
-    ) -> None:
-        """See `ops.encode_kv` and `gpu.counters`."""
-        layer = self._layer(codec, cache)
-        args = _Encode(
-            key=key.data_ptr(),
-            value=value.data_ptr(),
-            slot_mapping=slot_mapping.data_ptr(),
-            counters=counters.data_ptr(),
-            num_tokens=slot_mapping.shape[0],
-            dtype=DTYPES[key.dtype],
-            max_ctas=layer.encode_ctas,
-        )
-        args.stride_key_token, args.stride_key_head, _ = key.stride()
-        args.stride_value_token, args.stride_value_head, _ = value.stride()
-        error = self.lib.fq_cuda_encode_kv(
-            layer.codec, layer.pages, byref(args), _stream(layer.device)
-        )
-        self._check("encode_kv", error)
-
-    def paged_attention(
-        self,
-        query: torch.Tensor,
-        cache: torch.Tensor,
-        codec: KVCodec,
-        query_start_loc: torch.Tensor,
-        seq_lens: torch.Tensor,
-        block_table: torch.Tensor,
-        out: torch.Tensor,
-        *,
-        scale: float,
-        window: int = 0,
-        soft_cap: float = 0.0,
-        sinks: torch.Tensor | None = None,
-        raw_states: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
-        num_splits: int | None = None,
-        wide: bool | None = None,
-        workspace: torch.Tensor | None = None,
-    ) -> None:
-        """See `ops.paged_attention`.
-
-        Args:
-            raw_states: states of the new tokens from raw keys and values, or None: float32
-                contiguous o [num_tokens * num_q_heads, head_dim], m and l [num_tokens *
-                num_q_heads], weights relative to exp(m). When given, codes are attended for the
-                tokens before the new ones only.
-            num_splits: parts of every sequence; None chooses.
-            wide: whether more than 8 query rows share a decoded token; None chooses.
-            workspace: float32 [at least `workspace_floats`] on the cache's device; None allocates,
-                which a CUDA graph's memory pool keeps valid.
-        """
-        layer = self._layer(codec, cache)
-        num_tokens, num_q_heads, head_dim = query.shape
-        num_reqs, table_width = seq_lens.shape[0], block_table.shape[1]
-        if wide is None:
-            wide = num_tokens * num_q_heads > NARROW_COLUMNS * num_reqs * layer.num_kv_heads
-        if num_splits is None:
-            num_splits = layer.num_splits(wide, num_reqs, num_tokens, num_q_heads, table_width)
-        args = _Attend(
-            query=query.data_ptr(),
-            out=out.data_ptr(),
-            query_start_loc=query_start_loc.data_ptr(),
-            seq_lens=seq_lens.data_ptr(),
-            block_table=block_table.data_ptr(),
-            stride_block_table=block_table.stride(0),
-            num_tokens=num_tokens,
-            num_reqs=num_reqs,
-            num_q_heads=num_q_heads,
-            table_width=table_width,
-            dtype=DTYPES[query.dtype],
-            window=window,
-            num_splits=num_splits,
-            wide=int(wide),
-            scale=scale,
-            soft_cap=soft_cap,
-        )
-        args.stride_query_token, args.stride_query_head, _ = query.stride()
-        args.stride_out_token, args.stride_out_head, _ = out.stride()
-        if num_splits > 1:
-            num_rows = num_tokens * num_q_heads
-            floats = workspace_floats(num_rows, head_dim, num_splits)
-            workspace = splits.workspace_of(workspace, floats, layer.device)
-            args.state_o = at = workspace.data_ptr()
-            args.state_ml = at + 4 * num_rows * num_splits * head_dim
-        if sinks is not None:
-            args.sinks = sinks.data_ptr()
-        if raw_states is not None:
-            args.raw_o, args.raw_m, args.raw_l = (x.data_ptr() for x in raw_states)
-        error = self.lib.fq_cuda_paged_attention(
-            layer.codec, layer.pages, byref(args), _stream(layer.device)
-        )
-        self._check("paged_attention", error)
-
 
 class _Layer:
-    """A library's kernels on the pages of one layer: what its calls have in common.
+    """What calls on the pages of one layer have in common; `Pages.kept`.
 
     Attributes:
         codec, pages: references to the structs, as the library takes them.
@@ -316,11 +191,12 @@ class _Layer:
         encode_ctas: CTAs of an encode launch, at most.
     """
 
-    def __init__(self, library: Library, codec: KVCodec, cache: torch.Tensor) -> None:
+    def __init__(self, library: Library, pages: Pages) -> None:
+        codec, cache = pages.codec, pages.cache
         self.device = cache.device
-        self.codec = byref(_codec_struct(codec, self.device))
+        self.codec = byref(codec_struct(codec, self.device))
         self.pages = byref(pages_of(cache))
-        self.num_kv_heads, self._block_size = cache.shape[1], cache.shape[2]
+        self.num_kv_heads, self._block_size = pages.num_kv_heads, pages.block_size
         num_sms = splits.num_sms(self.device)
         self.encode_ctas = ENCODE_CTAS_PER_SM * num_sms
         self._columns = (NARROW_COLUMNS, library.support.wide_columns.get(codec.head_dim, 0))
@@ -339,6 +215,150 @@ class _Layer:
         return splits.choose_splits(
             blocks * self.num_kv_heads, table_width * self._block_size, self._slots[wide], MIN_SPLIT
         )
+
+
+class _Attending:
+    """What calls of one layer that attends its pages in one way have in common; `Attend.kept`."""
+
+    def __init__(self, layer: _Layer, pages: Pages, attend: Attend) -> None:
+        check_pair(pages, attend)
+        self.layer, self.of = layer, pages
+        self.attend = FqCudaAttend(
+            window=attend.window, scale=attend.scale, soft_cap=attend.soft_cap
+        )
+        self.args = byref(self.attend)
+        if attend.sinks is not None:
+            self.attend.sinks = attend.sinks.data_ptr()
+
+
+class Cuda(GpuKernels):
+    """The CUDA kernels.
+
+    Args:
+        library: loaded; the emulator's is one as well, for tests.
+        num_splits: parts of every sequence; None chooses.
+        wide: whether more than 8 query rows share a decoded token; None chooses.
+        allocate: (float32 elements, device) to scratch memory; what is allocated while a CUDA
+            graph is captured stays valid in the graph's memory pool.
+        raw_states: (query, batch, attend, fresh) to the states of new tokens over raw keys and
+            values; None for the Triton kernel, on which they depend.
+    """
+
+    implementation = "cuda"
+
+    def __init__(
+        self,
+        library: Library,
+        num_splits: int | None = None,
+        wide: bool | None = None,
+        allocate: Callable[[int, torch.device], torch.Tensor] = splits.allocate,
+        raw_states: Callable[..., tuple[torch.Tensor, ...]] | None = None,
+    ) -> None:
+        self.library = library
+        self._num_splits, self._wide, self._allocate = num_splits, wide, allocate
+        self._raw_states = raw_states
+
+    def refuses(self, codec: KVCodec, cache: torch.Tensor | None = None) -> str | None:
+        reason = super().refuses(codec, cache) or self.library.support.unsupported(codec)
+        return reason if reason or cache is None else unsupported_cache(cache)
+
+    def encode_kv(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        pages: Pages,
+        positions: torch.Tensor | None = None,
+    ) -> int:
+        """Returns 0: what is not finite is counted on the device."""
+        layer = pages.kept
+        if layer is None:
+            layer = pages.kept = _Layer(self.library, pages)
+        args = FqCudaEncode(
+            key.data_ptr(), value.data_ptr(), slot_mapping.data_ptr(),
+            device_counters(layer.device).data_ptr(), slot_mapping.shape[0], *key.stride()[:2],
+            *value.stride()[:2], DTYPES[key.dtype], layer.encode_ctas,
+        )  # fmt: skip
+        with current(layer.device):
+            error = self.library.lib.fq_cuda_encode_kv(
+                layer.codec, layer.pages, byref(args), _stream(layer.device)
+            )
+        self.library.check("encode_kv", error)
+        return 0
+
+    def paged_attention(
+        self,
+        query: torch.Tensor,
+        out: torch.Tensor,
+        pages: Pages,
+        batch: Batch,
+        attend: Attend,
+        fresh: Fresh | None = None,
+    ) -> None:
+        layer = pages.kept
+        if layer is None:
+            layer = pages.kept = _Layer(self.library, pages)
+        kept: Any = attend.kept
+        if kept is None or kept.of is not pages:
+            kept = attend.kept = _Attending(layer, pages, attend)
+        args = kept.attend
+        self._write(args, layer, query, out, batch)
+        if fresh is None or fresh.raw_key is None:
+            args.raw_o = args.raw_m = args.raw_l = None
+        else:
+            raw = (self._raw_states or _raw_states())(query, batch, attend, fresh)
+            args.raw_o, args.raw_m, args.raw_l = (x.data_ptr() for x in raw)
+        num_rows, num_splits = args.num_tokens * args.num_q_heads, args.num_splits
+        args.state_o = args.state_ml = None
+        if num_splits > 1:
+            head_dim = pages.codec.head_dim
+            workspace = self._allocate(
+                workspace_floats(num_rows, head_dim, num_splits), layer.device
+            )
+            args.state_o = at = workspace.data_ptr()
+            args.state_ml = at + 4 * num_rows * num_splits * head_dim
+        with current(layer.device):
+            error = self.library.lib.fq_cuda_paged_attention(
+                layer.codec, layer.pages, kept.args, _stream(layer.device)
+            )
+        self.library.check("paged_attention", error)
+
+    def _write(
+        self, args: FqCudaAttend, layer: _Layer, query: torch.Tensor, out: torch.Tensor,
+        batch: Batch,
+    ) -> None:  # fmt: skip
+        """Writes the fields that describe a call's tensors, and how its work is cut."""
+        num_tokens, num_q_heads, _ = query.shape
+        num_reqs, table = batch.num_reqs, batch.block_table
+        wide, num_splits = self._wide, self._num_splits
+        if wide is None:
+            wide = num_tokens * num_q_heads > NARROW_COLUMNS * num_reqs * layer.num_kv_heads
+        if num_splits is None:
+            num_splits = layer.num_splits(wide, num_reqs, num_tokens, num_q_heads, table.shape[1])
+        args.query, args.out = query.data_ptr(), out.data_ptr()
+        args.query_start_loc = batch.query_start_loc.data_ptr()
+        args.seq_lens, args.block_table = batch.seq_lens.data_ptr(), table.data_ptr()
+        args.stride_block_table, args.table_width = table.stride(0), table.shape[1]
+        args.num_tokens, args.num_q_heads, args.num_reqs = num_tokens, num_q_heads, num_reqs
+        args.dtype, args.wide, args.num_splits = DTYPES[query.dtype], wide, num_splits
+        args.stride_query_token, args.stride_query_head, _ = query.stride()
+        args.stride_out_token, args.stride_out_head, _ = out.stride()
+
+
+def _raw_states() -> Callable[..., tuple[torch.Tensor, ...]]:
+    from vllm_fibquant.kernels.attention import raw_token_states
+
+    return raw_token_states
+
+
+def current(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """A context in which `device` is the current one."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(device)
+
+
+_NOTHING = contextlib.nullcontext()
 
 
 @functools.cache
@@ -366,6 +386,12 @@ def library() -> Library:
     return Library(LIBRARY_PATH)
 
 
+@functools.cache
+def kernels() -> Cuda:
+    """The CUDA kernels."""
+    return Cuda(library())
+
+
 def workspace_floats(num_rows: int, head_dim: int, num_splits: int) -> int:
     """float32 elements of the states of all splits; num_rows is tokens times query heads.
 
@@ -385,43 +411,3 @@ def unsupported_cache(cache: torch.Tensor) -> str | None:
 
 def _stream(device: torch.device) -> int | None:
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
-
-
-def _code(code: VectorCodec, device: torch.device, keep: list[torch.Tensor]) -> _Code:
-    spec, book = code.spec, code.codebook
-    table = book.table.to(torch.float16)
-    if spec.storage == "int8" and spec.folded:
-        table = table + 0.5  # exact, and so is row = scale * table
-    rows = book.rows.float()
-    tables = [x.contiguous().clone().to(device) for x in (table, rows, rows.square().sum(-1) / 2)]
-    keep.extend(tables)
-    return _Code(
-        spec.subvec_dim, spec.index_bits, int(spec.folded), GAIN_NUMBERS[spec.gain],
-        float(book.scale), spec.num_rows, *(x.data_ptr() for x in tables),
-    )  # fmt: skip
-
-
-_Made = dict[torch.device, tuple[_Codec, list[torch.Tensor]]]
-_codecs: weakref.WeakKeyDictionary[KVCodec, _Made] = weakref.WeakKeyDictionary()
-
-
-def _codec_struct(codec: KVCodec, device: torch.device) -> Any:
-    """The codec with its tables on `device`, made once and kept while the codec lives.
-
-    The first call copies to the device: make it before a CUDA graph is captured.
-    """
-    made = _codecs.setdefault(codec, {})
-    if device not in made:
-        keep: list[torch.Tensor] = []
-        rotation = codec.key.rotation
-        if rotation.kind == "hadamard":
-            keep.append(rotation.signs.float().contiguous().to(device))
-            pointers = [keep[0].data_ptr(), None, None]
-        else:
-            matrix = rotation.matrix.float()
-            keep += [x.contiguous().to(device) for x in (matrix, matrix.T)]
-            pointers = [None, *(x.data_ptr() for x in keep)]
-        struct = _Codec(codec.head_dim, codec.layout.record_bytes, *pointers)
-        struct.key, struct.value = (_code(c, device, keep) for c in (codec.key, codec.value))
-        made[device] = struct, keep
-    return made[device][0]

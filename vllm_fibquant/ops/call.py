@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the two operations are given, and what is required of it on every device.
+
+Made once for a layer: `Pages`, its cache and how it is coded, and `Attend`, how it attends. Made
+once a step: `Batch`, its requests. Made in every call: `Fresh`, what new tokens bring beside their
+queries. Each checks what it can when it is made. What remains for a call, its own tensors, is
+checked once for each combination of their shapes, layouts and types: every layer of a step has the
+same.
+
+All tensors must be on the cache's device. What is refused raises ValueError, with the argument,
+what it must be and what it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from vllm_fibquant.codec.codec import KVCodec
+from vllm_fibquant.keys.key_map import KeyMap
+from vllm_fibquant.ops.checks import check_cache, check_integers, require_features
+from vllm_fibquant.ops.kernels import Kernels
+
+
+@dataclass(eq=False)
+class Pages:
+    """The cache of one layer, how its records are coded, and the kernels that read and write them.
+
+    Attributes:
+        cache: uint8 [num_blocks, num_kv_heads, block_size, record_bytes], last two axes contiguous.
+        codec: the codec of its records.
+        key_map: how keys are encoded; None for as they are. A key at a position below
+            key_map.num_plain is encoded as it is all the same.
+        kernels: chosen by `ops.pages_of`.
+        kept: what the kernels keep here from call to call.
+
+    Raises:
+        ValueError: shape, dtype or layout of the cache, a map of other shapes, or a map or codec
+            that the kernels do not have.
+    """
+
+    cache: torch.Tensor
+    codec: KVCodec
+    key_map: KeyMap | None
+    kernels: Kernels
+    kept: Any = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_cache(self.cache, self.codec)
+        if self.key_map is not None:
+            self._check_key_map(self.key_map)
+        asked = ["lists"] if self.codec.key.num_lists or self.codec.value.num_lists else []
+        if self.key_map is not None:
+            asked += ["means"] if self.key_map.transform is None else ["means", "transform"]
+        require_features("pages_of", self.kernels, asked)
+        self.num_kv_heads, self.block_size = self.cache.shape[1:3]
+        at = self.num_kv_heads, self.codec.head_dim, self.cache.device
+        turns = self.key_map is not None and self.key_map.turning is not None
+        self.kind = (*at, self.kernels, self.key_map is None, turns)
+        """What the checks of a call's tensors depend on."""
+
+    def _check_key_map(self, key_map: KeyMap) -> None:
+        expected = (self.cache.shape[1], self.codec.head_dim)
+        if key_map.mean.shape != expected:
+            raise ValueError(
+                f"pages_of: key_map must be of {expected[0]} KV heads and head_dim {expected[1]}, "
+                f"got {list(key_map.mean.shape)}"
+            )
+        index_bytes = self.codec.layout.key_index_bytes
+        if key_map.transform is not None and key_map.transform.index_bytes != index_bytes:
+            raise ValueError(
+                f"pages_of: key_map must have a transform to {index_bytes} index bytes, as the "
+                f"codec's keys, got one to {key_map.transform.index_bytes}"
+            )
+
+
+@dataclass(eq=False)
+class Batch:
+    """The requests of one step, the same for all layers that share block tables.
+
+    Attributes:
+        query_start_loc: int32 [num_reqs + 1]; a request's new tokens are rows loc[r]:loc[r + 1].
+        seq_lens: int32 [num_reqs]; tokens of each request, its new ones included.
+        block_table: int32 [at least num_reqs, max_blocks], last axis contiguous.
+        copy_table: int32 [num_reqs, num_first + num_recent], contiguous: the row of a layer's
+            `Copies` that holds a request's token at position 0, 1, ... num_first - 1, then at the
+            num_recent positions before its first new token; -1 where there is no copy, or no such
+            token. None without copies.
+        new_tokens: int64 [n] or None: new tokens that are copied once a layer has attended
+            everything, so that a row may change hands within a step.
+        new_rows: int64 [n] or None: distinct rows they are copied to.
+        kept: what kernels keep here from layer to layer.
+
+    Raises:
+        ValueError: shape, dtype, layout or device.
+    """
+
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    copy_table: torch.Tensor | None = None
+    new_tokens: torch.Tensor | None = None
+    new_rows: torch.Tensor | None = None
+    kept: Any = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        loc, lens, table = self.query_start_loc, self.seq_lens, self.block_table
+        self.device = lens.device
+        check_integers("Batch", "query_start_loc", loc, torch.int32, 1, self.device)
+        check_integers("Batch", "seq_lens", lens, torch.int32, 1, self.device)
+        check_integers("Batch", "block_table", table, torch.int32, 2, self.device)
+        self.num_reqs = lens.shape[0]
+        if loc.shape[0] != self.num_reqs + 1 or table.shape[0] < self.num_reqs:
+            raise ValueError(
+                f"Batch: query_start_loc must have {self.num_reqs + 1} entries and block_table at "
+                f"least {self.num_reqs} rows for {self.num_reqs} seq_lens, got {loc.shape[0]} and "
+                f"{table.shape[0]}"
+            )
+        # A GPU's bounds are not read back: there this is the caller's to keep.
+        self.num_rows = int(loc[-1]) if loc.is_cpu else 0
+        if (copies := self.copy_table) is not None:
+            check_integers("Batch", "copy_table", copies, torch.int32, 2, self.device)
+            if copies.shape[0] != self.num_reqs or not copies.is_contiguous():
+                raise ValueError(
+                    f"Batch: copy_table must be contiguous with {self.num_reqs} rows, got "
+                    f"{list(copies.shape)} with strides {copies.stride()}"
+                )
+        if (tokens := self.new_tokens) is not None or self.new_rows is not None:
+            given = [x if x is None else list(x.shape) for x in (tokens, self.new_rows)]
+            if copies is None or tokens is None or self.new_rows is None or given[0] != given[1]:
+                raise ValueError(
+                    f"Batch: new_tokens and new_rows must be of one length, and come with a "
+                    f"copy_table, got {given[0]} and {given[1]}"
+                )
+            check_integers("Batch", "new_tokens", tokens, torch.int64, 1, self.device)
+            check_integers("Batch", "new_rows", self.new_rows, torch.int64, 1, self.device)
+
+
+class Copies(NamedTuple):
+    """One layer's copies of some cached tokens, read in the place of their codes where a batch's
+    `copy_table` says so.
+
+    Attributes:
+        key: float32, bfloat16 or float16 [num_rows, num_kv_heads, head_dim], contiguous.
+        value: as key.
+        num_first: columns of the table that belong to a request's first tokens.
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor
+    num_first: int
+
+
+@dataclass(eq=False)
+class Attend:
+    """How one layer attends.
+
+    Attributes:
+        scale: factor of the scores.
+        window: a query at position p sees positions p - window + 1 to p; 0 means all.
+        soft_cap: scores become soft_cap * tanh(score / soft_cap); 0 means none.
+        sinks: float32 [num_q_heads], contiguous, or None; one extra logit per head that has no
+            value.
+        keep_first: a query sees positions below this one whatever the window, in a split of their
+            own; not together with raw new tokens or a map of keys.
+        copies: the layer's copies of tokens, or None.
+        kept: what the kernels keep here from call to call.
+
+    Raises:
+        ValueError: a negative number, or shape, dtype or layout of sinks or copies.
+    """
+
+    scale: float
+    window: int = 0
+    soft_cap: float = 0.0
+    sinks: torch.Tensor | None = None
+    keep_first: int = 0
+    copies: Copies | None = None
+    kept: Any = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if min(self.window, self.soft_cap, self.keep_first) < 0:
+            raise ValueError(
+                "Attend: window, soft_cap and keep_first must be at least 0, got "
+                f"{self.window}, {self.soft_cap} and {self.keep_first}"
+            )
+        sinks, num_sinks = self.sinks, 0
+        if sinks is not None:
+            if sinks.dtype != torch.float32 or sinks.dim() != 1 or not sinks.is_contiguous():
+                raise ValueError(
+                    "Attend: sinks must be contiguous float32 [num_q_heads], got "
+                    f"{sinks.dtype} {list(sinks.shape)} with strides {sinks.stride()}"
+                )
+            num_sinks = sinks.shape[0]
+        if self.copies is not None:
+            for name, x in (("key", self.copies.key), ("value", self.copies.value)):
+                if not x.is_contiguous():
+                    raise ValueError(
+                        f"Attend: copies.{name} must be contiguous, got strides {x.stride()}"
+                    )
+        numbers, objects = ("window", "soft_cap", "keep_first"), ("sinks", "copies")
+        self.asked = [name for name in numbers if getattr(self, name)]
+        self.asked += [name for name in objects if getattr(self, name) is not None]
+        """Names of the features that this layer needs."""
+        num_first = None if self.copies is None else self.copies.num_first
+        self.kind = num_sinks, self.keep_first > 0, num_first
+        """What the checks of a call's tensors depend on."""
+
+
+class Fresh(NamedTuple):
+    """What a step's new tokens bring beside their queries.
+
+    Attributes:
+        raw_key, raw_value: as query with num_kv_heads heads, or None. When given, a request's new
+            tokens are attended from these instead of from their codes.
+        first_query: as query, or None for query itself. What positions below keep_first are scored
+            with: the query as it would be nearer to them.
+    """
+
+    raw_key: torch.Tensor | None = None
+    raw_value: torch.Tensor | None = None
+    first_query: torch.Tensor | None = None

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CPU library: loads libfibquant_cpu.so and hands it pointers.
+
+The library has a plain C ABI (csrc/cpu/params.h), so one build serves every Python and torch. It
+shares torch's OpenMP runtime, and so its threads and their binding, because torch is imported
+first. Structs are kept with what they describe (`Pages`, `Attend`); a call writes a few fields.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int32, c_int64, c_void_p
+from typing import Any
+
+import torch
+
+from vllm_fibquant.codec.codec import KVCodec
+from vllm_fibquant.files import PACKAGE_DIR
+from vllm_fibquant.ops.abi import DTYPES, FqPages, load_library, pages_of
+from vllm_fibquant.ops.call import Attend, Batch, Fresh, Pages
+from vllm_fibquant.ops.checks import check_pair
+from vllm_fibquant.ops.cpu_tables import (
+    FqCode,
+    FqCodec,
+    FqKeyMap,
+    codec_struct,
+    key_map_pointer,
+)
+from vllm_fibquant.ops.kernels import Kernels
+
+LIBRARY_PATH = PACKAGE_DIR / "lib" / "libfibquant_cpu.so"
+MAX_HEAD_DIM = 512
+HEAD_DIM_MULTIPLE = 16
+
+_ERRORS = {
+    1: "block_table must hold block numbers inside the cache",
+    2: "query_start_loc and seq_lens must describe requests with at least as many tokens as "
+    "new tokens",
+    3: "seq_lens must not exceed what a row of block_table holds",
+    4: "seq_lens must not exceed the positions that key_map.turning knows",
+    5: "new_tokens and new_rows must be tokens of the batch and rows of the layer's copies",
+}
+
+
+class FqEncode(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("key", "value", "slot_mapping")),
+        ("num_tokens", c_int64),
+        *((f"stride_key_{name}", c_int64) for name in ("token", "head")),
+        *((f"stride_value_{name}", c_int64) for name in ("token", "head")),
+        ("dtype", c_int32),
+        ("num_threads", c_int32),
+        ("key_map", POINTER(FqKeyMap)),
+        ("positions", c_void_p),
+    ]
+
+
+class FqAttend(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("query", "out", "raw_key", "raw_value")),
+        *((name, c_void_p) for name in ("query_start_loc", "seq_lens", "block_table", "sinks")),
+        ("stride_block_table", c_int64),
+        *((f"stride_query_{name}", c_int64) for name in ("token", "head")),
+        *((f"stride_out_{name}", c_int64) for name in ("token", "head")),
+        *((f"stride_raw_key_{name}", c_int64) for name in ("token", "head")),
+        *((f"stride_raw_value_{name}", c_int64) for name in ("token", "head")),
+        *((name, c_int32) for name in ("num_reqs", "num_q_heads", "dtype", "window")),
+        *((name, c_float) for name in ("scale", "soft_cap")),
+        *((name, c_int32) for name in ("num_threads", "copy_dtype")),
+        *((f"copy_{name}", c_void_p) for name in ("key", "value", "table")),
+        *((f"stride_copy_{name}", c_int64) for name in ("row", "head")),
+        *((name, c_int32) for name in ("num_first", "num_recent")),
+        *((name, c_void_p) for name in ("new_tokens", "new_rows")),
+        *((name, c_int64) for name in ("num_new", "num_copy_rows")),
+        ("first_query", c_void_p),
+        *((f"stride_first_query_{name}", c_int64) for name in ("token", "head")),
+        ("keep_first", c_int64),
+        ("key_map", POINTER(FqKeyMap)),
+    ]
+
+
+def is_built() -> bool:
+    """Whether the library file exists."""
+    return LIBRARY_PATH.exists()
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The loaded library.
+
+    Raises:
+        RuntimeError: it is missing, does not load, or was built from other sources.
+    """
+    advice = "build it with `pip install -e .` (or `python setup.py build_ext --inplace`)"
+    structs = (FqCode, FqCodec, FqPages, FqEncode, FqAttend, FqKeyMap)
+    lib = load_library("cpu.library", LIBRARY_PATH, "fq_abi", structs, advice)
+    lib.fq_isa.restype = c_char_p
+    lib.fq_select_isa.argtypes = [c_char_p]
+    lib.fq_encode_kv.argtypes = [POINTER(FqCodec), POINTER(FqPages), POINTER(FqEncode)]
+    lib.fq_encode_kv.restype = c_int64
+    lib.fq_paged_attention.argtypes = [POINTER(FqCodec), POINTER(FqPages), POINTER(FqAttend)]
+    return lib
+
+
+def isa() -> str:
+    """The instruction set in use: ``portable``, ``avx2``, ``avx512`` or ``avx512-vnni``."""
+    return library().fq_isa().decode()
+
+
+def select_isa(name: str | None) -> None:
+    """Choose an instruction set, for tests and benchmarks; None chooses the best.
+
+    Raises:
+        ValueError: this CPU does not have it.
+    """
+    if library().fq_select_isa(name.encode() if name else None):
+        raise ValueError(f"select_isa: name must be one this CPU supports, got {name!r}")
+
+
+def record_layout(codec: KVCodec) -> list[int]:
+    """The library's own idea of the record: offsets of K and V indices, of both norms, its size."""
+    struct, out = codec_struct(codec), (c_int32 * 5)()
+    library().fq_record_layout(codec.head_dim, byref(struct.key), byref(struct.value), out)
+    return list(out)
+
+
+def unsupported_head_dim(head_dim: int) -> str | None:
+    """Why the kernels cannot take this head_dim, or None when they can."""
+    if head_dim % HEAD_DIM_MULTIPLE or not 0 < head_dim <= MAX_HEAD_DIM:
+        return (
+            f"head_dim must be a multiple of {HEAD_DIM_MULTIPLE}, at most {MAX_HEAD_DIM}, "
+            f"got {head_dim}"
+        )
+    return None
+
+
+class _Layer:
+    """What calls on the pages of one layer have in common; `Pages.kept`."""
+
+    def __init__(self, pages: Pages) -> None:
+        self.codec = byref(codec_struct(pages.codec))
+        self.struct = pages_of(pages.cache)
+        self.pages = byref(self.struct)
+        self.encode = FqEncode(key_map=key_map_pointer(pages.key_map))
+        self.encode_args = byref(self.encode)
+
+
+class _Attending:
+    """What calls of one layer that attends its pages in one way have in common; `Attend.kept`."""
+
+    def __init__(self, layer: _Layer, pages: Pages, attend: Attend) -> None:
+        check_pair(pages, attend)
+        self.layer, self.of = layer, pages
+        self.batch: Batch | None = None
+        self.attend = FqAttend(
+            scale=attend.scale,
+            window=attend.window,
+            soft_cap=attend.soft_cap,
+            keep_first=attend.keep_first,
+            key_map=key_map_pointer(pages.key_map),
+        )
+        self.args = byref(self.attend)
+        if attend.sinks is not None:
+            self.attend.sinks = attend.sinks.data_ptr()
+
+    def take(self, batch: Batch, attend: Attend) -> None:
+        """Writes the fields that describe a batch."""
+        args = self.attend
+        args.query_start_loc = batch.query_start_loc.data_ptr()
+        args.seq_lens = batch.seq_lens.data_ptr()
+        args.block_table = batch.block_table.data_ptr()
+        args.stride_block_table = batch.block_table.stride(0)
+        args.num_reqs = batch.num_reqs
+        table, copies = batch.copy_table, attend.copies
+        if table is None or copies is None:
+            args.copy_key = args.copy_value = args.copy_table = None
+        else:
+            args.copy_table = table.data_ptr()
+            args.copy_key, args.copy_value = copies.key.data_ptr(), copies.value.data_ptr()
+            args.copy_dtype = DTYPES[copies.key.dtype]
+            args.stride_copy_row, args.stride_copy_head, _ = copies.key.stride()
+            args.num_first = copies.num_first
+            args.num_recent = table.shape[1] - copies.num_first
+            args.num_copy_rows = copies.key.shape[0]
+        tokens, rows = batch.new_tokens, batch.new_rows
+        if tokens is None or rows is None:
+            args.new_tokens, args.new_rows, args.num_new = None, None, 0
+        else:
+            args.new_tokens, args.new_rows = tokens.data_ptr(), rows.data_ptr()
+            args.num_new = tokens.shape[0]
+        self.batch = batch
+
+
+class Cpu(Kernels):
+    """The C++ kernels, in the instruction set this processor has."""
+
+    implementation = "cpu"
+
+    @property
+    def name(self) -> str:
+        return f"cpu-{isa()}"
+
+    def refuses(self, codec: KVCodec, cache: torch.Tensor | None = None) -> str | None:
+        if cache is not None and not cache.is_cpu:
+            return f"cache must be on the CPU or a CUDA GPU, got {cache.device}"
+        return unsupported_head_dim(codec.head_dim)
+
+    def encode_kv(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        pages: Pages,
+        positions: torch.Tensor | None = None,
+    ) -> int:
+        layer = pages.kept
+        if layer is None:
+            layer = pages.kept = _Layer(pages)
+        layer.struct.base = pages.cache.data_ptr()
+        args = layer.encode
+        args.key, args.value = key.data_ptr(), value.data_ptr()
+        args.stride_key_token, args.stride_key_head, _ = key.stride()
+        args.stride_value_token, args.stride_value_head, _ = value.stride()
+        args.slot_mapping, args.num_tokens = slot_mapping.data_ptr(), slot_mapping.shape[0]
+        args.dtype, args.num_threads = DTYPES[key.dtype], torch.get_num_threads()
+        args.positions = None if positions is None else positions.data_ptr()
+        nonfinite: int = library().fq_encode_kv(layer.codec, layer.pages, layer.encode_args)
+        if nonfinite == -2 and positions is not None:
+            raise ValueError(
+                "encode_kv: positions must be from 0 to those of key_map.turning, got "
+                f"{int(positions.min())} to {int(positions.max())}"
+            )
+        if nonfinite < 0:
+            num_slots = pages.cache.shape[0] * pages.block_size
+            raise ValueError(
+                f"encode_kv: slot_mapping must hold slots below {num_slots} or -1, got "
+                f"{int(slot_mapping.max())}"
+            )
+        return nonfinite
+
+    def paged_attention(
+        self,
+        query: torch.Tensor,
+        out: torch.Tensor,
+        pages: Pages,
+        batch: Batch,
+        attend: Attend,
+        fresh: Fresh | None = None,
+    ) -> None:
+        layer = pages.kept
+        if layer is None:
+            layer = pages.kept = _Layer(pages)
+        kept: Any = attend.kept
+        if kept is None or kept.of is not pages:
+            kept = attend.kept = _Attending(layer, pages, attend)
+        if kept.batch is not batch:
+            kept.take(batch, attend)
+        layer.struct.base = pages.cache.data_ptr()
+        args = kept.attend
+        args.query, args.out = query.data_ptr(), out.data_ptr()
+        args.num_q_heads, args.dtype = query.shape[1], DTYPES[query.dtype]
+        args.num_threads = torch.get_num_threads()
+        args.stride_query_token, args.stride_query_head, _ = query.stride()
+        args.stride_out_token, args.stride_out_head, _ = out.stride()
+        raw_key, raw_value, first_query = fresh or _NOTHING
+        if raw_key is None or raw_value is None:
+            args.raw_key = args.raw_value = None
+        else:
+            args.raw_key, args.raw_value = raw_key.data_ptr(), raw_value.data_ptr()
+            args.stride_raw_key_token, args.stride_raw_key_head, _ = raw_key.stride()
+            args.stride_raw_value_token, args.stride_raw_value_head, _ = raw_value.stride()
+        if attend.keep_first or pages.key_map is not None:
+            first = query if first_query is None else first_query
+            args.first_query = first.data_ptr()
+            args.stride_first_query_token, args.stride_first_query_head, _ = first.stride()
+        if error := library().fq_paged_attention(layer.codec, layer.pages, kept.args):
+            raise ValueError(f"paged_attention: {_ERRORS[error]}")
+
+
+_NOTHING = Fresh()

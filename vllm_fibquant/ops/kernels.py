@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an implementation of the two operations is, and the one table of what each of them can do.
+
+There are four: the oracle (`reference`), the C++ library (`cpu`), the CUDA library (`cuda`) and the
+Triton kernels (`triton`). One is chosen for a layer when its pages are known (`ops.pages_of`), and
+the layer calls it from then on.
+"""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from vllm_fibquant.codec.codec import KVCodec
+
+if TYPE_CHECKING:
+    from vllm_fibquant.ops.call import Attend, Batch, Fresh, Pages
+
+IMPLEMENTATIONS = ("reference", "cpu", "cuda", "triton")
+
+
+class Feature(NamedTuple):
+    """Something that may be asked of an implementation.
+
+    Attributes:
+        what: for people.
+        asked_by: the option, or what of a model, that asks for it.
+        had_by: the implementations that can do it.
+    """
+
+    what: str
+    asked_by: str
+    had_by: tuple[str, ...]
+
+
+_ALL, _ON_CPUS = IMPLEMENTATIONS, ("reference", "cpu")
+
+FEATURES = {
+    "window": Feature("sliding window", "the model", _ALL),
+    "soft_cap": Feature("soft cap of scores", "the model", _ALL),
+    "sinks": Feature("attention sinks", "the model", _ALL),
+    "raw": Feature("a step's new tokens read as computed", '`"prefill": "raw"`', _ALL),
+    "copies": Feature("newest and first tokens kept in 16 bits", '`"mode": "quality"`', _ON_CPUS),
+    "means": Feature("keys coded without their means", '`"calibrate": "means"`', _ON_CPUS),
+    "transform": Feature("keys transformed", '`"calibrate": "transform"`', _ON_CPUS),
+    "keep_first": Feature("first tokens seen outside a window", "`retain`", _ON_CPUS),
+    "lists": Feature("codewords searched through lists", "`num_lists`", _ON_CPUS),
+    "layers": Feature("other presets for some layers", "`layers`", _ON_CPUS),
+    "monitor": Feature("fidelity compared while serving", "`monitor`", _ON_CPUS),
+}
+"""What may be asked, by name. Refusals, tests and the documents' table follow from it; head dims,
+codes and block sizes are answered by `Kernels.refuses`."""
+
+
+def features_of(implementation: str) -> frozenset[str]:
+    """The features one implementation has."""
+    return frozenset(name for name, row in FEATURES.items() if implementation in row.had_by)
+
+
+def features_on(device_type: str) -> frozenset[str]:
+    """The features that every implementation for a type of device has: ``cpu`` or ``cuda``."""
+    if device_type == "cpu":
+        return features_of("cpu")
+    return features_of("cuda") & features_of("triton")
+
+
+def features_markdown() -> str:
+    """The table of docs/kernels.md."""
+    lines = [
+        f"| feature | asked for by | {' | '.join(IMPLEMENTATIONS)} |",
+        f"| --- | --- |{' :-: |' * len(IMPLEMENTATIONS)}",
+    ]
+    for row in FEATURES.values():
+        marks = ("yes" if name in row.had_by else "" for name in IMPLEMENTATIONS)
+        lines.append(f"| {row.what} | {row.asked_by} | {' | '.join(marks)} |")
+    return "\n".join(lines) + "\n"
+
+
+@functools.cache
+def device_counters(device: torch.device) -> torch.Tensor:
+    """int32 [2] on a GPU, since the process began: vectors stored as zeros because they held a NaN
+    or infinity, and vectors not stored because their slot lay outside the cache."""
+    return torch.zeros(2, dtype=torch.int32, device=device)
+
+
+class Kernels(ABC):
+    """One implementation of the two operations, on the devices it runs on.
+
+    The operations take arguments that `call` has checked; who is not `ops` checks them first.
+    """
+
+    implementation: str
+    """Its column of FEATURES."""
+
+    max_group_size: int | None = None
+    """Query heads per KV head, at most; None for any number."""
+
+    @property
+    def name(self) -> str:
+        """As reports name it: ``cpu-avx512``, ``triton``."""
+        return self.implementation
+
+    @functools.cached_property
+    def features(self) -> frozenset[str]:
+        return features_of(self.implementation)
+
+    @abstractmethod
+    def refuses(self, codec: KVCodec, cache: torch.Tensor | None = None) -> str | None:
+        """Why it cannot serve a codec, or a codec in these pages; None when it can."""
+
+    @abstractmethod
+    def encode_kv(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        pages: Pages,
+        positions: torch.Tensor | None = None,
+    ) -> int:
+        """See `ops.encode_kv`."""
+
+    @abstractmethod
+    def paged_attention(
+        self,
+        query: torch.Tensor,
+        out: torch.Tensor,
+        pages: Pages,
+        batch: Batch,
+        attend: Attend,
+        fresh: Fresh | None = None,
+    ) -> None:
+        """See `ops.paged_attention`."""
+
+
+class GpuKernels(Kernels):
+    """What both implementations for GPUs have in common."""
+
+    max_group_size = 64
+
+    def refuses(self, codec: KVCodec, cache: torch.Tensor | None = None) -> str | None:
+        if codec.key.num_lists or codec.value.num_lists:
+            return "num_lists must be 0 on a GPU, whose search is exhaustive; give num_lists 0"
+        if codec.key.spec.gain_bits != 16 or codec.value.spec.gain_bits != 16:
+            return "gain_bits must be 16 on a GPU, got 8; leave it out"
+        if not torch.equal(codec.key.rotation.matrix, codec.value.rotation.matrix):
+            return "key and value must share one rotation on a GPU, got two"
+        if cache is not None and (cache.data_ptr() | cache.stride(0) | cache.stride(1)) % 2:
+            return f"cache must be at even addresses, got strides {cache.stride()}"
+        return None
