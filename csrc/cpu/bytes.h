@@ -167,6 +167,80 @@ static inline vi dot_bytes(vi sum, vb x, vb s) {
 #endif
 }
 
+// sum[i] += the products of two signed words and two others.
+static inline vi dot_words(vi sum, vi x, vi y) {
+#if defined(FQ_BYTE_MODEL)
+  for (int i = 0; i < 16; ++i) {
+    sum[i] += (int32_t)(int16_t)x[i] * (int16_t)y[i] + (x[i] >> 16) * (y[i] >> 16);
+  }
+  return sum;
+#else
+  return (vi)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)x, (__m512i)y);
+#endif
+}
+
+// The lanes of a, then those of b, as signed words, saturated.
+static inline vi to_words(vi a, vi b) {
+#if defined(FQ_BYTE_MODEL)
+  int16_t words[32];
+  for (int i = 0; i < 32; ++i) {
+    const int32_t x = i < 16 ? a[i] : b[i - 16];
+    words[i] = (int16_t)(x > INT16_MAX ? INT16_MAX : x < INT16_MIN ? INT16_MIN : x);
+  }
+  vi out;
+  memcpy(&out, words, 64);
+  return out;
+#else
+  const __m256i low = _mm512_cvtsepi32_epi16((__m512i)a), high = _mm512_cvtsepi32_epi16((__m512i)b);
+  return (vi)_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+#endif
+}
+
+static inline vi min_ints(vi a, vi b) {
+#if defined(FQ_BYTE_MODEL)
+  return a < b ? a : b;
+#else
+  return (vi)_mm512_min_epi32((__m512i)a, (__m512i)b);
+#endif
+}
+
+static inline vi max_ints(vi a, vi b) {
+#if defined(FQ_BYTE_MODEL)
+  return a > b ? a : b;
+#else
+  return (vi)_mm512_max_epi32((__m512i)a, (__m512i)b);
+#endif
+}
+
+// The float16 numbers in half n of two of x.
+static inline vf halves_to_floats(vb x, int n) {
+#if defined(FQ_BYTE_MODEL)
+  vf out;
+  for (int i = 0; i < 16; ++i) {
+    out[i] = half_to_float((uint16_t)(x[32 * n + 2 * i] | x[32 * n + 2 * i + 1] << 8));
+  }
+  return out;
+#else
+  const __m512i all = (__m512i)x;
+  return _mm512_cvtph_ps(n ? _mm512_extracti64x4_epi64(all, 1) : _mm512_castsi512_si256(all));
+#endif
+}
+
+// Lane i gets the four bytes at p + 4 * number[i].
+static inline vi load_quads(const uint8_t* p, vi number) {
+#if defined(FQ_BYTE_MODEL)
+  vi out;
+  for (int i = 0; i < 16; ++i) {
+    int32_t x;
+    memcpy(&x, p + 4 * (int64_t)number[i], 4);
+    out[i] = x;
+  }
+  return out;
+#else
+  return (vi)_mm512_i32gather_epi32((__m512i)number, p, 4);
+#endif
+}
+
 // Stores the lowest byte of every lane.
 static inline void store_low_bytes(uint8_t* p, vi x) {
 #if defined(FQ_BYTE_MODEL)

@@ -4,9 +4,9 @@
 
 #include <type_traits>
 
+#include "cpu/nearest.h"
 #include "cpu/params.h"
 #include "cpu/rotate.h"
-#include "cpu/search.h"
 #include "cpu/simd.h"
 
 namespace fq::FQ_ISA {

@@ -36,6 +36,15 @@ struct FqCode {
   // H + 1/2 and L + 1/2 stand in their place, so that a negated coordinate has inverted bytes.
   const uint8_t* planes;
   float plane_step;
+  // Tables of search_tables.py, for byte_search.h. Null without.
+  float scan_scale;   // 1 / step
+  int32_t scan_most;  // largest |y / step|
+  int32_t scan_margin;
+  const int32_t* scan;           // [256, 1 + subvec_dim / 2]
+  const uint8_t* squares;        // [64 * 64, 4]
+  const uint8_t* square_planes;  // [8, 256], 64-byte aligned
+  float square_low;
+  float square_scale;  // 1 / size
 };
 
 // Both codes and the rotation they share.

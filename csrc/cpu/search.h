@@ -234,39 +234,4 @@ static void nearest_listed(const FqCode& code, int count, const float* y, uint32
   for (int i = 0; i < count; ++i) index[i] = (uint32_t)row[i];
 }
 
-// ---- all subvectors of some vectors -------------------------------------------------------------
-
-template <int kDim>
-static inline void nearest_all(const FqCode& code, int num_subvecs, const float* y,
-                               uint32_t* index) {
-  const int dim = kDim ? kDim : code.subvec_dim;
-  int s = 0;
-  if (code.num_cells) {
-    const int most = kMaxPairs / code.num_lists;
-    for (; s < num_subvecs; s += most) {
-      nearest_listed<kDim>(code, num_subvecs - s < most ? num_subvecs - s : most, y + s * dim,
-                           index + s);
-    }
-    return;
-  }
-  for (; s + 4 <= num_subvecs; s += 4) nearest<kDim, 4>(code, y + s * dim, index + s);
-  for (; s < num_subvecs; ++s) nearest<kDim, 1>(code, y + s * dim, index + s);
-}
-
-static inline void nearest_all(const FqCode& code, int num_subvecs, const float* y,
-                               uint32_t* index) {
-  switch (code.subvec_dim) {
-    case 2:
-      return nearest_all<2>(code, num_subvecs, y, index);
-    case 4:
-      return nearest_all<4>(code, num_subvecs, y, index);
-    case 8:
-      return nearest_all<8>(code, num_subvecs, y, index);
-    case 16:
-      return nearest_all<16>(code, num_subvecs, y, index);
-    default:
-      return nearest_all<0>(code, num_subvecs, y, index);
-  }
-}
-
 }  // namespace fq::FQ_ISA

@@ -16,6 +16,7 @@ from vllm_fibquant.codec.config import GAIN_NUMBERS, CodeSpec
 from vllm_fibquant.codec.gain import level_of_half, levels
 from vllm_fibquant.codec.search import CodewordLists
 from vllm_fibquant.keys.key_map import STEP, KeyMap, Turns
+from vllm_fibquant.ops.search_tables import make_scan, make_squares
 
 _ALIGNMENT = 64
 _LARGEST_WORD = 32639  # 127 * 256 + 127
@@ -32,6 +33,10 @@ class FqCode(Structure):
         *((name, c_void_p) for name in ("cell_tiles", "list_tiles", "list_begin", "list_index")),
         ("planes", c_void_p),
         ("plane_step", c_float),
+        ("scan_scale", c_float),
+        *((name, c_int32) for name in ("scan_most", "scan_margin")),
+        *((name, c_void_p) for name in ("scan", "squares", "square_planes")),
+        *((name, c_float) for name in ("square_low", "square_scale")),
     ]
 
 
@@ -90,7 +95,16 @@ def _code(
     gain = GAIN_NUMBERS[spec.gain]
     found = _lists(rows, lists, spec.lists_searched, keep)
     shape = dim, spec.index_bits, num_rows, int(spec.folded), gain, padded, spec.norm_bytes
-    return FqCode(*shape, *pointers, *found, *_planes(codebook, keep))
+    code = FqCode(*shape, *pointers, *found, *_planes(codebook, keep))
+    if (scan := make_scan(codebook)) is not None:
+        keep.append(scan.table)
+        code.scan, code.scan_scale = scan.table.data_ptr(), 1 / scan.step
+        code.scan_most, code.scan_margin = scan.most, scan.margin
+    if (squares := make_squares(codebook)) is not None:
+        keep += [squares.rows, squares.planes]
+        code.squares, code.square_planes = (x.data_ptr() for x in keep[-2:])
+        code.square_low, code.square_scale = squares.low, 1 / squares.size
+    return code
 
 
 def _planes(codebook: Codebook, keep: list[torch.Tensor]) -> tuple[int | None, float]:

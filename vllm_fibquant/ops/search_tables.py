@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables with which CPUs that multiply bytes find a nearest codeword (csrc/cpu/byte_search.h).
+
+They narrow a search down and never decide it: what is stored is the row that a comparison of all
+rows in floats would choose, whatever these tables say.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from vllm_fibquant.codec.codebook import Codebook
+
+NUM_ROWS = 256
+SQUARES = 64  # along each axis of a plane
+CANDIDATES = 4  # rows of a square
+_REACH = 1.25  # coordinates of subvectors beside the book's largest; longer ones are rare
+_ROUNDING = 16  # scan units by which all roundings together may move a difference of scores
+_RIVALS = 12  # rows that others are compared with
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """Rows as integers whose products with 16-bit integers y / step are scores.
+
+    Attributes:
+        table: int32 `[256, 1 + subvec_dim / 2]`: 255 - row - 256 * |c|^2 / 2, then coordinates times
+            256, two in a word. A score's low byte so says whose it is.
+        step: of a subvector's coordinates.
+        most: the largest integer that a coordinate may be.
+        margin: two scores that differ by more are in the order of the rows' true scores.
+    """
+
+    table: torch.Tensor
+    step: float
+    most: int
+    margin: int
+
+
+@dataclass(frozen=True, eq=False)
+class Squares:
+    """A square piece of the plane cut into 64 x 64, and the rows that can be nearest in each.
+
+    Attributes:
+        rows: uint8 `[64 * 64, 4]`, the numbers of those rows, ascending, the last one repeated;
+            255 four times where there are more. Square x + 64 * y.
+        planes: uint8 `[8, 256]`: the bytes, low ones first, of both float16 coordinates and of the
+            float32 -|c|^2 / 2 of each row.
+        low: the smallest coordinate.
+        size: of a square.
+    """
+
+    rows: torch.Tensor
+    planes: torch.Tensor
+    low: float
+    size: float
+
+
+@functools.lru_cache(maxsize=32)
+def make_scan(book: Codebook) -> Scan | None:
+    """The scan of a book of 256 int8 rows of 4 or 8 coordinates; None for others."""
+    spec = book.spec
+    if spec.num_rows != NUM_ROWS or spec.storage != "int8" or spec.subvec_dim not in (4, 8):
+        return None
+    words = book.table.double()  # [256, subvec_dim]; the half of folded books moves all scores alike
+    half_sq = book.rows.double().square().sum(-1) / 2
+    # |y c| + |c|^2 / 2 stays below 3/2 of its bound, and 256 times that in an int32.
+    most = (2**31 - 1) // 256 // (128 * spec.subvec_dim * 3 // 2)
+    step = _REACH * float(book.rows.abs().max()) / most
+    bias = (half_sq / (book.scale * step)).round()
+    row = torch.arange(NUM_ROWS, dtype=torch.float64, device="cpu")
+    first = (NUM_ROWS - 1 - row - 256 * bias).unsqueeze(-1)
+    low, high = (256 * words).unflatten(-1, (-1, 2)).unbind(-1)
+    packed = high * 65536 + low % 65536
+    # An integer differs from y / step by 1/2 at most: scores of two rows by half of their distance.
+    spread = float(torch.cdist(words, words, p=1).max()) / 2 + _ROUNDING
+    return Scan(torch.cat((first, packed), -1).to(torch.int32), step, most, int(256 * spread) + 255)
+
+
+@functools.lru_cache(maxsize=32)
+def make_squares(book: Codebook) -> Squares | None:
+    """The squares of a book of 256 float16 rows of 2 coordinates; None for others."""
+    spec = book.spec
+    if spec.num_rows != NUM_ROWS or spec.storage != "float16" or spec.subvec_dim != 2:
+        return None
+    most = 1.1 * float(book.rows.abs().max())
+    low = 0.0 if spec.folded else -most
+    size = (most - low) / SQUARES
+    can_win = _can_win(book.rows.double(), low, size)  # [64 * 64, 256]
+    count = can_win.sum(-1, keepdim=True)
+    order = can_win.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
+    slot = torch.arange(CANDIDATES, device="cpu").expand(len(order), -1)
+    rows = order.gather(-1, torch.minimum(slot, count - 1))
+    rows = rows.masked_fill(count > CANDIDATES, NUM_ROWS - 1)
+    minus_half_sq = -(book.rows.square().sum(-1) / 2)
+    planes = torch.cat((book.table.view(torch.uint8), minus_half_sq.unsqueeze(-1).view(torch.uint8)), 1)
+    return Squares(rows.to(torch.uint8), planes.T.contiguous(), low, size)
+
+
+def _can_win(rows: torch.Tensor, low: float, size: float) -> torch.Tensor:
+    """Which rows can be nearest to some point of each square, bool `[64 * 64, 256]`.
+
+    A row cannot where another one is nearer to every point: the difference of their scores is
+    linear, so its least value in a square is known. Squares are taken a little larger, and rows
+    that lose by next to nothing are kept: floats may choose these.
+    """
+    half_sq = rows.square().sum(-1) / 2
+    margin = 1e-5 * float(rows.abs().max()) ** 2
+    axis = low + (torch.arange(SQUARES, dtype=torch.float64, device="cpu") + 0.5) * size
+    middles = torch.cartesian_prod(axis, axis).flip(-1)
+    reach = size / 2 * 1.001
+    parts = []
+    for middle in middles.split(256):
+        scores = middle @ rows.T - half_sq
+        can_win = torch.ones_like(scores, dtype=torch.bool)
+        for rival in scores.topk(_RIVALS, -1).indices.unbind(-1):
+            ahead = scores.gather(-1, rival.unsqueeze(-1)) - scores
+            can_win &= ahead <= reach * (rows[rival].unsqueeze(1) - rows).abs().sum(-1) + margin
+        parts.append(can_win)
+    return torch.cat(parts)
