@@ -230,21 +230,35 @@ static inline float peak(const float* x, int count) {
   return lane_bits(finite) == (1u << kLanes) - 1 ? max_lane(largest) : __builtin_inff();
 }
 
-// Sums in one order whatever kLanes is.
-static inline float sum_of_16(const float* partial) {
-  float sum = 0.0f;
-  for (int j = 0; j < 16; ++j) sum += partial[j];
-  return sum;
+// 16 partial sums of terms added in turn, and their sum, in one order whatever kLanes is.
+struct Sum16 {
+  vf part[kPerUnit] = {};
+  void add(int i, vf x) { part[i] = part[i] + x; }
+  float total() const {
+    alignas(64) float lanes[16];
+    for (int i = 0; i < kPerUnit; ++i) store(lanes + i * kLanes, part[i]);
+    float sum = 0.0f;
+    for (int j = 0; j < 16; ++j) sum += lanes[j];
+    return sum;
+  }
+};
+
+static inline void divide(float* x, int count, float by) {
+  const vf divisor = splat(by);
+  for (int i = 0; i < count; i += kLanes) store(x + i, load(x + i) / divisor);
 }
 
 // Divides x, of which no square overflows, by its length, which it returns; zeros stay.
 static inline float normalise(float* x, int count) {
-  float partial[16] = {};
-  for (int i = 0; i < count; i += 16) {
-    for (int j = 0; j < 16; ++j) partial[j] += x[i + j] * x[i + j];
+  Sum16 squares;
+  for (int i = 0; i < count; i += kUnit) {
+    for (int c = 0; c < kPerUnit; ++c) {
+      const vf v = load(x + i + c * kLanes);
+      squares.add(c, v * v);
+    }
   }
-  const float length = __builtin_sqrtf(sum_of_16(partial));
-  for (int i = 0; length > 0.0f && i < count; ++i) x[i] = x[i] / length;
+  const float length = __builtin_sqrtf(squares.total());
+  if (length > 0.0f) divide(x, count, length);
   return length;
 }
 
@@ -264,7 +278,7 @@ static inline Magnitude to_direction(const FqCodec& codec, float* x) {
     return {largest < kMinNormal ? 0.0f : largest, 0.0f};
   }
   // Dividing by the largest coordinate first keeps squares of any finite input finite.
-  for (int i = 0; i < head_dim; ++i) x[i] = x[i] / largest;
+  divide(x, head_dim, largest);
   rotate(codec, x, false);
   return {largest, normalise(x, head_dim)};
 }
@@ -312,15 +326,49 @@ static inline void copy_rows(const FqCode& code, const uint32_t* index, int num_
 // <y, v> and |v|^2 of `count` coordinates, a multiple of 16.
 static inline void dot_and_square(const float* y, const float* v, int count, float* dot,
                                   float* square) {
-  float dots[16] = {}, squares[16] = {};
-  for (int i = 0; i < count; i += 16) {
-    for (int j = 0; j < 16; ++j) {
-      dots[j] += y[i + j] * v[i + j];
-      squares[j] += v[i + j] * v[i + j];
+  Sum16 dots, squares;
+  for (int i = 0; i < count; i += kUnit) {
+    for (int c = 0; c < kPerUnit; ++c) {
+      const vf decoded = load(v + i + c * kLanes);
+      dots.add(c, load(y + i + c * kLanes) * decoded);
+      squares.add(c, decoded * decoded);
     }
   }
-  *dot = sum_of_16(dots);
-  *square = sum_of_16(squares);
+  *dot = dots.total();
+  *square = squares.total();
+}
+
+// The same bytes as pack_index of num_subvecs indices, a multiple of 4, of kBits each: an even
+// number, at most 16.
+template <int kBits>
+static inline void pack_fours(const FqCode& code, int num_subvecs, const uint32_t* index,
+                              const uint32_t* patterns, uint8_t* field) {
+  static_assert(kBits % 2 == 0 && kBits <= 16);
+  for (int s = 0; s < num_subvecs; s += 4, field += kBits / 2) {
+    uint64_t word = 0;
+    for (int j = 0; j < 4; ++j) {
+      const uint32_t sign = patterns[s + j] * (uint32_t)code.num_rows;
+      word |= (uint64_t)(sign + index[s + j]) << (kBits * j);
+    }
+    memcpy(field, &word, kBits / 2);  // little-endian, as pages are
+  }
+}
+
+// Packs the indices of one vector into a zeroed field.
+static inline void pack_indices(const FqCode& code, int num_subvecs, const uint32_t* index,
+                                const uint32_t* patterns, uint8_t* field) {
+  if (code.index_bits == 8 && !code.folded) {
+    for (int s = 0; s < num_subvecs; ++s) field[s] = (uint8_t)index[s];
+    return;
+  }
+  if (code.folded && num_subvecs % 4 == 0) {
+    if (code.index_bits == 12) return pack_fours<12>(code, num_subvecs, index, patterns, field);
+    if (code.index_bits == 10) return pack_fours<10>(code, num_subvecs, index, patterns, field);
+  }
+  for (int s = 0; s < num_subvecs; ++s) {
+    const uint32_t sign = code.folded ? patterns[s] * (uint32_t)code.num_rows : 0;
+    pack_index(field, s, code.index_bits, sign + index[s]);
+  }
 }
 
 // Packs the indices of a direction y, folded if the code is, into a zeroed field. Returns the norm.
@@ -329,14 +377,7 @@ static inline uint16_t pack_vector(const FqCodec& codec, const FqCode& code, con
                                    uint8_t* field) {
   if (size.peak == 0.0f || size.peak == __builtin_inff()) return 0;
   const int num_subvecs = codec.head_dim / code.subvec_dim;
-  if (code.index_bits == 8 && !code.folded) {
-    for (int s = 0; s < num_subvecs; ++s) field[s] = (uint8_t)index[s];
-  } else {
-    for (int s = 0; s < num_subvecs; ++s) {
-      const uint32_t sign = code.folded ? patterns[s] * (uint32_t)code.num_rows : 0;
-      pack_index(field, s, code.index_bits, sign + index[s]);
-    }
-  }
+  pack_indices(code, num_subvecs, index, patterns, field);
   // Of the decoded direction v; the signs of a folded code cancel in both.
   alignas(64) float v[kMaxHeadDim];
   copy_rows(code, index, num_subvecs, v);

@@ -2,38 +2,14 @@
 // Encodes new tokens into their slots.
 #pragma once
 
-#include "cpu/codec.h"
-#include "cpu/mapped.h"
-#include "cpu/workspace.h"
+#include "cpu/batch.h"
+#include "cpu/encode_mapped.h"
 #include "page_layout.h"
 
 namespace fq::FQ_ISA {
 
-// Vectors encoded together: many where codewords are in lists, each of which is then read once for
-// all that search it, but no more floats than stay in the L2 cache.
-constexpr int kMaxBatch = 1024, kMaxBatchFloats = 1 << 16;
-
-struct Batch {
-  int count;
-  int64_t token[kMaxBatch];
-  int head[kMaxBatch];
-  uint8_t* record[kMaxBatch];
-  uint16_t norm[2][kMaxBatch];  // of keys, of values
-  Magnitude size[kMaxBatch];
-  float* x;                    // [count, head_dim], scratch
-  uint32_t *index, *patterns;  // [count, num_subvecs], scratch
-};
-
-static inline Batch make_batch(int head_dim, int most) {
-  const int64_t floats = (int64_t)most * head_dim;
-  float* p = static_cast<float*>(thread_scratch((size_t)floats * 12));
-  Batch b;
-  b.count = 0;
-  b.x = p;
-  b.index = reinterpret_cast<uint32_t*>(p + floats);
-  b.patterns = b.index + floats;
-  return b;
-}
+// Threads are woken for no fewer coordinates: to start them takes as long as to encode these.
+constexpr int64_t kMinCoordinates = 1 << 14;
 
 // Encodes b.x. Returns the number of vectors with a NaN or infinity.
 static int64_t encode_vectors(const FqCodec& codec, const FqCode& code, Batch& b, int index_offset,
@@ -66,12 +42,10 @@ static int64_t encode_batch(const FqCodec& codec, const RecordLayout& layout, co
              args.dtype, head_dim, x);
     if (!map) continue;
     subtract_mean(*map, b.head[i], head_dim, map->turn_fine ? args.positions[b.token[i]] : 0, x);
-    if (map->num_coded > 0) {
-      nonfinite += !encode_transformed(*map, b.head[i], head_dim, x,
-                                       b.record[i] + layout.key_index_offset, &b.norm[0][i]);
-    }
   }
-  if (!map || map->num_coded == 0) {
+  if (map && map->num_coded > 0) {
+    nonfinite += encode_transformed(*map, head_dim, layout.key_index_offset, b);
+  } else {
     nonfinite += encode_vectors(codec, codec.key, b, layout.key_index_offset, b.norm[0]);
   }
   for (int i = 0; i < b.count; ++i) {
@@ -98,21 +72,24 @@ static int64_t encode_kv(const FqCodec& codec, const FqPages& pages, const FqEnc
     if (position < 0 || position >= args.key_map->num_positions) return -2;
   }
   const int64_t num_vectors = args.num_tokens * pages.num_kv_heads;
-  const int64_t share = (num_vectors + args.num_threads - 1) / args.num_threads;
+  if (num_vectors == 0) return 0;
   const bool has_lists = codec.key.num_cells > 0 || codec.value.num_cells > 0;
-  const int fit =
-      kMaxBatchFloats / codec.head_dim < kMaxBatch ? kMaxBatchFloats / codec.head_dim : kMaxBatch;
-  const int most = !has_lists ? 1 : (int)(share < fit ? share : fit);
+  const int fit = (has_lists ? kMaxListedFloats : kMaxFloats) / codec.head_dim;
+  const int64_t share = (num_vectors + args.num_threads - 1) / args.num_threads;
+  int most = fit < kMaxBatch ? fit : kMaxBatch;
+  if (share < most) most = (int)share;
   int64_t nonfinite = 0, outside = 0;
 #pragma omp parallel num_threads(args.num_threads) \
-    reduction(+ : nonfinite, outside) if (num_vectors >= 8)
+    reduction(+ : nonfinite, outside) if (num_vectors * codec.head_dim >= kMinCoordinates)
   {
-    Batch batch = make_batch(codec.head_dim, most);
+    Batch batch;
+    set_scratch(batch, codec.head_dim, most);
 #pragma omp for schedule(static)
     for (int64_t first = 0; first < num_vectors; first += most) {
       batch.count = 0;
+      // Head by head: a batch then shares a matrix.
       for (int64_t i = first; i < first + most && i < num_vectors; ++i) {
-        const int64_t token = i / pages.num_kv_heads, head = i % pages.num_kv_heads;
+        const int64_t token = i % args.num_tokens, head = i / args.num_tokens;
         const int64_t slot = args.slot_mapping[token];
         if (slot < 0) continue;
         if (slot >= num_slots) {

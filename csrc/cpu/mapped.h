@@ -152,63 +152,11 @@ static void turning_step(const FqKeyMap& map, int head, const float* weights, co
   if (rows - r == 1) turning_rows<1>(map, pair, coarse, weights, bias, turned, out);
 }
 
-// Codes one run of subvectors y, whose decoded coordinates v gets. Returns their number.
-template <int kDim>
-static inline int encode_run(const FqCode& code, int num_subvecs, const float* y, uint8_t* field,
-                             float* v) {
-  uint32_t index[kMaxHeadDim];
-  nearest_all<kDim>(code, num_subvecs, y, index);
-  for (int s = 0; s < num_subvecs; ++s) field[s] = (uint8_t)index[s];
-  copy_rows<kDim>(code, index, num_subvecs, v);
-  return num_subvecs * kDim;
-}
-
 // Subtracts the mean of a head's keys from x [head_dim].
 static inline void subtract_mean(const FqKeyMap& map, int head, int head_dim, int64_t position,
                                  float* x) {
   subtract(x, map.mean + (int64_t)head * head_dim, head_dim);
   if (map.turn_fine) subtract_turning(map, head, position, x);
-}
-
-// Encodes a key x [head_dim] (overwritten) of one head, without its mean, through the transform
-// into a zeroed index field and a norm. Returns false, storing the zero vector, when x holds a NaN
-// or infinity.
-static inline bool encode_transformed(const FqKeyMap& map, int head, int head_dim, float* x,
-                                      uint8_t* field, uint16_t* norm) {
-  *norm = 0;
-  const float largest = peak(x, head_dim);
-  if (largest == __builtin_inff()) return false;
-  if (largest < kMinNormal) return true;
-  for (int i = 0; i < head_dim; ++i) x[i] = x[i] / largest;
-  alignas(64) float y[kMaxHeadDim];
-  multiply_transposed(matrix_of(map, map.key_matrix_t, head, head_dim), head_dim, map.num_coded, 1,
-                      x, y);
-  const float length = normalise(y, map.num_coded);
-  if (!(length > 0.0f)) return true;
-  for (int i = 0; i < map.num_coded; ++i) y[i] = y[i] * map.source_scale;
-
-  const float* weight = map.weight + (int64_t)head * map.num_coded;
-  const int32_t* count = map.num_subvecs;
-  alignas(64) float v[kMaxHeadDim];
-  int at = encode_run<2>(map.codes[0], count[0], y, field, v);
-  field += count[0];
-  at += encode_run<4>(map.codes[1], count[1], y + at, field, v + at);
-  field += count[1];
-  at += encode_run<8>(map.codes[2], count[2], y + at, field, v + at);
-  for (; at < map.num_coded; ++at) v[at] = 0.0f;
-  float dots[16] = {}, squares[16] = {};
-  for (int i = 0; i < map.num_coded; i += 16) {
-    for (int j = 0; j < 16; ++j) {
-      dots[j] += weight[i + j] * y[i + j] * v[i + j];
-      squares[j] += weight[i + j] * v[i + j] * v[i + j];
-    }
-  }
-  const float dot = sum_of_16(dots), decoded_sq = sum_of_16(squares);
-  // The gain of least weighted error.
-  const float gain = fmax2(dot, 0.0f) / fmax2(decoded_sq, 1e-12f);
-  const float stored = gain * length / map.source_scale * largest;
-  *norm = float_to_half(stored < 65504.0f ? stored : 65504.0f);
-  return true;
 }
 
 template <int kDim>
