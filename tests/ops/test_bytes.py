@@ -35,6 +35,12 @@ extern "C" int run(const uint8_t* in, uint8_t* out) {
   put(complement(mask, a));
   put(look_up(load_table(in + 256), a, has_bits(a, 0x80)));
   put((vb)dot_bytes((vi)c, a, b));
+  put((vb)dot_words((vi)c, (vi)a, (vi)b));
+  put((vb)to_words((vi)a, (vi)b >> 13));
+  put((vb)min_ints((vi)a, (vi)b));
+  put((vb)max_ints((vi)a, (vi)b));
+  for (int n = 0; n < 2; ++n) put((vb)halves_to_floats(a & splat_byte(0xBB), n));  // finite
+  put((vb)load_quads(in + 9, (vi)a & 255));
   memset(out, 0, 64);
   store_low_bytes(out, (vi)a);
   out += 64;
@@ -52,7 +58,7 @@ extern "C" int run(const uint8_t* in, uint8_t* out) {
 INSTRUCTIONS = (
     "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mavx512vnni -mfma -mf16c -mbmi2"
 )
-OUTPUTS = 73
+OUTPUTS = 80
 
 
 def build(folder: Path, name: str, *flags: str) -> ctypes.CDLL:

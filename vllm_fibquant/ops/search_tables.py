@@ -27,8 +27,8 @@ class Scan:
     """Rows as integers whose products with 16-bit integers y / step are scores.
 
     Attributes:
-        table: int32 `[256, 1 + subvec_dim / 2]`: 255 - row - 256 * |c|^2 / 2, then coordinates times
-            256, two in a word. A score's low byte so says whose it is.
+        table: int32 `[256, 1 + subvec_dim / 2]`: 255 - row - 256 * |c|^2 / 2, then coordinates
+            times 256, two in a word. A score's low byte so says whose it is.
         step: of a subvector's coordinates.
         most: the largest integer that a coordinate may be.
         margin: two scores that differ by more are in the order of the rows' true scores.
@@ -65,7 +65,9 @@ def make_scan(book: Codebook) -> Scan | None:
     spec = book.spec
     if spec.num_rows != NUM_ROWS or spec.storage != "int8" or spec.subvec_dim not in (4, 8):
         return None
-    words = book.table.double()  # [256, subvec_dim]; the half of folded books moves all scores alike
+    words = (
+        book.table.double()
+    )  # [256, subvec_dim]; the half of folded books moves all scores alike
     half_sq = book.rows.double().square().sum(-1) / 2
     # |y c| + |c|^2 / 2 stays below 3/2 of its bound, and 256 times that in an int32.
     most = (2**31 - 1) // 256 // (128 * spec.subvec_dim * 3 // 2)
@@ -96,7 +98,9 @@ def make_squares(book: Codebook) -> Squares | None:
     rows = order.gather(-1, torch.minimum(slot, count - 1))
     rows = rows.masked_fill(count > CANDIDATES, NUM_ROWS - 1)
     minus_half_sq = -(book.rows.square().sum(-1) / 2)
-    planes = torch.cat((book.table.view(torch.uint8), minus_half_sq.unsqueeze(-1).view(torch.uint8)), 1)
+    planes = torch.cat(
+        (book.table.view(torch.uint8), minus_half_sq.unsqueeze(-1).view(torch.uint8)), 1
+    )
     return Squares(rows.to(torch.uint8), planes.T.contiguous(), low, size)
 
 

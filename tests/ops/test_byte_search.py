@@ -1,0 +1,158 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Searches with vectors of bytes store the bytes that a comparison of all rows in floats does."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from weakref import WeakKeyDictionary
+
+import pytest
+import torch
+
+from tests.keys.test_key_map import make_map
+from tests.ops.test_lanes import build_portable
+from vllm_fibquant import ops
+from vllm_fibquant.codec.codebook import load_codebook, make_codebook
+from vllm_fibquant.codec.codec import KVCodec
+from vllm_fibquant.codec.config import PRESETS, CodeSpec
+from vllm_fibquant.codec.search import nearest_rows
+from vllm_fibquant.ops import native
+from vllm_fibquant.ops.search_tables import SQUARES, Scan, make_scan, make_squares
+
+PAIRS = [CodeSpec(2, 256, storage="float16"), CodeSpec(2, 1024, folded=True, storage="float16")]
+LONGER = [CodeSpec(4, 256), CodeSpec(4, 4096, folded=True), CodeSpec(8, 256)]
+NAMES = ["fibquant_k5v3", "fibquant_4bit", "fibquant_3bit", "fibquant_2bit", "fibquant_1bit"]
+
+
+def vectors(num_tokens: int, head_dim: int) -> torch.Tensor:
+    """Like those of models: some channels large, lengths of all kinds, some sparse, some of equal
+    coordinates, whose subvectors lie between codewords."""
+    generator = torch.Generator().manual_seed(head_dim)
+    x = torch.randn(num_tokens, 2, head_dim, generator=generator)
+    x *= torch.randn(2, head_dim, generator=generator).exp()
+    x *= (2 * torch.randn(num_tokens, 2, 1, generator=generator)).exp()
+    kind = torch.rand(num_tokens, 2, 1, generator=generator)
+    sparse = x * (torch.rand(x.shape, generator=generator) < 0.03)
+    x = torch.where(kind < 0.1, sparse, x)
+    return torch.where(kind > 0.9, x.sign(), x)
+
+
+def encoded(name: str, head_dim: int, num_tokens: int, transform: bool = False) -> torch.Tensor:
+    """The pages of `vectors`, encoded at once and one by one."""
+    codec = KVCodec.from_preset(PRESETS[name], head_dim)
+    key_map = None
+    if transform:
+        key_map = make_map(head_dim, index_bytes=codec.layout.key_index_bytes)
+    x = vectors(num_tokens, head_dim)
+    cache = torch.zeros(2, 2, num_tokens, codec.layout.record_bytes, dtype=torch.uint8)
+    slots = torch.arange(2 * num_tokens)
+    ops.encode_kv(x, x.flip(0), cache, slots[:num_tokens], codec, key_map)
+    for i in range(num_tokens):
+        one = slice(i, i + 1)
+        ops.encode_kv(x[one], x.flip(0)[one], cache, slots[num_tokens:][one], codec, key_map)
+    assert torch.equal(cache[0], cache[1])
+    return cache[0]
+
+
+CASES = [
+    *((name, head_dim, False) for name in NAMES for head_dim in (64, 80, 128)),
+    *((f"fibquant_{bits}bit", head_dim, True) for bits in (2, 3, 4) for head_dim in (64, 128)),
+]
+
+
+@pytest.mark.parametrize(("name", "head_dim", "transform"), CASES)
+def test_bytes_store_what_floats_store(name: str, head_dim: int, transform: bool) -> None:
+    try:
+        native.select_isa("avx512-vnni")
+    except ValueError:
+        pytest.skip("this CPU does not have AVX-512 VBMI and VNNI")
+    try:
+        got = encoded(name, head_dim, 400, transform)
+        native.select_isa("avx512")
+        assert torch.equal(got, encoded(name, head_dim, 400, transform))
+    finally:
+        native.select_isa(None)
+
+
+@pytest.mark.long  # compiles the library twice
+def test_their_model_stores_what_floats_store(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = []
+    for folder, flags in (("floats", []), ("bytes", ["-DFQ_BYTE_MODEL"])):
+        (tmp_path / folder).mkdir()
+        library = build_portable(tmp_path / folder, 16, *flags)
+        monkeypatch.setattr(native, "LIBRARY_PATH", library)
+        native.library.cache_clear()
+        native.select_isa("portable")
+        results.append([encoded(name, d, 60, transform) for name, d, transform in CASES])
+    monkeypatch.undo()
+    native.library.cache_clear()
+    for case, floats, bytes_ in zip(CASES, *results, strict=True):
+        assert torch.equal(floats, bytes_), case
+
+
+def test_a_scan_without_its_margin_errs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The vectors above do come near enough to ties for the margin to matter."""
+    try:
+        native.select_isa("avx512-vnni")
+    except ValueError:
+        pytest.skip("this CPU does not have AVX-512 VBMI and VNNI")
+    finally:
+        native.select_isa(None)
+    expected = encoded("fibquant_2bit", 64, 400)
+
+    def without(book) -> Scan | None:
+        scan = make_scan(book)
+        return None if scan is None else replace(scan, margin=-1)
+
+    monkeypatch.setattr(native, "make_scan", without)
+    monkeypatch.setattr(native, "_codecs", WeakKeyDictionary())  # made anew
+    assert not torch.equal(expected, encoded("fibquant_2bit", 64, 400))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("spec", PAIRS, ids=lambda s: s.name)
+def test_a_square_lists_the_rows_that_win_in_it(spec: CodeSpec, head_dim: int) -> None:
+    book = load_codebook(spec, head_dim)
+    squares = make_squares(book)
+    assert squares is not None
+    generator = torch.Generator().manual_seed(0)
+    inside = squares.low + torch.rand(200_000, 2, generator=generator) * squares.size * SQUARES
+    column, line = ((inside - squares.low) / squares.size).long().clamp(max=SQUARES - 1).unbind(-1)
+    listed = squares.rows[column + SQUARES * line].long()
+    is_full = (listed == 255).all(-1)
+    assert is_full.float().mean() < 0.15  # they lie where few vectors do
+    wins = nearest_rows(inside, book.rows)
+    assert (is_full | (listed == wins.unsqueeze(-1)).any(-1)).all()
+    assert (listed.diff(dim=-1) >= 0).all()
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("spec", LONGER, ids=lambda s: s.name)
+def test_scores_beyond_the_margin_are_in_order(spec: CodeSpec, head_dim: int) -> None:
+    book = load_codebook(spec, head_dim)
+    scan = make_scan(book)
+    assert scan is not None
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randn(20_000, spec.subvec_dim, generator=generator) / head_dim**0.5
+    y = y.abs() if spec.folded else y
+    words = (y / scan.step).round()
+    y, words = (x[words.abs().amax(-1) <= scan.most].double() for x in (y, words))
+    assert len(y) > 18_000
+    packed = scan.table[:, 1:].long()
+    low = (packed & 0xFFFF) - ((packed & 0x8000) << 1)
+    rows = torch.stack((low, packed >> 16), -1).flatten(1)
+    scores = words @ rows.double().T + scan.table[:, 0]
+    assert scores.abs().max() < 2**31
+    order = scores.topk(2, -1)
+    clear = order.values[:, 0] - order.values[:, 1] > scan.margin
+    assert 0.85 < clear.double().mean() < 1
+    exact = y @ book.rows.double().T - book.rows.double().square().sum(-1) / 2
+    assert torch.equal(exact.argmax(-1)[clear], order.indices[:, 0][clear])
+    assert torch.equal(255 - (order.values[:, 0].long() & 255), order.indices[:, 0])
+
+
+def test_books_without_tables() -> None:
+    for spec in (CodeSpec(2, 64), CodeSpec(16, 32), CodeSpec(4, 64)):
+        rows = torch.randint(-127, 128, (spec.num_rows, spec.subvec_dim)).to(torch.int8)
+        book, _ = make_codebook(spec, 64, rows.numpy(), 1 / 512, {})
+        assert make_scan(book) is None and make_squares(book) is None
