@@ -16,7 +16,7 @@ from vllm_fibquant.codec.codebook import load_codebook, make_codebook
 from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.codec.config import PRESETS, CodeSpec
 from vllm_fibquant.codec.search import nearest_rows
-from vllm_fibquant.ops import native
+from vllm_fibquant.ops import cpu, cpu_tables
 from vllm_fibquant.ops.search_tables import SQUARES, Scan, make_scan, make_squares
 
 PAIRS = [CodeSpec(2, 256, storage="float16"), CodeSpec(2, 1024, folded=True, storage="float16")]
@@ -45,11 +45,11 @@ def encoded(name: str, head_dim: int, num_tokens: int, transform: bool = False) 
         key_map = make_map(head_dim, index_bytes=codec.layout.key_index_bytes)
     x = vectors(num_tokens, head_dim)
     cache = torch.zeros(2, 2, num_tokens, codec.layout.record_bytes, dtype=torch.uint8)
-    slots = torch.arange(2 * num_tokens)
-    ops.encode_kv(x, x.flip(0), cache, slots[:num_tokens], codec, key_map)
+    pages, slots = ops.pages_of(cache, codec, key_map), torch.arange(2 * num_tokens)
+    ops.encode_kv(x, x.flip(0), slots[:num_tokens], pages)
     for i in range(num_tokens):
         one = slice(i, i + 1)
-        ops.encode_kv(x[one], x.flip(0)[one], cache, slots[num_tokens:][one], codec, key_map)
+        ops.encode_kv(x[one], x.flip(0)[one], slots[num_tokens:][one], pages)
     assert torch.equal(cache[0], cache[1])
     return cache[0]
 
@@ -63,15 +63,15 @@ CASES = [
 @pytest.mark.parametrize(("name", "head_dim", "transform"), CASES)
 def test_bytes_store_what_floats_store(name: str, head_dim: int, transform: bool) -> None:
     try:
-        native.select_isa("avx512-vnni")
+        cpu.select_isa("avx512-vnni")
     except ValueError:
         pytest.skip("this CPU does not have AVX-512 VBMI and VNNI")
     try:
         got = encoded(name, head_dim, 400, transform)
-        native.select_isa("avx512")
+        cpu.select_isa("avx512")
         assert torch.equal(got, encoded(name, head_dim, 400, transform))
     finally:
-        native.select_isa(None)
+        cpu.select_isa(None)
 
 
 @pytest.mark.long  # compiles the library twice
@@ -80,12 +80,12 @@ def test_their_model_stores_what_floats_store(tmp_path, monkeypatch: pytest.Monk
     for folder, flags in (("floats", []), ("bytes", ["-DFQ_BYTE_MODEL"])):
         (tmp_path / folder).mkdir()
         library = build_portable(tmp_path / folder, 16, *flags)
-        monkeypatch.setattr(native, "LIBRARY_PATH", library)
-        native.library.cache_clear()
-        native.select_isa("portable")
+        monkeypatch.setattr(cpu, "LIBRARY_PATH", library)
+        cpu.library.cache_clear()
+        cpu.select_isa("portable")
         results.append([encoded(name, d, 60, transform) for name, d, transform in CASES])
     monkeypatch.undo()
-    native.library.cache_clear()
+    cpu.library.cache_clear()
     for case, floats, bytes_ in zip(CASES, *results, strict=True):
         assert torch.equal(floats, bytes_), case
 
@@ -93,19 +93,19 @@ def test_their_model_stores_what_floats_store(tmp_path, monkeypatch: pytest.Monk
 def test_a_scan_without_its_margin_errs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The vectors above do come near enough to ties for the margin to matter."""
     try:
-        native.select_isa("avx512-vnni")
+        cpu.select_isa("avx512-vnni")
     except ValueError:
         pytest.skip("this CPU does not have AVX-512 VBMI and VNNI")
     finally:
-        native.select_isa(None)
+        cpu.select_isa(None)
     expected = encoded("fibquant_2bit", 64, 400)
 
     def without(book) -> Scan | None:
         scan = make_scan(book)
         return None if scan is None else replace(scan, margin=-1)
 
-    monkeypatch.setattr(native, "make_scan", without)
-    monkeypatch.setattr(native, "_codecs", WeakKeyDictionary())  # made anew
+    monkeypatch.setattr(cpu_tables, "make_scan", without)
+    monkeypatch.setattr(cpu_tables, "_codecs", WeakKeyDictionary())  # made anew
     assert not torch.equal(expected, encoded("fibquant_2bit", 64, 400))
 
 
