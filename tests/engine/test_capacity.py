@@ -9,35 +9,41 @@ from vllm_fibquant.cli import plan
 from vllm_fibquant.cli.shape import load_shape
 from vllm_fibquant.codec.config import PRESETS
 from vllm_fibquant.engine import capacity, compat_pages
+from vllm_fibquant.engine.planned import planned
 
-from .harness import engine, generate, varied_prompts
-from .models import VOCAB_SIZE, make_model
+from .architectures import FAMILIES, HYBRIDS, VOCAB_SIZE
+from .harness import DEFAULTS, engine, generate, varied_prompts
+from .models import make_model
 
 CONTEXT = 500
 BATCHED_TOKENS = 512
 CACHE_BYTES = 64 << 20
 
 
+def engines_cache(llm) -> tuple[int, int, float]:
+    """Blocks, tokens and concurrent requests of an engine's cache."""
+    cache = llm.llm_engine.vllm_config.cache_config
+    return cache.num_gpu_blocks, cache.kv_cache_size_tokens, cache.kv_cache_max_concurrency
+
+
+def by_name(capacities) -> dict[str, tuple[int, int, float]]:
+    """The same of a plan, by cache dtype as vLLM calls it."""
+    found = {c.kv_cache_dtype: (c.num_blocks, c.num_tokens, c.max_concurrency) for c in capacities}
+    return {**found, "auto": found["bf16"]}
+
+
 @pytest.mark.parametrize(
     "shape, kv_cache_dtype, skip_layers",
     [
-        ("llama", "fibquant_2bit", ()),
         ("llama", "fibquant_1bit", ("1",)),
         ("gemma3", "auto", ()),
         ("gemma3", "fibquant", ()),
         ("gemma3", "fibquant_2bit", ("0",)),
         ("gemma3", "fibquant_2bit", ("sliding_window",)),
-        ("gemma2", "fibquant_1bit", ()),
-        ("gemma4", "auto", ()),
         ("gemma4", "fibquant_2bit", ()),
         ("gemma4-112", "fibquant_2bit", ()),
-        ("gpt-oss", "fibquant_2bit", ()),
-        ("granite", "fibquant", ()),
         ("mistral", "fibquant_2bit", ()),
-        ("olmo2", "fibquant_4bit", ()),
-        ("qwen2", "fibquant_2bit", ()),
         ("qwen3", "fibquant_k4v2", ()),
-        ("qwen3-moe", "fibquant_3bit", ()),
     ],
 )
 def test_plan_is_the_engines_capacity(model_folder, shape, kv_cache_dtype, skip_layers):
@@ -53,27 +59,99 @@ def test_plan_is_the_engines_capacity(model_folder, shape, kv_cache_dtype, skip_
         **settings,
     ) as llm:
         fits = capacity.what_fits(llm.llm_engine.vllm_config, CACHE_BYTES)
-        cache = llm.llm_engine.vllm_config.cache_config
-        found = (cache.num_gpu_blocks, cache.kv_cache_size_tokens, cache.kv_cache_max_concurrency)
-    capacities = plan.plan_capacities(
-        load_shape(model),
-        cache.kv_cache_memory_bytes,
+        found = engines_cache(llm)
+    _, _, capacities = plan.plan_model(
+        model,
+        CACHE_BYTES,
         CONTEXT,
+        options={"mode": "exact"},
         block_size=64,
         skip_layers=skip_layers,
         batched_tokens=BATCHED_TOKENS,
     )
-    name = "bf16" if kv_cache_dtype == "auto" else kv_cache_dtype
-    planned = next(c for c in capacities if c.kv_cache_dtype == name)
-    assert found == (planned.num_blocks, planned.num_tokens, planned.max_concurrency)
+    expected = by_name(capacities)
+    assert found == expected[kv_cache_dtype]
     # What a server says of itself, beside 16 bits and every other preset.
-    assert fits["stored"].num_tokens == planned.num_tokens
+    assert fits["stored"].num_tokens == found[1]
     if not skip_layers:
-        expected = {c.kv_cache_dtype: c.num_tokens for c in capacities}
-        assert fits["16bit"].num_tokens == expected["bf16"]
+        assert fits["16bit"].num_tokens == expected["auto"][1]
         if kv_cache_dtype != "auto":
             told = {n: fit.num_tokens for n, fit in fits.items() if n in PRESETS}
-            assert told == {n: expected[n] for n in PRESETS if n in expected}
+            assert told == {n: expected[n][1] for n in PRESETS if n in expected}
+
+
+@pytest.mark.parametrize("shape", FAMILIES)
+def test_plan_is_what_vllm_makes_of_the_layers(model_folder, shape):
+    """Every family, in vLLM's own layers without weights, which the next test compares with
+    engines: the plan's arithmetic reads the same from the configuration."""
+    model = make_model(shape, model_folder)
+    _, _, capacities = plan.plan_model(model, CACHE_BYTES, CONTEXT, max_num_seqs=8)
+    expected = by_name(capacities)
+    for name in ("auto", "fibquant_2bit", "fibquant_k4v2"):
+        made = planned(
+            model,
+            name,
+            CACHE_BYTES,
+            max_model_len=CONTEXT,
+            block_size=plan.DEFAULT_BLOCK_SIZE,
+            max_num_batched_tokens=plan.DEFAULT_BATCHED_TOKENS,
+            max_num_seqs=8,
+        )
+        num_tokens = int(made.max_concurrency * CONTEXT)
+        assert (made.num_blocks, num_tokens, made.max_concurrency) == expected[name], name
+
+
+QUICK_HYBRIDS = {"lfm2", "qwen3-next"}
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [h if h in QUICK_HYBRIDS else pytest.param(h, marks=pytest.mark.slow) for h in HYBRIDS],
+)
+def test_plan_beside_layers_that_keep_a_state(model_folder, shape):
+    """There the size of a block follows from that of a state: vLLM is asked."""
+    model = make_model(shape, model_folder)
+    kv_cache_dtypes = ("fibquant_2bit",) if shape in QUICK_HYBRIDS else ("auto", "fibquant_4bit")
+    found = {}
+    for name in kv_cache_dtypes:
+        with engine(
+            model,
+            name,
+            fibquant=DEFAULTS,
+            dtype="bfloat16",
+            max_model_len=CONTEXT,
+            max_num_batched_tokens=BATCHED_TOKENS,
+            enable_prefix_caching=None,
+        ) as llm:
+            found[name] = engines_cache(llm)
+            generate(llm, varied_prompts(2, VOCAB_SIZE), 2)
+    planned_shape, _, capacities = plan.plan_model(
+        model,
+        CACHE_BYTES,
+        CONTEXT,
+        block_size=32,
+        batched_tokens=BATCHED_TOKENS,
+        max_num_seqs=8,
+    )
+    assert planned_shape.num_states > 0
+    expected = by_name(capacities)
+    assert found == {name: expected[name] for name in kv_cache_dtypes}
+    told = plan.render(planned_shape, CACHE_BYTES, CONTEXT, capacities)
+    assert f"beside {planned_shape.num_states} that keep a state" in told
+
+
+@pytest.mark.parametrize(
+    "settings, reason",
+    [
+        ({"options": {"layers": {"1": "fibquant_4bit"}}}, "layers must all be attention"),
+        ({"tensor_parallel_size": 2}, "--tensor-parallel-size must be 1"),
+        ({"context": 10**6}, "max_model_len"),
+    ],
+)
+def test_plan_refuses_models_with_states_as_the_engine_does(model_folder, settings, reason):
+    model = make_model("lfm2", model_folder)
+    with pytest.raises(ValueError, match=reason):
+        plan.plan_model(model, CACHE_BYTES, **{"context": CONTEXT, **settings})
 
 
 @pytest.mark.parametrize(("shape", "share"), [("gemma4", 0.3), ("gemma4-112", 0.3)])

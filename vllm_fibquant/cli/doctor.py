@@ -11,7 +11,6 @@ from typing import Any
 
 from vllm_fibquant import files
 from vllm_fibquant.cli import info, plan, serve
-from vllm_fibquant.cli.shape import load_shape
 from vllm_fibquant.options import Options
 
 SHOWN = ("bf16", "fp8")
@@ -59,11 +58,9 @@ def examine(
     report["memory_bytes"] = memory_bytes
     report["capacity"], report["no_capacity"] = None, None
     try:
-        shape = load_shape(model)
-        report["context"] = context or shape.max_context
-        num_copies = (report["options"] or {}).get("num_copies", 0)
-        capacities = plan.plan_capacities(
-            shape, memory_bytes, report["context"], num_copies=num_copies
+        mode = "quality" if (report["options"] or {}).get("num_copies") else "exact"
+        _, report["context"], capacities = plan.plan_model(
+            model, memory_bytes, context, options={"mode": mode}
         )
         report["capacity"] = [
             {**asdict(c), "num_users": c.num_users}
@@ -92,7 +89,7 @@ def _asked_of_vllm(model: str, kv_cache_dtype: str) -> dict[str, Any]:
             model=model, kv_cache_dtype=kv_cache_dtype, skip_tokenizer_init=True
         ).create_engine_config()
     except (ValueError, OSError, RuntimeError) as error:
-        return {"refused": _reasons(str(error)), "without": [], "options": None}
+        return {"refused": support.reasons(str(error)), "without": [], "options": None}
     return {
         "refused": [],
         "without": list(support.told_defaults(config)),
@@ -107,15 +104,6 @@ def _options(options: Options) -> dict[str, Any]:
         "num_copies": options.num_copies,
         "calibrate": options.calibrate,
     }
-
-
-def _reasons(text: str) -> list[str]:
-    """The reasons in a refusal, without what pydantic puts around them."""
-    text = re.sub(r" \[type=value_error.*", "", text, flags=re.DOTALL)
-    _, is_ours, reasons = text.partition("cannot be used here:")
-    if not is_ours:
-        return [text.strip()]
-    return [reason.strip() for reason in reasons.split("\n  - ") if reason.strip()]
 
 
 def render(report: dict[str, Any]) -> str:

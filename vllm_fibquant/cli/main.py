@@ -179,25 +179,21 @@ def run_info(options: argparse.Namespace) -> int:
 
 def run_plan(options: argparse.Namespace) -> int:
     from vllm_fibquant.cli import plan
-    from vllm_fibquant.cli.shape import load_shape
-    from vllm_fibquant.options import parse_layers, parse_options
 
-    layers = dict(text.partition("=")[::2] for text in options.layers)
-    mode = {"fibquant": {"mode": options.mode}}
     memory = plan.parse_size(options.memory)
-    shape = load_shape(options.model)
-    context = plan.parse_tokens(options.context) if options.context else shape.max_context
-    capacities = plan.plan_capacities(
-        shape,
+    asked = {"mode": options.mode}
+    if options.layers:
+        asked["layers"] = dict(text.partition("=")[::2] for text in options.layers)
+    shape, context, capacities = plan.plan_model(
+        options.model,
         memory,
-        context,
+        plan.parse_tokens(options.context) if options.context else None,
+        options=asked,
         block_size=options.block_size,
         tensor_parallel_size=options.tensor_parallel_size,
         skip_layers=tuple(options.kv_cache_dtype_skip_layers),
         batched_tokens=options.max_num_batched_tokens,
-        num_copies=parse_options("fibquant", mode).num_copies,
         max_num_seqs=options.max_num_seqs,
-        layer_presets=parse_layers(layers),
     )
     if options.json:
         print(json.dumps(plan.as_json(shape, memory, context, capacities), indent=2))

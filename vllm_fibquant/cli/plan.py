@@ -14,10 +14,17 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from vllm_fibquant.cli.shape import ModelShape
+from vllm_fibquant.cli.shape import (
+    ModelShape,
+    keeps_states,
+    max_context,
+    read_config,
+    shape_of,
+)
 from vllm_fibquant.codec.config import PRESETS
 from vllm_fibquant.codec.layout import fit_pages, preset_layout
 from vllm_fibquant.engine.copies import num_copy_rows
+from vllm_fibquant.options import SECTION, parse_layers, parse_options
 
 DENSE_BYTES = {"bf16": 2, "fp8": 1}
 """Bytes of one stored coordinate of the uncompressed caches."""
@@ -96,6 +103,68 @@ def parse_tokens(text: str) -> int:
     return num_tokens
 
 
+def plan_model(
+    model: str,
+    memory_bytes: int,
+    context: int | None = None,
+    *,
+    options: dict[str, Any] | None = None,
+    block_size: int = DEFAULT_BLOCK_SIZE,
+    tensor_parallel_size: int = 1,
+    skip_layers: tuple[str, ...] = (),
+    batched_tokens: int = DEFAULT_BATCHED_TOKENS,
+    max_num_seqs: int = DEFAULT_NUM_SEQS,
+) -> tuple[ModelShape, int, list[Capacity]]:
+    """A model's shape, tokens of a request, and what fits: see `plan_capacities`.
+
+    Args:
+        model: directory with a config.json, or a Hugging Face name.
+        context: None for the model's maximum.
+        options: as under additional_config["fibquant"]: mode and layers decide what fits.
+
+    Raises:
+        ValueError: the model cannot be read, or is refused.
+    """
+    options = options or {}
+    config = read_config(model)
+    context = context or max_context(config)
+    if keeps_states(config):
+        from vllm_fibquant.cli.plan_states import plan_states
+
+        if tensor_parallel_size != 1:
+            raise ValueError(
+                f"plan: --tensor-parallel-size must be 1 for models with layers beside attention, "
+                f"got {tensor_parallel_size}; a start's own log has the numbers"
+            )
+        shape, capacities = plan_states(
+            model,
+            max_context(config),
+            memory_bytes,
+            context,
+            options,
+            block_size=block_size,
+            kv_cache_dtype_skip_layers=list(skip_layers),
+            max_num_batched_tokens=batched_tokens,
+            max_num_seqs=max_num_seqs,
+        )
+        return shape, context, capacities
+    shape = shape_of(model, config)
+    modes = {name: value for name, value in options.items() if name != "layers"}
+    capacities = plan_capacities(
+        shape,
+        memory_bytes,
+        context,
+        block_size=block_size,
+        tensor_parallel_size=tensor_parallel_size,
+        skip_layers=skip_layers,
+        batched_tokens=batched_tokens,
+        num_copies=parse_options("fibquant", {SECTION: modes}).num_copies,
+        max_num_seqs=max_num_seqs,
+        layer_presets=parse_layers(options.get("layers")),
+    )
+    return shape, context, capacities
+
+
 def plan_capacities(
     shape: ModelShape,
     memory_bytes: int,
@@ -172,8 +241,9 @@ def plan_capacities(
             Capacity(
                 kv_cache_dtype=name,
                 bytes_per_token=sum(layer.token_bytes for layer in layers),
-                effective_rate=8 * stored / sum(x.num_coordinates for x in coded or layers)
-                + 8 * DENSE_BYTES["bf16"] * min(copied, context) / context,
+                effective_rate=effective_rate(
+                    stored, sum(x.num_coordinates for x in coded or layers), copied, context
+                ),
                 num_blocks=num_blocks,
                 num_tokens=int(max_concurrency * context),
                 max_concurrency=max_concurrency,
@@ -181,6 +251,19 @@ def plan_capacities(
             )
         )
     return capacities
+
+
+def effective_rate(stored_bytes: int, num_coordinates: int, num_copies: int, context: int) -> float:
+    """Stored bits per coordinate of a request, copies in 16 bits included.
+
+    Args:
+        stored_bytes: of one token.
+        num_coordinates: of one token's keys and values.
+        num_copies: tokens of a request that are also kept in 16 bits, at most.
+        context: tokens of the request.
+    """
+    copied = min(num_copies, context) / context
+    return 8 * stored_bytes / num_coordinates + 8 * DENSE_BYTES["bf16"] * copied
 
 
 def _check_layer_presets(
@@ -326,6 +409,8 @@ def render(shape: ModelShape, memory_bytes: int, context: int, capacities: list[
     """The plan as a table for people."""
     num_sliding = sum(window > 0 for window in shape.windows)
     sliding = f", {num_sliding} of them sliding-window" if num_sliding else ""
+    if shape.num_states:
+        sliding += f", beside {shape.num_states} that keep a state"
     others = " and ".join(map(str, shape.head_dims))
     lines = [
         f"{shape.name}: {len(shape.windows)} layers{sliding}, "

@@ -9,6 +9,10 @@ from typing import Any
 DEFAULT_CONTEXT = 2048
 """Tokens of a request to a model that names no maximum."""
 
+STATE_LAYERS = {"mamba", "linear_attention", "conv"}
+STATE_FIELDS = ("mamba_", "n_mamba", "linear_", "ssm_", "conv_L_cache")
+"""What configurations of models with such layers have, by beginnings of names."""
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -17,6 +21,7 @@ class ModelShape:
     Attributes:
         windows: per layer that has a cache of its own, its sliding window, or 0 for full attention.
         heads: per layer its KV heads and head_dim, where they differ; else empty.
+        num_states: layers that keep a state of one size beside these.
     """
 
     name: str
@@ -25,6 +30,7 @@ class ModelShape:
     windows: tuple[int, ...]
     max_context: int
     heads: tuple[tuple[int, int], ...] = ()
+    num_states: int = 0
 
     def layer_heads(self, index: int) -> tuple[int, int]:
         """KV heads and head_dim of a layer."""
@@ -36,11 +42,11 @@ class ModelShape:
         return tuple(sorted({self.layer_heads(i)[1] for i in range(len(self.windows))}))
 
 
-def load_shape(model: str) -> ModelShape:
-    """The shape of a model, from its directory or Hugging Face name.
+def read_config(model: str) -> dict[str, Any]:
+    """A model's configuration, from its directory or Hugging Face name: that of its text.
 
     Raises:
-        ValueError: it cannot be read, or its cache is of a kind that is not served.
+        ValueError: it cannot be read.
     """
     try:
         from transformers import AutoConfig
@@ -53,7 +59,27 @@ def load_shape(model: str) -> ModelShape:
             f"plan: model must be a directory with a config.json or a name that can be fetched, "
             f"got {model!r}; transformers says: {error}"
         ) from error
-    return shape_of(model, config)
+    return config.get("text_config") or config
+
+
+def max_context(config: dict[str, Any]) -> int:
+    """Tokens of a request that a model allows."""
+    return config.get("max_position_embeddings") or DEFAULT_CONTEXT
+
+
+def keeps_states(config: dict[str, Any]) -> bool:
+    """Whether layers of a model keep a state of one size: Mamba, linear attention, convolutions."""
+    kinds = set(config.get("layer_types") or ())
+    return bool(kinds & STATE_LAYERS) or any(name.startswith(STATE_FIELDS) for name in config)
+
+
+def load_shape(model: str) -> ModelShape:
+    """The shape of a model whose layers are all attention.
+
+    Raises:
+        ValueError: it cannot be read, or its cache is of a kind that is not served.
+    """
+    return shape_of(model, read_config(model))
 
 
 def shape_of(name: str, config: dict[str, Any]) -> ModelShape:
@@ -63,17 +89,15 @@ def shape_of(name: str, config: dict[str, Any]) -> ModelShape:
         ValueError: naming what is missing or not served.
     """
     config = config.get("text_config") or config
-    other = "vllm-fibquant serves standard attention only; use --kv-cache-dtype auto"
-    if config.get("kv_lora_rank"):
+    if keeps_states(config):
         raise ValueError(
-            f"plan: {name} must not use multi-head latent attention (MLA), "
-            f"got kv_lora_rank {config['kv_lora_rank']}; {other}"
+            f"plan: layers of {name} must all be attention, got some that keep a state; install "
+            "vLLM, which knows how large it is"
         )
-    if num_shared := config.get("num_kv_shared_layers"):
-        raise ValueError(
-            f"plan: layers of {name} must each have a KV cache, got {num_shared} "
-            f"that share another's; {other}"
-        )
+    other = "use --kv-cache-dtype auto"
+    refused = [told for told in _refusals(config) if told]
+    if refused:
+        raise ValueError(f"plan: {name} must be a model that is served; {refused[0]}; {other}")
     needed = ("num_hidden_layers", "num_attention_heads", "hidden_size")
     missing = [field for field in needed if not config.get(field)]
     if missing:
@@ -102,9 +126,28 @@ def shape_of(name: str, config: dict[str, Any]) -> ModelShape:
         head_dim=config.get("head_dim") or config["hidden_size"] // num_q_heads,
         num_kv_heads=config.get("num_key_value_heads") or num_q_heads,
         windows=tuple(windows[:num_layers]),
-        max_context=config.get("max_position_embeddings") or DEFAULT_CONTEXT,
+        max_context=max_context(config),
         heads=_layer_heads(config, windows),
     )
+
+
+def _refusals(config: dict[str, Any]) -> list[str | bool]:
+    """What the engine refuses, as far as a configuration shows it."""
+    head_dim, value_dim = config.get("head_dim"), config.get("v_head_dim")
+    num_shared, chunk = config.get("num_kv_shared_layers"), config.get("attention_chunk_size")
+    return [
+        bool(config.get("kv_lora_rank"))
+        and "its cache must be keys and values, got multi-head latent attention (MLA)",
+        bool(num_shared)
+        and f"its layers must each have a KV cache, got {num_shared} that share another's",
+        bool(head_dim and value_dim and head_dim != value_dim)
+        and f"its values must be as long as its keys, got {value_dim} and {head_dim}",
+        bool(chunk) and f"attention must be full or sliding-window, got chunks of {chunk} tokens",
+        bool(config.get("is_encoder_decoder"))
+        and "it must be decoder-only, got an encoder-decoder model",
+        bool(config.get("alibi") or config.get("model_type") == "bloom")
+        and "positions must be in the keys (such as RoPE), got ALiBi",
+    ]
 
 
 def _layer_heads(config: dict[str, Any], windows: list[int]) -> tuple[tuple[int, int], ...]:

@@ -75,8 +75,9 @@ def _fitted(vllm_config: VllmConfig, specs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _fit(vllm_config: VllmConfig, specs: dict[str, Any], memory_bytes: int) -> Fit:
-    num_tokens, allocated, used = compat_pages.allocate(vllm_config, specs, memory_bytes)
-    return Fit(num_tokens, 1 - used / allocated)
+    found = compat_pages.allocate(vllm_config, specs, memory_bytes)
+    num_tokens = int(found.max_concurrency * vllm_config.model_config.max_model_len)
+    return Fit(num_tokens, 1 - found.used_bytes / found.request_bytes)
 
 
 def padding_advice(fits: dict[str, Fit], preset_name: str) -> str | None:

@@ -103,9 +103,23 @@ def plain_specs(vllm_config: VllmConfig) -> dict[str, Any]:
     return specs
 
 
-def allocate(
-    vllm_config: VllmConfig, specs: Mapping[str, Any], memory_bytes: int
-) -> tuple[int, int, int]:
+@dataclasses.dataclass(frozen=True)
+class Allocation:
+    """What vLLM makes of memory.
+
+    Attributes:
+        max_concurrency: requests of maximum length that fit.
+        request_bytes: what such a request is given.
+        used_bytes: of these, those that hold its keys, values and states.
+    """
+
+    num_blocks: int
+    max_concurrency: float
+    request_bytes: int
+    used_bytes: int
+
+
+def allocate(vllm_config: VllmConfig, specs: Mapping[str, Any], memory_bytes: int) -> Allocation:
     """What vLLM would make of a worker's memory, without allocating any.
 
     What: `get_kv_cache_groups`, `get_kv_cache_config_from_groups` and
@@ -113,10 +127,6 @@ def allocate(
     Why: groups, padding and block sizes are decided there alone.
     Range: 0.32.0.
     Delete when: vLLM can be asked what would fit.
-
-    Returns:
-        tokens that fit, in requests of maximum length; bytes such a request is given; of these
-        bytes those that hold its keys and values.
     """
     from vllm.v1.core import kv_cache_utils as utils
 
@@ -133,7 +143,44 @@ def allocate(
         for name in group.layer_names:
             own = utils._get_per_layer_spec(group, name)
             used += num_blocks * getattr(own, "real_page_size_bytes", own.page_size_bytes)
-    return int(concurrency * vllm_config.model_config.max_model_len), allocated, used
+    return Allocation(config.num_blocks, concurrency, allocated, used)
+
+
+@contextlib.contextmanager
+def layers_without_weights(vllm_config: VllmConfig) -> Iterator[None]:
+    """Has the layers of a model in a configuration, without a model that could be run.
+
+    What: as a worker does: groups of one rank, `initialize_model`, the platform's choice of a
+        block size, and that of a layout; on the device "meta", which holds no numbers.
+    Why: vLLM knows the size of a cache only from layers that are built.
+    Range: 0.32.0.
+    Delete when: vLLM can be asked what would fit.
+    """
+    import torch
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import parallel_state
+    from vllm.distributed.kv_transfer.kv_connector.utils import get_current_attn_backends
+    from vllm.model_executor.model_loader.utils import initialize_model
+    from vllm.platforms import current_platform
+    from vllm.utils.torch_utils import set_default_torch_dtype
+    from vllm.v1.attention.backends import utils
+
+    with set_current_vllm_config(vllm_config):
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        try:
+            parallel_state.init_distributed_environment(1, 0, local_rank=0, backend="gloo")
+            parallel_state.ensure_model_parallel_initialized(1, 1)
+            with set_default_torch_dtype(vllm_config.model_config.dtype), torch.device("meta"):
+                initialize_model(vllm_config)
+            current_platform.update_block_size_for_backend(vllm_config)
+            backends = get_current_attn_backends(vllm_config)
+            names = [layout.name for layout in utils.get_supported_kv_cache_layouts(backends)]
+            utils.resolve_kv_cache_layout(vllm_config, [names], plain_specs(vllm_config).values())
+            yield
+        finally:
+            parallel_state.destroy_model_parallel()
+            parallel_state.destroy_distributed_environment()
 
 
 @contextlib.contextmanager

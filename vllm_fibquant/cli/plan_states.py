@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan of a model whose layers are not all attention: vLLM itself is asked (engine/planned)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm_fibquant.cli.plan import DENSE_BYTES, Capacity, effective_rate
+from vllm_fibquant.cli.shape import ModelShape
+from vllm_fibquant.codec.config import PRESETS
+
+DTYPE_NAMES = {"bf16": "auto", "fp8": "fp8"}
+"""What vLLM calls the uncompressed caches."""
+
+
+def plan_states(
+    model: str, max_context: int, memory_bytes: int, context: int, options: dict, **settings: Any
+) -> tuple[ModelShape, list[Capacity]]:
+    """What fits with bf16, fp8 and every preset that is not refused; and the model's shape.
+
+    Args:
+        model: directory with a config.json, or a Hugging Face name.
+        max_context: tokens of a request that the model allows.
+        memory_bytes: of every worker's cache.
+        context: tokens of one request.
+        options: ours, as under additional_config["fibquant"].
+        settings: further arguments of vLLM's `EngineArgs`.
+
+    Raises:
+        ValueError: vLLM is missing, or refuses the model with every preset.
+    """
+    try:
+        from vllm_fibquant.engine import support
+        from vllm_fibquant.engine.planned import Planned, planned
+    except ImportError as error:
+        raise ValueError(
+            f"plan: layers of {model} must all be attention where vLLM is missing ({error}), got "
+            "some that keep a state; install vLLM, which knows how large it is"
+        ) from error
+
+    found: dict[str, Planned] = {}
+    refusals = {}
+    for name in [*DENSE_BYTES, *PRESETS]:
+        try:
+            found[name] = planned(
+                model,
+                DTYPE_NAMES.get(name, name),
+                memory_bytes,
+                options,
+                max_model_len=context,
+                **settings,
+            )
+        except ValueError as error:
+            refusals[name] = support.reasons(str(error))
+    if not found.keys() & PRESETS.keys() or "bf16" not in found:
+        told = list(dict.fromkeys(told for name in refusals for told in refusals[name]))
+        raise ValueError(f"plan: {model} must be a model that is served; " + "; ".join(told))
+    layers = found["bf16"].layers
+    heads = tuple((layer.num_kv_heads, layer.head_dim) for layer in layers)
+    shape = ModelShape(
+        model,
+        layers[0].head_dim,
+        layers[0].num_kv_heads,
+        tuple(layer.window for layer in layers),
+        max_context,
+        heads if len(set(heads)) > 1 else (),
+        found["bf16"].num_states,
+    )
+    return shape, [_capacity(name, plan, context) for name, plan in found.items()]
+
+
+def _capacity(name: str, plan: Any, context: int) -> Capacity:
+    coded = [layer for layer in plan.layers if layer.is_coded] or plan.layers
+    return Capacity(
+        kv_cache_dtype=name,
+        bytes_per_token=sum(layer.num_kv_heads * layer.record_bytes for layer in plan.layers),
+        effective_rate=effective_rate(
+            sum(layer.num_kv_heads * layer.record_bytes for layer in coded),
+            sum(2 * layer.num_kv_heads * layer.head_dim for layer in coded),
+            plan.num_copies,
+            context,
+        ),
+        num_blocks=plan.num_blocks,
+        num_tokens=int(plan.max_concurrency * context),
+        max_concurrency=plan.max_concurrency,
+        copy_bytes=plan.copy_bytes,
+    )
