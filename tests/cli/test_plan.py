@@ -188,9 +188,14 @@ def test_windows(config, windows):
     assert set(make_shape(**config).windows) == windows
 
 
-def test_defaults_of_old_configs():
-    shape = make_shape(head_dim=None, num_key_value_heads=None)
-    assert (shape.head_dim, shape.num_kv_heads) == (64, 9)
+@pytest.mark.parametrize(
+    "config, num_kv_heads",
+    [({}, 9), ({"num_kv_heads": 3}, 3), ({"multi_query": True}, 1),
+     ({"multi_query": True, "new_decoder_architecture": True, "num_kv_heads": 3}, 3)],
+)  # fmt: skip
+def test_other_spellings(config, num_kv_heads):
+    shape = make_shape(head_dim=None, num_key_value_heads=None, **config)
+    assert (shape.head_dim, shape.num_kv_heads) == (64, num_kv_heads)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ sinks, norms, which layers attend at all); sizes are about the smallest vLLM's C
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 VOCAB_SIZE = 512
@@ -31,14 +31,18 @@ Made = tuple[type, Any]
 
 
 def of(name: str, config_name: str | None = None, **settings: Any) -> Callable[[], Made]:
-    """A model of transformers' class `name`, with 4 query and 2 KV heads of 64."""
+    """A model of transformers' class `name`, with 4 query and 2 KV heads of 64.
+
+    A setting of None leaves out what COMMON and HEADS would give.
+    """
 
     def make() -> Made:
         import transformers
 
         config = getattr(transformers, f"{config_name or name}Config")
         model = getattr(transformers, f"{name}ForCausalLM")
-        return model, config(**{**COMMON, **HEADS, **settings})
+        fields = {**COMMON, **HEADS, **settings}
+        return model, config(**{name: x for name, x in fields.items() if x is not None})
 
     return make
 
@@ -73,8 +77,8 @@ LINEAR = {
     "layer_types": ["linear_attention"] * 3 + ["full_attention"],
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
-    "linear_key_head_dim": 32,
-    "linear_value_head_dim": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
     "linear_conv_kernel_dim": 4,
 }
 
@@ -85,7 +89,6 @@ FAMILIES: dict[str, Callable[[], Made]] = {
     "cohere2": of("Cohere2", **MIXED),
     "ernie45": of("Ernie4_5"),
     "exaone4": of("Exaone4", **MIXED),
-    "falcon": of("Falcon", num_kv_heads=2, new_decoder_architecture=True, alibi=False),
     "gemma": of("Gemma", tie_word_embeddings=True),
     # Sliding window on every other layer, and a soft cap on scores.
     "gemma2": of(
@@ -130,7 +133,7 @@ FAMILIES: dict[str, Callable[[], Made]] = {
     "granite-moe": of("GraniteMoe", **LOCAL_EXPERTS),
     "hunyuan": of("HunYuanDenseV1"),
     "llama": llama(),
-    "minimax-m2": of("MiniMaxM2", **LOCAL_EXPERTS),
+    "minimax-m2": of("MiniMaxM2", rotary_dim=64, **LOCAL_EXPERTS),
     "ministral3": of("Ministral3"),
     # A sliding window on every layer.
     "mistral": of("Mistral", hidden_size=192, num_attention_heads=6, sliding_window=64),
@@ -140,7 +143,7 @@ FAMILIES: dict[str, Callable[[], Made]] = {
     "olmo2": of("Olmo2"),
     "olmo3": of("Olmo3", **MIXED),
     "olmoe": of("Olmoe", **EXPERTS),
-    "opt": of("OPT", ffn_dim=384, word_embed_proj_dim=256),
+    "opt": of("OPT", num_key_value_heads=4, ffn_dim=384, word_embed_proj_dim=256),
     "phi": of("Phi"),
     "phi3": of("Phi3"),
     "phimoe": of("Phimoe", **LOCAL_EXPERTS),
@@ -187,13 +190,33 @@ HYBRIDS: dict[str, Callable[[], Made]] = {
         n_groups=1,
     ),
     "qwen3-next": of("Qwen3Next", **SHARED_EXPERT, **LINEAR),
-    "qwen3.5": of("Qwen3_5", "Qwen3_5Text", **LINEAR),
 }
 """Layers beside attention keep a state."""
+
+QUICK = {"gemma2", "gemma4", "gpt-oss", "mistral", "phi3", "lfm2", "qwen3-next"}
+"""Of both, those that the fast tests are about."""
+
+
+def quickly(shapes: Iterable[str]) -> list[Any]:
+    """Parameters of a test: those not in QUICK are for the slow run."""
+    import pytest
+
+    slow = pytest.mark.slow
+    return [name if name in QUICK else pytest.param(name, marks=slow) for name in shapes]
+
 
 SHAPES: dict[str, Callable[[], Made]] = {
     **FAMILIES,
     **HYBRIDS,
+    # Its layers take no notice of --kv-cache-dtype.
+    "falcon": of(
+        "Falcon",
+        head_dim=None,
+        num_key_value_heads=None,
+        num_kv_heads=2,
+        new_decoder_architecture=True,
+        alibi=False,
+    ),
     "gemma4-112": gemma4(112),
     "gemma4-shared": gemma4(num_kv_shared_layers=3),
     # As wide as SmolLM2-135M: products of 576 and 1,536 numbers.

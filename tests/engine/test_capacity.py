@@ -11,7 +11,7 @@ from vllm_fibquant.codec.config import PRESETS
 from vllm_fibquant.engine import capacity, compat_pages
 from vllm_fibquant.engine.planned import planned
 
-from .architectures import FAMILIES, HYBRIDS, VOCAB_SIZE
+from .architectures import FAMILIES, HYBRIDS, QUICK, VOCAB_SIZE, quickly
 from .harness import DEFAULTS, engine, generate, varied_prompts
 from .models import make_model
 
@@ -80,7 +80,8 @@ def test_plan_is_the_engines_capacity(model_folder, shape, kv_cache_dtype, skip_
             assert told == {n: expected[n][1] for n in PRESETS if n in expected}
 
 
-@pytest.mark.parametrize("shape", FAMILIES)
+# Apertus' activation reads its weights when it is built.
+@pytest.mark.parametrize("shape", quickly(f for f in FAMILIES if f != "apertus"))
 def test_plan_is_what_vllm_makes_of_the_layers(model_folder, shape):
     """Every family, in vLLM's own layers without weights, which the next test compares with
     engines: the plan's arithmetic reads the same from the configuration."""
@@ -101,17 +102,11 @@ def test_plan_is_what_vllm_makes_of_the_layers(model_folder, shape):
         assert (made.num_blocks, num_tokens, made.max_concurrency) == expected[name], name
 
 
-QUICK_HYBRIDS = {"lfm2", "qwen3-next"}
-
-
-@pytest.mark.parametrize(
-    "shape",
-    [h if h in QUICK_HYBRIDS else pytest.param(h, marks=pytest.mark.slow) for h in HYBRIDS],
-)
+@pytest.mark.parametrize("shape", quickly(HYBRIDS))
 def test_plan_beside_layers_that_keep_a_state(model_folder, shape):
     """There the size of a block follows from that of a state: vLLM is asked."""
     model = make_model(shape, model_folder)
-    kv_cache_dtypes = ("fibquant_2bit",) if shape in QUICK_HYBRIDS else ("auto", "fibquant_4bit")
+    kv_cache_dtypes = ("fibquant_2bit",) if shape in QUICK else ("auto", "fibquant_4bit")
     found = {}
     for name in kv_cache_dtypes:
         with engine(

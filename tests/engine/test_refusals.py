@@ -8,6 +8,7 @@ import re
 import pytest
 
 from vllm_fibquant.codec import codec
+from vllm_fibquant.engine.planned import planned
 
 from .harness import engine, generate, varied_prompts
 from .models import VOCAB_SIZE, make_config_only, make_model
@@ -276,6 +277,18 @@ def test_alibi_is_refused_when_the_layer_is_built(model_folder):
         engine(model, "fibquant_2bit", load_format="dummy"),
     ):
         pass
+
+
+def test_layers_that_take_no_notice_of_the_cache_dtype(model_folder):
+    """They would keep 16 bits, whatever was asked for."""
+    model = make_model("falcon", model_folder)
+    with (
+        pytest.raises(ValueError, match="FalconForCausalLM, for whose 2 layers vLLM ignores it"),
+        engine(model, "fibquant_2bit"),
+    ):
+        pass
+    with pytest.raises(ValueError, match="vLLM ignores it"):
+        planned(model, "fibquant_2bit", 64 << 20, max_model_len=512)
 
 
 def test_not_enough_memory_for_one_sequence(model_folder):

@@ -11,6 +11,7 @@ from typing import Any
 
 from vllm_fibquant import files
 from vllm_fibquant.cli import info, plan, serve
+from vllm_fibquant.cli.plan_states import reasons
 from vllm_fibquant.options import Options
 
 SHOWN = ("bf16", "fp8")
@@ -89,7 +90,7 @@ def _asked_of_vllm(model: str, kv_cache_dtype: str) -> dict[str, Any]:
             model=model, kv_cache_dtype=kv_cache_dtype, skip_tokenizer_init=True
         ).create_engine_config()
     except (ValueError, OSError, RuntimeError) as error:
-        return {"refused": support.reasons(str(error)), "without": [], "options": None}
+        return {"refused": reasons(str(error)), "without": [], "options": None}
     return {
         "refused": [],
         "without": list(support.told_defaults(config)),

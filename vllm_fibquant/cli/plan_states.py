@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from vllm_fibquant.cli.plan import DENSE_BYTES, Capacity, effective_rate
@@ -30,7 +31,6 @@ def plan_states(
         ValueError: vLLM is missing, or refuses the model with every preset.
     """
     try:
-        from vllm_fibquant.engine import support
         from vllm_fibquant.engine.planned import Planned, planned
     except ImportError as error:
         raise ValueError(
@@ -51,7 +51,7 @@ def plan_states(
                 **settings,
             )
         except ValueError as error:
-            refusals[name] = support.reasons(str(error))
+            refusals[name] = reasons(str(error))
     if not found.keys() & PRESETS.keys() or "bf16" not in found:
         told = list(dict.fromkeys(told for name in refusals for told in refusals[name]))
         raise ValueError(f"plan: {model} must be a model that is served; " + "; ".join(told))
@@ -67,6 +67,15 @@ def plan_states(
         found["bf16"].num_states,
     )
     return shape, [_capacity(name, plan, context) for name, plan in found.items()]
+
+
+def reasons(text: str) -> list[str]:
+    """The reasons in a refusal, without what pydantic puts around them; of vLLM's own, its text."""
+    text = re.sub(r" \[type=value_error.*", "", text, flags=re.DOTALL)
+    _, is_refusal, told = text.partition("cannot be used here:")
+    if not is_refusal:
+        return [text.strip()]
+    return [reason.strip() for reason in told.split("\n  - ") if reason.strip()]
 
 
 def _capacity(name: str, plan: Any, context: int) -> Capacity:

@@ -124,7 +124,7 @@ def shape_of(name: str, config: dict[str, Any]) -> ModelShape:
     return ModelShape(
         name=name,
         head_dim=config.get("head_dim") or config["hidden_size"] // num_q_heads,
-        num_kv_heads=config.get("num_key_value_heads") or num_q_heads,
+        num_kv_heads=_num_kv_heads(config),
         windows=tuple(windows[:num_layers]),
         max_context=max_context(config),
         heads=_layer_heads(config, windows),
@@ -150,12 +150,20 @@ def _refusals(config: dict[str, Any]) -> list[str | bool]:
     ]
 
 
+def _num_kv_heads(config: dict[str, Any]) -> int:
+    """KV heads of a layer, in the spelling of most models or that of Falcon and GPT-BigCode."""
+    if config.get("multi_query") and not config.get("new_decoder_architecture"):
+        return 1
+    given = config.get("num_key_value_heads") or config.get("num_kv_heads")
+    return given or config["num_attention_heads"]
+
+
 def _layer_heads(config: dict[str, Any], windows: list[int]) -> tuple[tuple[int, int], ...]:
     """KV heads and head_dim per layer, where a configuration has others for some layers.
 
     Two spellings: global_head_dim, of layers with full attention, and per_layer_config.
     """
-    heads = config.get("num_key_value_heads") or config["num_attention_heads"]
+    heads = _num_kv_heads(config)
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     global_dim = config.get("global_head_dim") or head_dim
     global_heads = heads

@@ -85,7 +85,7 @@ def planned(
     try:
         config = EngineArgs(
             model=model,
-            kv_cache_dtype=kv_cache_dtype,  # type: ignore[arg-type]
+            kv_cache_dtype=kv_cache_dtype,
             additional_config=options,
             **{**defaults, **settings},
         ).create_engine_config()
@@ -98,6 +98,8 @@ def planned(
 def _ask(config: VllmConfig, memory_bytes: int) -> Planned:
     specs = compat_pages.plain_specs(config)
     coded, copy_bytes, num_copies = attention.our_layers(config), 0, 0
+    if is_ours(config.cache_config.cache_dtype):
+        attention.check_layers(config)
     row_bytes = sum(layer.copy_row_bytes(config.model_config.dtype) for layer in coded.values())
     if row_bytes:
         num_copies = run_options(config).num_copies

@@ -114,8 +114,8 @@ def _prepare(worker: Any, available_bytes: int) -> int:
     """What is done in a worker once its model is loaded. Returns the bytes left for pages.
 
     Raises:
-        ValueError: ranks of this engine would encode or read pages differently, codes cost this
-            model too much, or a GPU would lose its keys.
+        ValueError: layers take no notice of our dtype, ranks of this engine would encode or read
+            pages differently, codes cost this model too much, or a GPU would lose its keys.
         RuntimeError: a rank does not use our cache.
     """
     vllm_config = worker.vllm_config
@@ -125,6 +125,7 @@ def _prepare(worker: Any, available_bytes: int) -> int:
 
     from vllm_fibquant.engine import attention, calibrate, capacity, gate, key_bias
 
+    attention.check_layers(vllm_config)
     layers = attention.our_layers(vllm_config)
     if vllm_config.device_config.device_type == "cuda":
         biased = key_bias.biased_layers(worker.model_runner.get_model(), layers)

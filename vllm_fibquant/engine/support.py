@@ -8,7 +8,6 @@ ALiBi slopes) is refused by `attention.py` when the layer is built.
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -406,15 +405,6 @@ def refusal(kv_cache_dtype: str, problems: list[str]) -> str:
     """The message of a refusal: every reason on a line of its own."""
     lines = "".join(f"\n  - {problem}" for problem in problems)
     return f"--kv-cache-dtype {kv_cache_dtype} cannot be used here:{lines}"
-
-
-def reasons(text: str) -> list[str]:
-    """The reasons in a refusal, without what pydantic puts around them; of vLLM's own, its text."""
-    text = re.sub(r" \[type=value_error.*", "", text, flags=re.DOTALL)
-    _, is_refusal, told = text.partition("cannot be used here:")
-    if not is_refusal:
-        return [text.strip()]
-    return [reason.strip() for reason in told.split("\n  - ") if reason.strip()]
 
 
 def is_ours(kv_cache_dtype: str | None) -> bool:
