@@ -208,26 +208,7 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
             return 0
         return 2 * self.num_kv_heads * self.head_size * copy_dtype(model_dtype).itemsize
 
-    def check_layers(vllm_config: VllmConfig) -> None:
-    """Refuses a model whose layers take no notice of --kv-cache-dtype.
-
-    In vLLM 0.32.0 that is so of Falcon's: they are built without the cache's configuration, and
-    would keep 16 bits whatever was asked for.
-
-    Raises:
-        ValueError: no layer of this process stores codes, although none is to be skipped.
-    """
-    cache, layers = vllm_config.cache_config, get_layers_from_vllm_config(vllm_config, Attention)
-    if layers and not our_layers(vllm_config) and not cache.kv_cache_dtype_skip_layers:
-        problem = (
-            "model: layers must take their cache's dtype from --kv-cache-dtype, got "
-            f"{vllm_config.model_config.architecture}, for whose {len(layers)} layers vLLM ignores "
-            "it; use --kv-cache-dtype auto for this model"
-        )
-        raise ValueError(refusal(cache.cache_dtype, [problem]))
-
-
-def allocate_copies(self, num_rows: int, model_dtype: torch.dtype) -> None:
+    def allocate_copies(self, num_rows: int, model_dtype: torch.dtype) -> None:
         """Allocates the copies; to be called once, before vLLM allocates pages."""
         shape = (num_rows, self.num_kv_heads, self.head_size)
         key = torch.zeros(shape, dtype=copy_dtype(model_dtype))
@@ -371,6 +352,25 @@ def our_layers(vllm_config: VllmConfig) -> dict[str, FibQuantImpl]:
     layers = get_layers_from_vllm_config(vllm_config, Attention)
     impls = {name: layer.impl for name, layer in layers.items()}
     return {name: impl for name, impl in impls.items() if isinstance(impl, FibQuantImpl)}
+
+
+def check_layers(vllm_config: VllmConfig) -> None:
+    """Refuses a model whose layers take no notice of --kv-cache-dtype.
+
+    In vLLM 0.32.0 that is so of Falcon's: they are built without the cache's configuration, and
+    would keep 16 bits whatever was asked for.
+
+    Raises:
+        ValueError: no layer of this process stores codes, although none is to be skipped.
+    """
+    cache, layers = vllm_config.cache_config, get_layers_from_vllm_config(vllm_config, Attention)
+    if layers and not our_layers(vllm_config) and not cache.kv_cache_dtype_skip_layers:
+        problem = (
+            "model: layers must take their cache's dtype from --kv-cache-dtype, got "
+            f"{vllm_config.model_config.architecture}, for whose {len(layers)} layers vLLM ignores "
+            "it; use --kv-cache-dtype auto for this model"
+        )
+        raise ValueError(refusal(cache.cache_dtype, [problem]))
 
 
 def allocate_copies(vllm_config: VllmConfig, available_bytes: int) -> int:

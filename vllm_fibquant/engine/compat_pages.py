@@ -166,8 +166,11 @@ def layers_without_weights(vllm_config: VllmConfig) -> Iterator[None]:
     from vllm.v1.attention.backends import utils
 
     with set_current_vllm_config(vllm_config):
-        store = torch.distributed.HashStore()
-        torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+        # An engine that failed to start in this process has left its groups.
+        is_first = not torch.distributed.is_initialized()
+        if is_first:
+            store = torch.distributed.HashStore()
+            torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
         try:
             parallel_state.init_distributed_environment(1, 0, local_rank=0, backend="gloo")
             parallel_state.ensure_model_parallel_initialized(1, 1)
@@ -179,8 +182,9 @@ def layers_without_weights(vllm_config: VllmConfig) -> Iterator[None]:
             utils.resolve_kv_cache_layout(vllm_config, [names], plain_specs(vllm_config).values())
             yield
         finally:
-            parallel_state.destroy_model_parallel()
-            parallel_state.destroy_distributed_environment()
+            if is_first:
+                parallel_state.destroy_model_parallel()
+                parallel_state.destroy_distributed_environment()
 
 
 @contextlib.contextmanager
