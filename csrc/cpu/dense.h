@@ -50,6 +50,17 @@ struct Dense {
   int dtype;
 };
 
+alignas(64) constexpr uint16_t kZeros[kMaxHeadDim] = {};
+
+// A tile of bfloat16 vectors where they lie, each at its own address.
+struct BFloatTile {
+  static constexpr bool kSpills = false;
+  static constexpr int kNumParts = 1;
+  const uint16_t* const* rows;
+  const uint16_t* word(int t, size_t i) const { return rows[t] + i; }
+  vf at(const uint16_t* word, int c) const { return load_bfloats(word + c * kLanes); }
+};
+
 // Adds tokens at positions [begin, end) to s.raw. Token i of them is row table[i] of `dense`, a
 // negative one being left out, or row first_row + i where table is null.
 static void attend_dense(const Call& call, const RowBlock& b, const Dense& dense, int begin,
@@ -81,14 +92,32 @@ static void attend_dense(const Call& call, const RowBlock& b, const Dense& dense
         }
       }
     };
-    load_tile(dense.key, dense.stride_key_token, dense.stride_key_head);
-    dot_tile(s.query_raw, rows, DenseTile{s.tile, head_dim}, head_dim, rounded, s.scores);
+    const uint16_t* vectors[kMaxTile];
+    const auto find_vectors = [&](const void* base, int64_t stride_token, int64_t stride_head) {
+      for (int t = 0; t < rounded; ++t) {
+        const int64_t at = row[t] * stride_token + b.kv_head * stride_head;
+        vectors[t] = row[t] < 0 ? kZeros : static_cast<const uint16_t*>(base) + at;
+      }
+    };
+    const bool in_place = dense.dtype == kFqBFloat16 && rows <= kMaxFusedRows;
+    if (in_place) {
+      find_vectors(dense.key, dense.stride_key_token, dense.stride_key_head);
+      dot_tile(s.query_raw, rows, BFloatTile{vectors}, head_dim, rounded, s.scores);
+    } else {
+      load_tile(dense.key, dense.stride_key_token, dense.stride_key_head);
+      dot_tile(s.query_raw, rows, DenseTile{s.tile, head_dim}, head_dim, rounded, s.scores);
+    }
     const Mask mask = {
         t0,      count,  first_position, call.group_size, a.window, 0, table ? s.hidden : nullptr,
         nullptr, nullptr};
     softmax_tile(s.scores, rows, s.key_factor, s.value_factor, mask, a.soft_cap, s.raw, s.alpha);
-    load_tile(dense.value, dense.stride_value_token, dense.stride_value_head);
-    axpy_tile(s.scores, s.alpha, rows, DenseTile{s.tile, head_dim}, head_dim, count, s.raw.o);
+    if (in_place) {
+      find_vectors(dense.value, dense.stride_value_token, dense.stride_value_head);
+      axpy_tile(s.scores, s.alpha, rows, BFloatTile{vectors}, head_dim, count, s.raw.o);
+    } else {
+      load_tile(dense.value, dense.stride_value_token, dense.stride_value_head);
+      axpy_tile(s.scores, s.alpha, rows, DenseTile{s.tile, head_dim}, head_dim, count, s.raw.o);
+    }
   }
 }
 

@@ -263,6 +263,11 @@ static inline uint16_t float_to_bfloat(float x) {
   return (uint16_t)((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
 }
 
+static inline vf load_bfloats(const uint16_t* src) {
+  typedef uint16_t bits __attribute__((vector_size(kLanes * 2), aligned(2), may_alias));
+  return (vf)(__builtin_convertvector(*reinterpret_cast<const bits*>(src), vi) << 16);
+}
+
 // Loads `count` elements of a model's dtype (FqDtype) as floats, and stores floats as that dtype.
 static inline void load_row(const void* base, int64_t offset, int32_t dtype, int count,
                             float* dst) {
