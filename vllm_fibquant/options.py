@@ -2,7 +2,7 @@
 """What a user can ask for: a preset's name and the object given as additional_config["fibquant"].
 
     vllm serve MODEL --kv-cache-dtype fibquant_2bit \\
-        --additional-config '{"fibquant": {"mode": "quality", "recent_window": 128}}'
+        --additional-config '{"fibquant": {"mode": "quality", "recent_window": 256}}'
 
     name            value                            meaning
     mode            "quality" (default), "exact"     defaults of the next two, see docs/engine.md
@@ -59,8 +59,12 @@ MAX_RECENT_WINDOW = 4096
 MAX_FIRST_TOKENS = 64
 MAX_MONITOR_BUDGET = 0.1
 
+QUALITY_WINDOW = 128
 # prefill, recent_window
-_MODES: dict[Mode, tuple[PrefillMode, int]] = {"exact": ("codes", 0), "quality": ("raw", 64)}
+_MODES: dict[Mode, tuple[PrefillMode, int]] = {
+    "exact": ("codes", 0),
+    "quality": ("raw", QUALITY_WINDOW),
+}
 _OWN_NAMES = (
     "mode",
     "prefill",

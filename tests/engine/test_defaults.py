@@ -47,7 +47,7 @@ def test_the_default_is_quality_and_measured(model_folder, tmp_path, short_text)
         (found,) = calibrations(tmp_path)
         for impl in impls.values():
             assert impl.options.prefill == "raw"
-            assert impl.options.recent_window == 64
+            assert impl.options.recent_window == 128
             assert impl.key_map.transform is not None
             assert impl.calibration == found.digest
         generate(llm, varied_prompts(2, VOCAB_SIZE), 4)

@@ -9,6 +9,7 @@ from typing import Any
 
 from vllm_fibquant.evaluation.labels import place_labels
 from vllm_fibquant.evaluation.report import CONTEXT, Summary
+from vllm_fibquant.options import QUALITY_WINDOW
 
 STYLES = {
     "quality": ("*", "#2ca02c", "ours, mode quality"),
@@ -19,7 +20,8 @@ STYLES = {
     "windowed": ("+", "#a05a00", "others, with tokens in 16 bits (simulated)"),
     "uncompressed": ("d", "#000000", "bf16, fp8"),
 }
-LADDER = ("as published", "exact, uncalibrated", "gains, first 4", "gains, window 64",
+WINDOW_ALONE = f"gains, window {QUALITY_WINDOW}"
+LADDER = ("as published", "exact, uncalibrated", "gains, first 4", WINDOW_ALONE,
           "quality, uncalibrated", "quality, means", "quality, transform")  # fmt: skip
 LEAST = 2e-4
 """Where what is lower is drawn."""
@@ -127,7 +129,7 @@ def ablation(summaries: Sequence[Summary]) -> Any:
         1, len(rates), figsize=(6.5 * len(rates), 4.5), squeeze=False, layout="constrained"
     )
     titles = {"exact, uncalibrated": "+ gains", "gains, first 4": "+ first 4 tokens",
-              "gains, window 64": "or window 64", "quality, uncalibrated": "+ both",
+              WINDOW_ALONE: f"or window {QUALITY_WINDOW}", "quality, uncalibrated": "+ both",
               "quality, means": "+ means", "quality, transform": "+ transform"}  # fmt: skip
     for axis, rate in zip(axes[0], rates, strict=True):
         steps = [

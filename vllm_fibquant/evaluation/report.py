@@ -14,13 +14,14 @@ from vllm_fibquant.evaluation.measure import quantile_of_worst
 from vllm_fibquant.evaluation.rows import Row
 from vllm_fibquant.evaluation.suite import Suite
 from vllm_fibquant.evaluation.texts import Sizes
+from vllm_fibquant.options import QUALITY_WINDOW
 
 CONTEXT = 4096
 """Tokens of the request that sizes are stated for: windows cost less in longer ones."""
 
 TITLES = {
     "uncompressed": "Uncompressed, and 8 bits",
-    "quality": "Mode quality: newest 64 and first 4 tokens also in 16 bits",
+    "quality": f"Mode quality: newest {QUALITY_WINDOW} and first 4 tokens also in 16 bits",
     "windowed": "Other formats that keep tokens in 16 bits (simulated)",
     "exact": "Mode exact: everything read from codes",
     "rival": "Other formats, everything as stored (simulated)",

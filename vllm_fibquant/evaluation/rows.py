@@ -9,7 +9,7 @@ from typing import Any, Literal
 from vllm_fibquant.codec.config import PRESETS, CodeSpec, Preset, is_fibquant
 from vllm_fibquant.evaluation.formats import BuiltFibQuant, FibQuant, Format, Perturbed, Rounded
 from vllm_fibquant.evaluation.rivals import GgmlQ4, Int4PerToken, Kivi, KVQuant, TurboQuant
-from vllm_fibquant.options import parse_options
+from vllm_fibquant.options import QUALITY_WINDOW, parse_options
 
 Group = Literal["uncompressed", "quality", "exact", "uncalibrated", "published", "ablation",
                 "rival", "windowed", "check", "frontier"]  # fmt: skip
@@ -149,8 +149,8 @@ def _ablation(step: int) -> list[Row]:
     for preset in LADDER[1:3]:
         bits, codes = _short(preset), parse_options(preset, {"fibquant": PLAIN}).preset
         repairs: dict[str, dict[str, Any]] = {
-            "gains, window 64": {"first_tokens": 0},
-            "published gains, window 64, first 4": PUBLISHED,
+            f"gains, window {QUALITY_WINDOW}": {"first_tokens": 0},
+            f"published gains, window {QUALITY_WINDOW}, first 4": PUBLISHED,
         }
         for name, options in repairs.items():
             rows.append(engine_row(f"{bits}, {name}", "ablation", preset,
@@ -161,7 +161,7 @@ def _ablation(step: int) -> list[Row]:
 
 def _rivals() -> list[Row]:
     """Formats that read everything as stored stand beside mode exact, those that keep tokens in 16
-    bits beside mode quality, whose window is 64."""
+    bits beside mode quality; KIVI's own residual is 128."""
     rows = [
         Row("int4 per token", "rival", Int4PerToken()),
         Row("q4_0", "rival", GgmlQ4(), core=True),
@@ -179,7 +179,7 @@ def _rivals() -> list[Row]:
     for residual in (0, 64, 128):
         rows += [
             Row(f"KIVI {bits} bits, residual {residual}", "windowed" if residual else "rival",
-                Kivi(bits, residual), core=residual < 128, quick=residual == 64)
+                Kivi(bits, residual), core=residual != 64, quick=residual == 128)
             for bits in (4, 2)
         ]  # fmt: skip
     return rows
@@ -216,6 +216,10 @@ def _frontier() -> list[Row]:
         rows += [
             Row(f"{label}, as published", "frontier", BuiltFibQuant(codes)),
             Row(f"{label}, gains", "frontier", BuiltFibQuant(best)),
-            Row(f"{label}, gains, window 64, first 4", "frontier", BuiltFibQuant(best, 64, 4, 1)),
+            Row(
+                f"{label}, gains, window {QUALITY_WINDOW}, first 4",
+                "frontier",
+                BuiltFibQuant(best, QUALITY_WINDOW, 4, 1),
+            ),
         ]
     return rows
