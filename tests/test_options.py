@@ -60,7 +60,7 @@ def test_modes_and_what_overrides_them() -> None:
         options = parse_options("fibquant", {"fibquant": given})
         return options.prefill, options.recent_window, options.num_copies
 
-    assert parsed() == parsed(mode="quality") == ("raw", 64, 68)
+    assert parsed() == parsed(mode="quality") == ("raw", 128, 132)
     assert parsed(mode="exact") == ("codes", 0, 0)
     assert parsed(mode="quality", prefill="codes") == ("codes", 0, 0)
     assert parsed(mode="quality", recent_window=32, first_tokens=1) == ("raw", 32, 33)
@@ -74,14 +74,14 @@ def test_defaults_are_what_a_run_can_have() -> None:
         options = parse_options("fibquant", {"fibquant": given}, lacking)
         return options.prefill, options.recent_window, options.calibrate
 
-    assert parsed() == ("raw", 64, "auto")
+    assert parsed() == ("raw", 128, "auto")
     assert parsed("copies") == ("codes", 0, "auto")
-    assert parsed("calibration") == ("raw", 64, "none")
+    assert parsed("calibration") == ("raw", 128, "none")
     assert parsed(retain={"recent": 64}) == ("codes", 0, "none")
     # What is asked for by name stays, to be given or refused.
-    assert parsed("copies", mode="quality") == ("raw", 64, "auto")
+    assert parsed("copies", mode="quality") == ("raw", 128, "auto")
     assert parsed("copies", "calibration", calibrate="means") == ("codes", 0, "means")
-    assert parsed("calibration", calibration="a.fqcal") == ("raw", 64, "auto")
+    assert parsed("calibration", calibration="a.fqcal") == ("raw", 128, "auto")
 
 
 @pytest.mark.parametrize(

@@ -174,7 +174,7 @@ def test_kvquant_keeps_outliers_and_refuses_to_run_unfitted():
 def test_our_window_lies_before_the_step():
     options = parse_options("fibquant_2bit", {"fibquant": {"mode": "quality"}})
     ours = FibQuant.from_options(options, step=16)
-    assert ours.key_start(torch.tensor([0, 63, 80, 95, 96])).tolist() == [0, 0, 16, 16, 32]
+    assert ours.key_start(torch.tensor([0, 127, 144, 159, 160])).tolist() == [0, 0, 16, 16, 32]
     assert ours.num_first == 4
     options = parse_options("fibquant_2bit", {"fibquant": {"mode": "exact"}})
     exact = FibQuant.from_options(options, step=16)
