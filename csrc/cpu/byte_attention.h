@@ -373,25 +373,27 @@ static void attend_split_bytes(Call& call, const RowBlock& b, int begin, int end
                                const State& state) {
   const FqAttend& a = call.args;
   const int head_dim = call.codec.head_dim, rows = rows_of(call, b);
-  const SplitRange range = {begin / kSplit * kSplit, begin, end, begin / kGroup * kGroup,
-                            (end + kGroup - 1) / kGroup * kGroup};
+  const int start = begin / kSplit * kSplit, next = end;
   clear(state, rows, head_dim);
   const float* hidden = nullptr;
   const int context = context_len(call, b.req);
   if (a.copy_key && (begin < a.num_first || end > context - a.num_recent)) {
     int num_hidden = 0;
-    for (int t = range.from; t < range.to; ++t) {
+    for (int t = begin / kGroup * kGroup; t < round_up(end, kGroup); ++t) {
       const bool hide = t >= begin && t < end && copy_row(call, b.req, t) >= 0;
-      s.bytes.hidden[t - range.start] = hide ? kMinusInf : 0.0f;
+      s.bytes.hidden[t - start] = hide ? kMinusInf : 0.0f;
       num_hidden += hide;
     }
     if (num_hidden == end - begin) return;
     if (num_hidden > 0) hidden = s.bytes.hidden;
+    // The newest tokens are hidden together: their codes need not be read.
+    while (copy_row(call, b.req, end - 1) >= 0) --end;
   }
+  const SplitRange range = {start, begin, end, begin / kGroup * kGroup, round_up(end, kGroup)};
   // Half of the next split's records are asked for with the keys, half with the values. Those of
   // a job's first split are so only now.
   constexpr int kAhead = 2 * kChunkTokens;
-  Prefetcher ahead = {call, b, is_first ? begin : end, b.end, nullptr, 0};
+  Prefetcher ahead = {call, b, is_first ? begin : next, b.end, nullptr, 0};
   if (is_first) ahead.next(kAhead);
   if (!score_split(call, b, range, rows, is_first ? 2 : 1, &ahead, s.bytes)) return;
   const FqKeyMap* map = a.key_map;
@@ -399,8 +401,8 @@ static void attend_split_bytes(Call& call, const RowBlock& b, int begin, int end
   if (turns) load_turning(call, b, range, rows, s);
   for (int r = 0; r < rows; ++r) {
     const int position = first_position + r / call.group_size;
-    const int start = a.window > 0 ? position - a.window + 1 : 0;
-    weigh_row(r, range, start > begin ? start : begin, position < end - 1 ? position : end - 1,
+    const int oldest = a.window > 0 ? position - a.window + 1 : 0;
+    weigh_row(r, range, oldest > begin ? oldest : begin, position < end - 1 ? position : end - 1,
               a.soft_cap, hidden, map && !turns ? s.bias : nullptr,
               turns ? s.bytes.biases : nullptr, call.codec.value.folded, s.bytes, state);
   }

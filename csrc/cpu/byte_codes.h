@@ -21,6 +21,8 @@ namespace fq::FQ_ISA {
 
 constexpr int kGroup = 16;  // tokens of a vector of keys
 
+static inline int round_up(int x, int step) { return (x + step - 1) / step * step; }
+
 // Records `stride` bytes apart; `at` is the first one's first byte of interest.
 struct Records {
   const uint8_t* at;
