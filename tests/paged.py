@@ -112,10 +112,6 @@ def make_paged(
     cache = torch.full(shape, POISON, dtype=torch.uint8)
     slot_mapping = torch.cat(slots)
     ops.encode_kv(key, value, slot_mapping, ops.pages_of(cache, codec, key_map), positions)
-    if key_map is not None:
-        plain = positions < key_map.num_plain
-        first = key_map.without_first(key[plain], value[plain], positions[plain])
-        ops.encode_kv(*first, slot_mapping[plain], ops.pages_of(cache, codec))
     ends = torch.tensor(seq_lens).cumsum(0).tolist()
     new = torch.cat([torch.arange(e - q, e) for e, q in zip(ends, query_lens, strict=True)])
     return Paged(

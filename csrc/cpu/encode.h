@@ -30,9 +30,22 @@ static int64_t encode_vectors(const FqCodec& codec, const FqCode& code, Batch& b
   return nonfinite;
 }
 
-// Encodes a batch into its zeroed records. Returns the number of vectors with a NaN or infinity.
+// Whether a token is among its request's first ones, which a map of keys codes in another way.
+static inline bool is_first(const FqEncode& args, int64_t token) {
+  return args.key_map && args.positions[token] < args.key_map->num_plain;
+}
+
+// Subtracts from x what keys, or values, at a first position have in common, if that is known.
+static inline void subtract_first(const FqKeyMap& map, const float* means, int head, int head_dim,
+                                  int64_t position, float* x) {
+  if (position >= map.num_first_means) return;
+  subtract(x, means + (head * (int64_t)map.num_first_means + position) * head_dim, head_dim);
+}
+
+// Encodes a batch, all of first tokens or none, into its zeroed records. Returns the number of
+// vectors with a NaN or infinity.
 static int64_t encode_batch(const FqCodec& codec, const RecordLayout& layout, const FqEncode& args,
-                            Batch& b) {
+                            bool first, Batch& b) {
   const int head_dim = codec.head_dim;
   const FqKeyMap* map = args.key_map;
   int64_t nonfinite = 0;
@@ -41,16 +54,24 @@ static int64_t encode_batch(const FqCodec& codec, const RecordLayout& layout, co
     load_row(args.key, b.token[i] * args.stride_key_token + b.head[i] * args.stride_key_head,
              args.dtype, head_dim, x);
     if (!map) continue;
-    subtract_mean(*map, b.head[i], head_dim, map->turn_fine ? args.positions[b.token[i]] : 0, x);
+    const int64_t position = args.positions[b.token[i]];
+    if (first) {
+      subtract_first(*map, map->first_key, b.head[i], head_dim, position, x);
+    } else {
+      subtract_mean(*map, b.head[i], head_dim, position, x);
+    }
   }
-  if (map && map->num_coded > 0) {
+  if (map && !first && map->num_coded > 0) {
     nonfinite += encode_transformed(*map, head_dim, layout.key_index_offset, b);
   } else {
     nonfinite += encode_vectors(codec, codec.key, b, layout.key_index_offset, b.norm[0]);
   }
   for (int i = 0; i < b.count; ++i) {
+    float* x = b.x + (int64_t)i * head_dim;
     load_row(args.value, b.token[i] * args.stride_value_token + b.head[i] * args.stride_value_head,
-             args.dtype, head_dim, b.x + (int64_t)i * head_dim);
+             args.dtype, head_dim, x);
+    if (!first) continue;
+    subtract_first(*map, map->first_value, b.head[i], head_dim, args.positions[b.token[i]], x);
   }
   nonfinite += encode_vectors(codec, codec.value, b, layout.value_index_offset, b.norm[1]);
   for (int i = 0; i < b.count; ++i) {
@@ -60,16 +81,43 @@ static int64_t encode_batch(const FqCodec& codec, const RecordLayout& layout, co
   return nonfinite;
 }
 
+// Fills a batch with those of the vectors [begin, end) that are of first tokens, or with the
+// others, and zeroes their records. Returns how many have a slot outside the cache, which are left
+// out.
+static int64_t fill_batch(const FqPages& pages, const RecordLayout& layout, const FqEncode& args,
+                          int64_t begin, int64_t end, bool first, Batch& b) {
+  const int64_t num_slots = pages.num_blocks * pages.block_size;
+  int64_t outside = 0;
+  b.count = 0;
+  // Head by head: a batch then shares a matrix.
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t token = i % args.num_tokens, head = i / args.num_tokens;
+    const int64_t slot = args.slot_mapping[token];
+    if (slot < 0 || is_first(args, token) != first) continue;
+    if (slot >= num_slots) {
+      ++outside;
+      continue;
+    }
+    uint8_t* record = pages.base + slot / pages.block_size * pages.stride_block +
+                      head * pages.stride_head +
+                      slot % pages.block_size * (int64_t)layout.record_bytes;
+    memset(record, 0, (size_t)layout.record_bytes);
+    b.token[b.count] = token;
+    b.head[b.count] = (int)head;
+    b.record[b.count++] = record;
+  }
+  return outside;
+}
+
 // Encodes new tokens into their slots. Returns the number of vectors with a NaN or infinity, or -1
-// when a slot lies outside the cache (that token is not written), or -2 when a position lies
-// outside the table of the map of keys (nothing is written).
+// when a slot lies outside the cache (that token is not written), or -2 when a position is
+// negative or outside the table of the map of keys (nothing is written).
 static int64_t encode_kv(const FqCodec& codec, const FqPages& pages, const FqEncode& args) {
   const RecordLayout layout = layout_of(codec.head_dim, codec.key, codec.value);
-  const int64_t num_slots = pages.num_blocks * pages.block_size;
   const bool turns = args.key_map && args.key_map->turn_fine;
-  for (int64_t token = 0; turns && token < args.num_tokens; ++token) {
+  for (int64_t token = 0; args.key_map && token < args.num_tokens; ++token) {
     const int64_t position = args.positions[token];
-    if (position < 0 || position >= args.key_map->num_positions) return -2;
+    if (position < 0 || (turns && position >= args.key_map->num_positions)) return -2;
   }
   const int64_t num_vectors = args.num_tokens * pages.num_kv_heads;
   if (num_vectors == 0) return 0;
@@ -85,26 +133,12 @@ static int64_t encode_kv(const FqCodec& codec, const FqPages& pages, const FqEnc
     Batch batch;
     set_scratch(batch, codec.head_dim, most);
 #pragma omp for schedule(static)
-    for (int64_t first = 0; first < num_vectors; first += most) {
-      batch.count = 0;
-      // Head by head: a batch then shares a matrix.
-      for (int64_t i = first; i < first + most && i < num_vectors; ++i) {
-        const int64_t token = i % args.num_tokens, head = i / args.num_tokens;
-        const int64_t slot = args.slot_mapping[token];
-        if (slot < 0) continue;
-        if (slot >= num_slots) {
-          ++outside;
-          continue;
-        }
-        uint8_t* record = pages.base + slot / pages.block_size * pages.stride_block +
-                          head * pages.stride_head +
-                          slot % pages.block_size * (int64_t)layout.record_bytes;
-        memset(record, 0, (size_t)layout.record_bytes);
-        batch.token[batch.count] = token;
-        batch.head[batch.count] = (int)head;
-        batch.record[batch.count++] = record;
+    for (int64_t begin = 0; begin < num_vectors; begin += most) {
+      const int64_t end = begin + most < num_vectors ? begin + most : num_vectors;
+      for (const bool first : {true, false}) {
+        outside += fill_batch(pages, layout, args, begin, end, first, batch);
+        if (batch.count > 0) nonfinite += encode_batch(codec, layout, args, first, batch);
       }
-      nonfinite += encode_batch(codec, layout, args, batch);
     }
   }
   return outside ? -1 : nonfinite;

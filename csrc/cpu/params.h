@@ -108,7 +108,7 @@ struct FqEncode {
   int32_t dtype;                                  // FqDtype
   int32_t num_threads;
   const FqKeyMap* key_map;   // null = keys are coded as they are
-  const int64_t* positions;  // [num_tokens], read with key_map's turn_fine alone
+  const int64_t* positions;  // [num_tokens], read with key_map alone
 };
 
 struct FqAttend {

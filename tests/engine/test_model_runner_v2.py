@@ -32,7 +32,7 @@ def builder(threshold: int | None) -> FibQuantMetadataBuilder:
     made = FibQuantMetadataBuilder.__new__(FibQuantMetadataBuilder)
     made.reorder_batch_threshold = threshold
     made.retain = made._pool = made._monitor = made._device_reader = None
-    made._num_plain, made._needs_positions, made._counts_steps = 0, False, False
+    made._needs_positions = made._counts_steps = False
     made._with_sinks = []
     return made
 

@@ -283,8 +283,8 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
             non_finite.counter.add(count)
 
     def _positions(self, layer: Any) -> torch.Tensor | None:
-        """Where the step's tokens stand in their requests, if the map of keys asks for it."""
-        if self.key_map is None or self.key_map.turning is None:
+        """Where the step's tokens stand in their requests, if there is a map of keys."""
+        if self.key_map is None:
             return None
         metadata: Any = get_forward_context().attn_metadata
         return metadata[layer.layer_name].positions
@@ -324,10 +324,6 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
             ops.reserve(query, raw=self.attends_raw)
             return output.zero_()
         pages, num_tokens = self.pages(kv_cache), attn_metadata.num_tokens
-        if self.key_map is not None and attn_metadata.plain is not None:
-            tokens, slots, positions = attn_metadata.plain
-            first = self.key_map.without_first(key[tokens], value[tokens], positions)
-            ops.encode_kv(*first, slots, ops.pages_of(kv_cache, self.codec))
         if num_tokens < output.shape[0]:
             output[num_tokens:].zero_()
         fresh = Fresh(key, value) if self.attends_raw else None

@@ -44,10 +44,8 @@ class FibQuantMetadata(AttentionMetadata):
         num_gone: int64 [num_tokens], how many tokens between a query and the first ones are kept
             no more; None if none of any query.
         probe: what the fidelity monitor compares in this step, or None.
-        plain: tokens whose keys are encoded without the layer's map, int64 [n], and their slots,
-            int64 [n]; None if there are none.
-        positions: int64 [num_tokens], where new tokens stand in their requests; None if no map of
-            keys asks for it.
+        positions: int64 [num_tokens], where new tokens stand in their requests; None if no layer
+            has a map of keys.
         num_decodes, num_decode_tokens: requests at the beginning with few new tokens, and those
             tokens, on a GPU: beside a long chunk they would be cut as the chunk is, and one CTA
             would read a request's whole context. 0 elsewhere.
@@ -57,7 +55,6 @@ class FibQuantMetadata(AttentionMetadata):
     batch: Batch
     num_gone: torch.Tensor | None = None
     probe: Probe | None = None
-    plain: tuple[torch.Tensor, ...] | None = None
     positions: torch.Tensor | None = None
     num_decodes: int = 0
     num_decode_tokens: int = 0
@@ -95,8 +92,6 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         dtype = vllm_config.model_config.dtype
         self.retain: Retain | None = None
-        self._num_plain = 0
-        self._needs_positions = False
         self._pool: CopyPool | None = None
         self._device_reader = DeviceReader(device) if device.type == "cuda" else None
         if device.type == "cuda":  # else the order of requests is left alone
@@ -105,15 +100,13 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
         has_checked_map = False
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         impls = {name: layer.impl for name, layer in layers.items()}
+        self._needs_positions = any(impl.key_map is not None for impl in impls.values())
         self._with_sinks = [impl for impl in impls.values() if impl.has_sinks]
         is_loss_accepted = outcome_of(vllm_config).state == "accepted"
         self._monitor = monitor_of(vllm_config, impls, kv_cache_spec.block_size, is_loss_accepted)
         for impl in impls.values():
             # The layers of a group have the same options, and share block tables and so one pool.
             options, self.retain = impl.options, impl.options.retain
-            if impl.key_map is not None:
-                self._num_plain = impl.key_map.num_plain
-                self._needs_positions |= impl.key_map.turning is not None
             if impl.num_copy_rows and self._pool is None:
                 self._pool = CopyPool(
                     impl.num_copy_rows,
@@ -151,9 +144,6 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
             num_decodes, _, num_decode_tokens, _ = split_decodes_and_prefills(
                 common, self.reorder_batch_threshold
             )
-        positions = None
-        if self._num_plain or self._needs_positions:
-            positions = _positions(common).long()
         copies: tuple[torch.Tensor, ...] = ()
         if self._pool:
             plan = self._pool.step(*_as_numpy(common))
@@ -165,19 +155,10 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
             ),
             num_gone=self._num_gone(common),
             probe=self._monitor.plan(*_as_numpy(common)) if self._monitor else None,
-            plain=None if positions is None else self._plain(common, positions),
-            positions=positions,
+            positions=_positions(common).long() if self._needs_positions else None,
             num_decodes=num_decodes,
             num_decode_tokens=num_decode_tokens,
         )
-
-    def _plain(
-        self, common: CommonAttentionMetadata, positions: torch.Tensor
-    ) -> tuple[torch.Tensor, ...] | None:
-        tokens = (positions < self._num_plain).nonzero().squeeze(-1)
-        if len(tokens) == 0:
-            return None
-        return tokens, common.slot_mapping[tokens], positions[tokens]
 
     def _num_gone(self, common: CommonAttentionMetadata) -> torch.Tensor | None:
         if self.retain is None or common.max_seq_len <= self.retain.total:

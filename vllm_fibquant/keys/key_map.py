@@ -229,10 +229,10 @@ class KeyMap:
             raise ValueError("mean_at: positions must be given with a turning mean, got None")
         return mean + self.turning.at(positions, mean.shape[1], dtype)
 
-    def without_first(
+    def _without_first(
         self, key: torch.Tensor, value: torch.Tensor, positions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of first tokens as they are to be encoded, by the preset's own codes.
+        """Keys and values of first tokens as the preset's own codes encode them.
 
         Args:
             key, value: float [num_tokens, num_kv_heads, head_dim].
@@ -247,6 +247,14 @@ class KeyMap:
         )
         return key - known * key_mean, value - known * value_mean
 
+    def _is_first(self, positions: torch.Tensor | None, num_tokens: int) -> torch.Tensor:
+        """bool [num_tokens]: which tokens are among the first of their requests."""
+        if positions is None and self.num_plain:
+            raise ValueError("KeyMap: positions must be given where first tokens differ, got None")
+        if positions is None:
+            return torch.zeros(num_tokens, dtype=torch.bool)
+        return positions < self.num_plain
+
     def encode_records(
         self,
         key: torch.Tensor,
@@ -254,46 +262,57 @@ class KeyMap:
         codec: KVCodec,
         positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """As `KVCodec.encode_records`, for keys float32 [..., num_kv_heads, head_dim].
+        """As `KVCodec.encode_records`, for float32 [num_tokens, num_kv_heads, head_dim].
 
         Args:
-            positions: int64 [...], where the keys stand; needed with a turning mean.
+            positions: int64 [num_tokens], where tokens stand in their requests; None if neither
+                first tokens nor means differ by it.
         """
-        key = key - self.mean_at(positions, key.dtype)
-        records = codec.encode_records(key, value)
+        without = key - self.mean_at(positions, key.dtype)
+        records = codec.encode_records(without, value)
         if self.transform is not None:
             at = codec.layout
-            indices, norms = self.transform.encode(key)
+            indices, norms = self.transform.encode(without)
             records[..., at.key_index_offset : at.key_index_offset + indices.shape[-1]] = indices
             records[..., at.key_norm_offset : at.key_norm_offset + NORM_BYTES] = norms.unsqueeze(
                 -1
             ).view(torch.uint8)
+        is_first = self._is_first(positions, len(key))
+        if positions is not None and is_first.any():
+            first = self._without_first(key[is_first], value[is_first], positions[is_first])
+            records[is_first] = codec.encode_records(*first)
         return records
 
-    def decode_keys(
+    def decode_records(
         self,
         records: torch.Tensor,
         codec: KVCodec,
         dtype: torch.dtype,
         positions: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Keys of records uint8 [..., num_kv_heads, record_bytes], in the model's basis.
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of records uint8 [num_tokens, num_kv_heads, record_bytes], in the
+        model's basis: dtype [num_tokens, num_kv_heads, head_dim].
 
         Args:
             positions: as in `encode_records`.
-
-        Returns:
-            dtype [..., num_kv_heads, head_dim].
         """
-        mean = self.mean_at(positions, dtype)
+        keys, values = (x.to(dtype) for x in codec.decode_records(records))
+        is_later = ~self._is_first(positions, len(records))
+        mean = self.mean_at(positions, dtype).expand_as(keys)[is_later]
         if self.transform is None:
-            return codec.decode_records(records)[0].to(dtype) + mean
-        at = codec.layout
-        index_end = at.key_index_offset + self.transform.index_bytes
-        indices = records[..., at.key_index_offset : index_end]
-        norms = records[..., at.key_norm_offset : at.key_norm_offset + NORM_BYTES].contiguous()
-        norms = norms.view(torch.float16).squeeze(-1)
-        return self.transform.decode(indices, norms, dtype) + mean
+            keys[is_later] += mean
+        else:
+            at = codec.layout
+            index_end = at.key_index_offset + self.transform.index_bytes
+            indices = records[is_later, :, at.key_index_offset : index_end]
+            norms = records[is_later, :, at.key_norm_offset : at.key_norm_offset + NORM_BYTES]
+            norms = norms.contiguous().view(torch.float16).squeeze(-1)
+            keys[is_later] = self.transform.decode(indices, norms, dtype) + mean
+        if self.first is not None and positions is not None:
+            known = (positions < self.first.num_first).nonzero().squeeze(-1)
+            for x, means in ((keys, self.first.key), (values, self.first.value)):
+                x[known] += means.transpose(0, 1)[positions[known]].to(dtype)
+        return keys, values
 
     def first_heads(self, num_kv_heads: int) -> KeyMap:
         """The map of the first `num_kv_heads` heads."""

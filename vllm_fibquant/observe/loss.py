@@ -114,10 +114,6 @@ class LayerReading:
         pages = ops.pages_of(cache, layer.codec, layer.key_map)
         positions = torch.arange(num_tokens, device=device)
         ops.encode_kv(key, value, positions, pages, positions)
-        if layer.key_map is not None and layer.key_map.num_plain:
-            first = slice(0, layer.key_map.num_plain)
-            plain = layer.key_map.without_first(key[first], value[first], positions[first])
-            ops.encode_kv(*plain, positions[first], ops.pages_of(cache, layer.codec))
         is_raw = layer.options.prefill == "raw"
         # Every step of the text is a request of its own over the same blocks.
         step = CHUNK if is_raw else num_tokens

@@ -116,7 +116,7 @@ def encode_kv(
         slot_mapping: int64 [num_slots], num_slots <= num_tokens; -1 skips a token.
         pages: where the records go, and how they are encoded.
         positions: int64 [at least num_slots], where tokens stand in their requests; needed with a
-            key_map.turning, else unused.
+            map of keys, else unused.
 
     Returns:
         How many stored vectors held a NaN or infinity; they are stored as zero vectors. On a GPU 0:
@@ -124,7 +124,7 @@ def encode_kv(
 
     Raises:
         ValueError: an argument's shape, dtype or layout; on a CPU also a slot outside the cache, or
-            a position outside key_map.turning's table.
+            a position that is negative or outside key_map.turning's table.
 
     Cost: reads 2 * head_dim elements and writes record_bytes per token and KV head; the search
         takes num_rows * head_dim multiply-adds per vector.

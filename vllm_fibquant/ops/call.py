@@ -31,8 +31,7 @@ class Pages:
     Attributes:
         cache: uint8 [num_blocks, num_kv_heads, block_size, record_bytes], last two axes contiguous.
         codec: the codec of its records.
-        key_map: how keys are encoded; None for as they are. A key at a position below
-            key_map.num_plain is encoded as it is all the same.
+        key_map: how tokens are encoded; None for as they are.
         kernels: chosen by `ops.pages_of`.
         kept: what the kernels keep here from call to call.
 
@@ -57,8 +56,7 @@ class Pages:
         require_features("pages_of", self.kernels, asked)
         self.num_kv_heads, self.block_size = self.cache.shape[1:3]
         at = self.num_kv_heads, self.codec.head_dim, self.cache.device
-        turns = self.key_map is not None and self.key_map.turning is not None
-        self.kind = (*at, self.kernels, self.key_map is None, turns)
+        self.kind = (*at, self.kernels, self.key_map is None)
         """What the checks of a call's tensors depend on."""
 
     def _check_key_map(self, key_map: KeyMap) -> None:

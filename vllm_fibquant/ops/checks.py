@@ -61,10 +61,10 @@ def check_encode(
             f"encode_kv: slot_mapping must have at most key's {key.shape[0]} entries, "
             f"got {slot_mapping.shape[0]}"
         )
-    if pages.key_map is not None and pages.key_map.turning is not None:
+    if pages.key_map is not None:
         if positions is None or positions.shape[0] < slot_mapping.shape[0]:
             raise ValueError(
-                "encode_kv: positions must be given with key_map.turning, one for each of "
+                "encode_kv: positions must be given with key_map, one for each of "
                 f"{slot_mapping.shape[0]} slots, got "
                 f"{None if positions is None else list(positions.shape)}"
             )

@@ -228,7 +228,7 @@ class Cpu(Kernels):
         nonfinite: int = library().fq_encode_kv(layer.codec, layer.pages, layer.encode_args)
         if nonfinite == -2 and positions is not None:
             raise ValueError(
-                "encode_kv: positions must be from 0 to those of key_map.turning, got "
+                "encode_kv: positions must be at least 0 and of those key_map.turning knows, got "
                 f"{int(positions.min())} to {int(positions.max())}"
             )
         if nonfinite < 0:

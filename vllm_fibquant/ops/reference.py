@@ -29,7 +29,7 @@ def encode_kv(
         slot_mapping: int64 [num_slots], num_slots <= num_tokens; -1 skips a token.
         pages: where the records go, and how they are encoded.
         positions: int64 [at least num_slots], where tokens stand in their requests; read with
-            key_map.turning alone.
+            a key_map alone.
 
     Returns:
         How many stored vectors held a NaN or infinity (they are stored as zero vectors).
@@ -84,15 +84,10 @@ def paged_attention(
         positions = torch.arange(seq_len)
         blocks = batch.block_table[req].long()[positions // block_size]
         records = cache[blocks, :, positions % block_size]  # [seq_len, num_kv_heads, record_bytes]
-        keys, values = (x.to(compute_dtype) for x in codec.decode_records(records))
-        if key_map is not None:
-            mapped = slice(key_map.num_plain, None)
-            keys[mapped] = key_map.decode_keys(
-                records[mapped], codec, compute_dtype, positions[mapped]
-            )
-            if (means := key_map.first) is not None:
-                for x, mean in ((keys, means.key), (values, means.value)):
-                    x[: means.num_first] += mean.transpose(0, 1)[:seq_len].to(compute_dtype)
+        if key_map is None:
+            keys, values = (x.to(compute_dtype) for x in codec.decode_records(records))
+        else:
+            keys, values = key_map.decode_records(records, codec, compute_dtype, positions)
         if raw_key is not None and raw_value is not None:
             keys[seq_len - query_len :] = raw_key[begin:end].to(compute_dtype)
             values[seq_len - query_len :] = raw_value[begin:end].to(compute_dtype)

@@ -147,23 +147,15 @@ def run_self_check(
     if key_map is not None:  # as such a model's are: a mean, and what tells keys apart
         key = (key.float() + key_map.mean_at(positions, torch.float32)).to(dtype)
 
-    def store(key: torch.Tensor, value: torch.Tensor, slots: torch.Tensor, key_map: KeyMap | None):
-        # As views of one tensor, whose strides are not those of a tensor of its own.
-        keys, values = torch.cat((key, value), 1).to(device).split(num_kv_heads, dim=1)
-        pages = ops.pages_of(cache, codec, key_map)
-        ops.encode_kv(keys, values, slots.to(device), pages, positions)
-        expected = Pages(expected_cache, codec, key_map, ops.REFERENCE)
-        reference.encode_kv(key, value, slots, expected, positions)
-
-    store(key, value, slot_mapping, key_map)
-    if key_map is not None:
-        is_first = positions < key_map.num_plain
-        first = key_map.without_first(key[is_first], value[is_first], positions[is_first])
-        store(*first, slot_mapping[is_first], None)
+    # As views of one tensor, whose strides are not those of a tensor of its own.
+    keys, values = torch.cat((key, value), 1).to(device).split(num_kv_heads, dim=1)
+    pages = ops.pages_of(cache, codec, key_map)
+    ops.encode_kv(keys, values, slot_mapping.to(device), pages, positions.to(device))
+    oracle = Pages(expected_cache, codec, key_map, ops.REFERENCE)
+    reference.encode_kv(key, value, slot_mapping, oracle, positions)
     written = len(slot_mapping) * num_kv_heads
     mismatch = int((cache.cpu() != expected_cache).any(-1).sum()) / written
 
-    pages = ops.pages_of(cache, codec, key_map)
     shown = Pages(cache.cpu(), codec, key_map, ops.REFERENCE)
     cases: tuple[_Case, ...] = _CPU_CASES
     if all_cases if all_cases is not None else cache.is_cuda:
