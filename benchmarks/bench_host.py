@@ -66,7 +66,7 @@ def measure() -> dict[str, float]:
     """Microseconds by device, number of requests and op."""
     from tests.emulated import emulated
 
-    entry_points = ("fq_encode_kv", "fq_paged_attention")
+    entry_points = ("fq_encode_kv", "fq_plan", "fq_paged_attention")
     nothing = SimpleNamespace(**{name: lambda *args: 0 for name in entry_points})
     emulator, found = emulated(), {}
     with (

@@ -42,7 +42,7 @@ static void set_first_biases(const FqKeyMap& map, int t0, int count, int rows, c
 
 // Attends positions [begin, end) of one split from codes into `state`, which it clears first.
 static void attend_split(Call& call, const RowBlock& b, int begin, int end, int first_position,
-                         bool is_first, const Scratch& s, const State& state) {
+                         [[maybe_unused]] bool is_first, const Scratch& s, const State& state) {
   const FqCodec& codec = call.codec;
   const RecordLayout& layout = call.layout;
   const int head_dim = codec.head_dim, rows = rows_of(call, b), tile = tile_tokens(head_dim);
@@ -73,7 +73,8 @@ static void attend_split(Call& call, const RowBlock& b, int begin, int end, int 
     // the leading split's. They are not read, and zero factors keep them out of every sum.
     const int lead = begin > t0 ? begin - t0 : 0;
     const float* hidden = nullptr;
-    if (call.args.copy_key && (t0 < call.args.num_first || t1 > context - call.args.num_recent)) {
+    if (call.args.batch->copy_table &&
+        (t0 < call.args.num_first || t1 > context - num_recent(call.args))) {
       const int num_hidden = hide_copies(call, b.req, t0, count, s.hidden);
       if (num_hidden == count) continue;
       if (num_hidden > 0) hidden = s.hidden;
@@ -159,7 +160,7 @@ static void finish(const Call& call, const RowBlock& b, const Scratch& s) {
     attend_raw(call, b, s);
     merge(s.total, s.raw, rows, head_dim);
   }
-  const int64_t token = a.query_start_loc[b.req] + b.token;
+  const int64_t token = a.batch->query_start_loc[b.req] + b.token;
   for (int r = 0; r < rows; ++r) {
     const int head = b.kv_head * group + r % group;
     float scale = 1.0f, l = s.total.l[r];
@@ -222,131 +223,38 @@ static void merge_partials(const Call& call, const RowBlock& b, const Scratch& s
   finish(call, b, s);
 }
 
-// Lengths that cannot be: more new tokens than tokens (2), more than the block table holds (3), or
-// than the map of keys knows positions (4); copies of tokens or in rows that there are not (5).
-static int check_lengths(const Call& call) {
-  const FqAttend& a = call.args;
-  for (int req = 0; req < a.num_reqs; ++req) {
-    if (a.query_start_loc[req + 1] < a.query_start_loc[req] || context_len(call, req) < 0) return 2;
-    if (a.seq_lens[req] > a.stride_block_table * call.pages.block_size) return 3;
-    if (a.key_map && a.key_map->turn_fine && a.seq_lens[req] > a.key_map->num_positions) return 4;
-  }
-  const int64_t num_tokens = a.query_start_loc[a.num_reqs];
-  for (int64_t i = 0; i < a.num_new; ++i) {
-    if (a.new_tokens[i] < 0 || a.new_tokens[i] >= num_tokens) return 5;
-    if (a.new_rows[i] < 0 || a.new_rows[i] >= a.num_copy_rows) return 5;
-  }
-  return 0;
-}
-
-// Lists the row blocks of a call; returns their number. `out` null only counts.
-static int64_t list_blocks(const Call& call, RowBlock* out) {
-  const FqAttend& a = call.args;
-  const int per_block = kMaxRows / call.group_size > 1 ? kMaxRows / call.group_size : 1;
-  int64_t n = 0;
-  for (int req = a.num_reqs - 1; req >= 0; --req) {
-    const int query_len = a.query_start_loc[req + 1] - a.query_start_loc[req];
-    const int context = context_len(call, req);
-    // The last tokens of a request see the most: they go first, for an even finish.
-    for (int token = (query_len - 1) / per_block * per_block; token >= 0; token -= per_block) {
-      if (query_len == 0) break;
-      for (int head = 0; head < call.pages.num_kv_heads; ++head, ++n) {
-        if (!out) continue;
-        RowBlock& b = out[n];
-        b.req = req;
-        b.kv_head = head;
-        b.token = token;
-        b.num_tokens = query_len - token < per_block ? query_len - token : per_block;
-        b.window_begin =
-            a.window > 0 && context + token - a.window + 1 > 0 ? context + token - a.window + 1 : 0;
-        b.begin = b.window_begin;
-        b.end = a.raw_key ? context : context + token + b.num_tokens;
-        b.first_end = (int)(num_leading(a) < b.end ? num_leading(a) : b.end);
-        b.first_begin = a.keep_first > 0 ? 0 : b.begin < b.first_end ? b.begin : b.first_end;
-        if (b.begin < b.first_end) b.begin = b.first_end;
-        b.num_splits = b.end > b.begin ? (b.end - 1) / kSplit - b.begin / kSplit + 1 : 0;
-        b.num_splits += b.first_end > b.first_begin;
-        b.partial = -1;
-      }
-    }
-  }
-  return n;
-}
-
-// Returns 0, or 1 when a block table entry lies outside the cache, or check_lengths' error.
+// Attends what args.plan has planned. Returns 0, or 1 when a block table entry lies outside the
+// cache.
 static int paged_attention(const FqCodec& codec, const FqPages& pages, const FqAttend& args) {
-  const int head_dim = codec.head_dim;
+  const Plan& plan = *static_cast<const Plan*>(args.plan);
   Call call = {
       codec,
       pages,
       args,
-      {},
+      layout_of(codec.head_dim, codec.key, codec.value),
       code_kernels(codec.key),
       code_kernels(codec.value),
-      nullptr,
-      0,
+      static_cast<float*>(call_scratch((size_t)plan.partial_floats * 4)),
+      args.num_q_heads / pages.num_kv_heads,
       false,
 #if defined(FQ_BYTES)
       byte_keys(codec, args.key_map, args.dtype),
 #endif
   };
-  call.layout = layout_of(head_dim, codec.key, codec.value);
-  call.group_size = args.num_q_heads / pages.num_kv_heads;
-  const int num_threads = args.num_threads;
-
-  if (const int error = check_lengths(call)) return error;
-
-  // Jobs: whole row blocks, unless that leaves threads idle; then ranges of their splits.
-  const int64_t num_blocks = list_blocks(call, nullptr);
-  if (num_blocks == 0) return 0;
-  const size_t block_bytes = ((size_t)num_blocks * sizeof(RowBlock) + 63) & ~(size_t)63;
-  RowBlock* blocks = static_cast<RowBlock*>(call_scratch(block_bytes));
-  list_blocks(call, blocks);
-  int64_t total_splits = 0, work = 0;
-  for (int64_t i = 0; i < num_blocks; ++i) {
-    total_splits += blocks[i].num_splits;
-    work += (int64_t)rows_of(call, blocks[i]) * (blocks[i].end - blocks[i].begin);
-  }
-  int64_t per_job = total_splits / (4 * (int64_t)num_threads);
-  if (num_threads == 1) per_job = total_splits;
-  per_job = per_job > 1 ? per_job : 1;
-  int64_t num_jobs = 0, partial_floats = 0;
-  for (int64_t i = 0; i < num_blocks; ++i) {
-    RowBlock& b = blocks[i];
-    const int64_t jobs = b.num_splits > per_job ? (b.num_splits + per_job - 1) / per_job : 1;
-    if (jobs > 1) {
-      b.partial = partial_floats;
-      partial_floats += padded(b.num_splits * state_floats(rows_of(call, b), head_dim));
-    }
-    num_jobs += jobs;
-  }
-  const size_t job_bytes = ((size_t)num_jobs * sizeof(Job) + 63) & ~(size_t)63;
-  char* memory =
-      static_cast<char*>(call_scratch(block_bytes + job_bytes + (size_t)partial_floats * 4));
-  blocks = reinterpret_cast<RowBlock*>(memory);  // call_scratch keeps what it held when it grows
-  Job* jobs = reinterpret_cast<Job*>(memory + block_bytes);
-  call.partials = reinterpret_cast<float*>(memory + block_bytes + job_bytes);
-  int64_t n = 0;
-  for (int64_t i = 0; i < num_blocks; ++i) {
-    const int step = blocks[i].partial < 0 ? blocks[i].num_splits : (int)per_job;
-    int begin = 0;
-    do {
-      const int end = begin + step < blocks[i].num_splits ? begin + step : blocks[i].num_splits;
-      jobs[n++] = {(int32_t)i, begin, end};
-      begin = end;
-    } while (begin < blocks[i].num_splits);
-  }
-
-  const int64_t num_copied = args.copy_key ? args.num_new * pages.num_kv_heads : 0;
+  const RowBlock* blocks = plan.blocks();
+  const Job* jobs = plan.jobs();
+  const int64_t num_copied = args.batch->num_new * pages.num_kv_heads;
   const int max_rows = call.group_size > kMaxRows ? call.group_size : kMaxRows;
-#pragma omp parallel num_threads(num_threads) if (work >= kMinParallelWork || args.raw_key)
+#pragma omp parallel num_threads(args.num_threads) if (plan.is_parallel)
   {
     const Scratch scratch = make_scratch(call, max_rows);
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < num_jobs; ++i) run_job(call, blocks[jobs[i].block], jobs[i], scratch);
-    if (partial_floats > 0) {
+    for (int64_t i = 0; i < plan.num_jobs; ++i) {
+      run_job(call, blocks[jobs[i].block], jobs[i], scratch);
+    }
+    if (plan.partial_floats > 0) {
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t i = 0; i < num_blocks; ++i) {
+      for (int64_t i = 0; i < plan.num_blocks; ++i) {
         if (blocks[i].partial >= 0) merge_partials(call, blocks[i], scratch);
       }
     }

@@ -377,7 +377,7 @@ static void attend_split_bytes(Call& call, const RowBlock& b, int begin, int end
   clear(state, rows, head_dim);
   const float* hidden = nullptr;
   const int context = context_len(call, b.req);
-  if (a.copy_key && (begin < a.num_first || end > context - a.num_recent)) {
+  if (a.batch->copy_table && (begin < a.num_first || end > context - num_recent(a))) {
     int num_hidden = 0;
     for (int t = begin / kGroup * kGroup; t < round_up(end, kGroup); ++t) {
       const bool hide = t >= begin && t < end && copy_row(call, b.req, t) >= 0;

@@ -10,10 +10,10 @@ namespace fq::FQ_ISA {
 // The row of copy_key that holds the cached token at `position`, -1 when there is none.
 static inline int copy_row(const Call& call, int req, int position) {
   const FqAttend& a = call.args;
-  const int recent = position - context_len(call, req) + a.num_recent;
+  const int recent = position - context_len(call, req) + num_recent(a);
   if (position >= a.num_first && recent < 0) return -1;
   const int column = position < a.num_first ? position : a.num_first + recent;
-  return a.copy_table[req * (int64_t)(a.num_first + a.num_recent) + column];
+  return a.batch->copy_table[req * (int64_t)(a.num_first + num_recent(a)) + column];
 }
 
 // Hides the tokens [t0, t0 + count) of a tile that are read from copies. Returns how many.
@@ -31,7 +31,8 @@ static inline int hide_copies(const Call& call, int req, int t0, int count, floa
 static void copy_new(const Call& call, int64_t i) {
   const FqAttend& a = call.args;
   const int head_dim = call.codec.head_dim, heads = call.pages.num_kv_heads;
-  const int64_t token = a.new_tokens[i / heads], row = a.new_rows[i / heads], head = i % heads;
+  const int64_t token = a.batch->new_tokens[i / heads], row = a.batch->new_rows[i / heads],
+                head = i % heads;
   const int64_t to = row * a.stride_copy_row + head * a.stride_copy_head;
   alignas(64) float x[kMaxHeadDim];
   const auto copy = [&](const void* raw, int64_t stride_token, int64_t stride_head, void* copies) {
@@ -125,9 +126,9 @@ static void attend_dense(const Call& call, const RowBlock& b, const Dense& dense
 // them: their rows lie scattered, and one after the other they would be waited for.
 static inline void prefetch_copies(const Call& call, const RowBlock& b) {
   const FqAttend& a = call.args;
-  if (!a.copy_key) return;
-  const int num_columns = a.num_first + a.num_recent;
-  const int32_t* table = a.copy_table + b.req * (int64_t)num_columns;
+  if (!a.batch->copy_table) return;
+  const int num_columns = a.num_first + num_recent(a);
+  const int32_t* table = a.batch->copy_table + b.req * (int64_t)num_columns;
   const int64_t size = a.copy_dtype == kFqFloat32 ? 4 : 2;
   const int64_t head = b.kv_head * a.stride_copy_head * size;
   for (int i = 0; i < num_columns; ++i) {
@@ -147,17 +148,17 @@ static void attend_raw(const Call& call, const RowBlock& b, const Scratch& s) {
   const int context = context_len(call, b.req), tile = tile_tokens(call.codec.head_dim);
   const int oldest = b.window_begin;
   clear(s.raw, rows_of(call, b), call.codec.head_dim);
-  if (a.copy_key) {
+  if (a.batch->copy_table) {
     const Dense copies = {a.copy_key,         a.copy_value,      a.stride_copy_row,
                           a.stride_copy_head, a.stride_copy_row, a.stride_copy_head,
                           a.copy_dtype};
-    const int32_t* table = a.copy_table + b.req * (int64_t)(a.num_first + a.num_recent);
+    const int32_t* table = a.batch->copy_table + b.req * (int64_t)(a.num_first + num_recent(a));
     const int first = a.num_first < context ? a.num_first : context;
     if (oldest < first) attend_dense(call, b, copies, 0, first, table, 0, s);
-    int begin = context - a.num_recent > first ? context - a.num_recent : first;
+    int begin = context - num_recent(a) > first ? context - num_recent(a) : first;
     begin = oldest > begin ? oldest : begin;
     attend_dense(call, b, copies, begin, context,
-                 table + a.num_first + (begin - (context - a.num_recent)), 0, s);
+                 table + a.num_first + (begin - (context - num_recent(a))), 0, s);
   }
   const Dense fresh = {a.raw_key,
                        a.raw_value,
@@ -168,7 +169,7 @@ static void attend_raw(const Call& call, const RowBlock& b, const Scratch& s) {
                        a.dtype};
   int begin = oldest > context ? (oldest - context) / tile * tile : 0;
   attend_dense(call, b, fresh, context + begin, context + b.token + b.num_tokens, nullptr,
-               a.query_start_loc[b.req] + begin, s);
+               a.batch->query_start_loc[b.req] + begin, s);
 }
 
 }  // namespace fq::FQ_ISA

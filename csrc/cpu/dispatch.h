@@ -8,6 +8,7 @@ namespace fq {
 
 struct Kernels {
   int64_t (*encode_kv)(const FqCodec&, const FqPages&, const FqEncode&);
+  int64_t (*plan)(const FqCodec&, const FqPages&, const FqAttend&, void*);
   int (*paged_attention)(const FqCodec&, const FqPages&, const FqAttend&);
 };
 

@@ -135,7 +135,7 @@ static int64_t encode_kv(const FqCodec& codec, const FqPages& pages, const FqEnc
 #pragma omp for schedule(static)
     for (int64_t begin = 0; begin < num_vectors; begin += most) {
       const int64_t end = begin + most < num_vectors ? begin + most : num_vectors;
-      for (const bool first : {true, false}) {
+      for (int first = 1; first >= 0; --first) {
         outside += fill_batch(pages, layout, args, begin, end, first, batch);
         if (batch.count > 0) nonfinite += encode_batch(codec, layout, args, first, batch);
       }

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a thread of paged attention works on and with: row blocks, jobs, scratch.
+// What a thread of paged attention works with: the call, its scratch, and queries loaded into it.
 #pragma once
 
 #include "cpu/byte_job.h"
 #include "cpu/codec.h"
 #include "cpu/mapped.h"
 #include "cpu/params.h"
+#include "cpu/plan.h"
 #include "cpu/tile.h"
 #include "cpu/workspace.h"
 #include "page_layout.h"
@@ -13,26 +14,6 @@
 namespace fq::FQ_ISA {
 
 constexpr int kMaxFirstMeans = 16;
-constexpr int64_t kMinParallelWork = 2048;  // rows times tokens, about 10 us: less is one thread's
-constexpr int kMaxRows = 48;  // rows that share a decoded tile; their queries and outputs fit L2
-
-struct RowBlock {
-  int32_t req;
-  int32_t kv_head;
-  int32_t token;         // first new token of the block, counted within the request
-  int32_t num_tokens;    // new tokens in the block
-  int32_t window_begin;  // oldest position that any row of the block sees
-  int32_t first_begin;   // positions [first_begin, first_end) are the leading split, which there
-  int32_t first_end;     // is unless they are equal
-  int32_t begin, end;    // cached positions attended from codes beside those, [begin, end)
-  int32_t num_splits;    // splits that [begin, end) touches, and the leading one
-  int64_t partial;       // offset of the stored states of its splits, -1 when one job does all
-};
-
-struct Job {
-  int32_t block;
-  int32_t split_begin, split_end;  // counted from the block's first split
-};
 
 struct Call {
   const FqCodec& codec;
@@ -59,8 +40,6 @@ struct Scratch {
   ByteScratch bytes;
 #endif
 };
-
-static inline int64_t padded(int64_t floats) { return (floats + 15) & ~int64_t{15}; }
 
 // Divides `base`, null to count alone, among a thread's scratch; sets the floats it takes.
 static inline Scratch divide_scratch(const Call& call, float* base, int rows, int64_t* total) {
@@ -116,8 +95,7 @@ static inline int rows_of(const Call& call, const RowBlock& b) {
 
 // First new token's position in its sequence.
 static inline int context_len(const Call& call, int req) {
-  const FqAttend& a = call.args;
-  return a.seq_lens[req] - (a.query_start_loc[req + 1] - a.query_start_loc[req]);
+  return context_len(*call.args.batch, req);
 }
 
 // Consecutive records of one page.
@@ -131,7 +109,8 @@ static inline Run find_run(Call& call, const RowBlock& b, int position, int end)
   const int block_size = pages.block_size;
   const int offset = position % block_size;
   const int64_t block =
-      call.args.block_table[b.req * call.args.stride_block_table + position / block_size];
+      call.args.batch
+          ->block_table[b.req * call.args.batch->stride_block_table + position / block_size];
   const int count = end - position < block_size - offset ? end - position : block_size - offset;
   if (block < 0 || block >= pages.num_blocks) {
     __atomic_store_n(&call.bad_block, true, __ATOMIC_RELAXED);
@@ -143,12 +122,6 @@ static inline Run find_run(Call& call, const RowBlock& b, int position, int end)
 }
 
 enum class Queries { kRaw, kCodes, kFirst };  // for raw keys, for codes, for the leading split
-
-// Positions below this one are the leading split's.
-static inline int64_t num_leading(const FqAttend& a) {
-  if (!a.key_map) return a.keep_first;
-  return a.key_map->num_coded > 0 ? a.key_map->num_plain : 0;
-}
 
 // The queries of a row block, [rows, head_dim], rotated unless raw; for codes of transformed keys
 // [rows, num_coded], transformed. For codes of mapped keys also s.bias[r], the part of row r's
@@ -162,7 +135,7 @@ static void load_queries(const Call& call, const RowBlock& b, Queries which, con
   const int64_t stride_token = first ? a.stride_first_query_token : a.stride_query_token;
   const int64_t stride_head = first ? a.stride_first_query_head : a.stride_query_head;
   const int head_dim = call.codec.head_dim, group = call.group_size;
-  const int64_t token = a.query_start_loc[b.req] + b.token;
+  const int64_t token = a.batch->query_start_loc[b.req] + b.token;
   const bool transforms = map && map->num_coded > 0;
   float* loaded = transforms ? s.query_raw : dst;
   for (int r = 0; r < rows_of(call, b); ++r) {
@@ -193,7 +166,7 @@ static void load_first_means(const Call& call, const RowBlock& b, const Scratch&
     memcpy(mean, a.key_map->first_value + at + p * head_dim, (size_t)head_dim * 4);
     rotate(call.codec, mean, false);
   }
-  const int64_t token = a.query_start_loc[b.req] + b.token;
+  const int64_t token = a.batch->query_start_loc[b.req] + b.token;
   for (int r = 0; r < rows_of(call, b); ++r) {
     alignas(64) float q[kMaxHeadDim];
     const int head = b.kv_head * group + r % group;

@@ -7,5 +7,5 @@
 
 namespace fq::FQ_ISA {
 extern const Kernels kernels;
-const Kernels kernels = {encode_kv, paged_attention};
+const Kernels kernels = {encode_kv, plan_attention, paged_attention};
 }  // namespace fq::FQ_ISA

@@ -139,16 +139,21 @@ static fq::AbiText describe_abi() {
                         FQ_FIELD(num_threads), FQ_FIELD(key_map), FQ_FIELD(positions)});
   }
   {
+    using S = FqBatch;
+    abi.add(sizeof(S), {FQ_FIELD(query_start_loc), FQ_FIELD(seq_lens), FQ_FIELD(block_table),
+                        FQ_FIELD(copy_table), FQ_FIELD(new_tokens), FQ_FIELD(new_rows),
+                        FQ_FIELD(stride_block_table), FQ_FIELD(num_new), FQ_FIELD(num_reqs),
+                        FQ_FIELD(num_copy_columns)});
+  }
+  {
     using S = FqAttend;
-    abi.add(sizeof(S), {FQ_FIELD(query),
+    abi.add(sizeof(S), {FQ_FIELD(batch),
+                        FQ_FIELD(plan),
+                        FQ_FIELD(query),
                         FQ_FIELD(out),
                         FQ_FIELD(raw_key),
                         FQ_FIELD(raw_value),
-                        FQ_FIELD(query_start_loc),
-                        FQ_FIELD(seq_lens),
-                        FQ_FIELD(block_table),
                         FQ_FIELD(sinks),
-                        FQ_FIELD(stride_block_table),
                         FQ_FIELD(stride_query_token),
                         FQ_FIELD(stride_query_head),
                         FQ_FIELD(stride_out_token),
@@ -157,25 +162,19 @@ static fq::AbiText describe_abi() {
                         FQ_FIELD(stride_raw_key_head),
                         FQ_FIELD(stride_raw_value_token),
                         FQ_FIELD(stride_raw_value_head),
-                        FQ_FIELD(num_reqs),
                         FQ_FIELD(num_q_heads),
                         FQ_FIELD(dtype),
                         FQ_FIELD(window),
                         FQ_FIELD(scale),
                         FQ_FIELD(soft_cap),
                         FQ_FIELD(num_threads),
-                        FQ_FIELD(copy_dtype),
                         FQ_FIELD(copy_key),
                         FQ_FIELD(copy_value),
-                        FQ_FIELD(copy_table),
+                        FQ_FIELD(copy_dtype),
+                        FQ_FIELD(num_first),
+                        FQ_FIELD(num_copy_rows),
                         FQ_FIELD(stride_copy_row),
                         FQ_FIELD(stride_copy_head),
-                        FQ_FIELD(num_first),
-                        FQ_FIELD(num_recent),
-                        FQ_FIELD(new_tokens),
-                        FQ_FIELD(new_rows),
-                        FQ_FIELD(num_new),
-                        FQ_FIELD(num_copy_rows),
                         FQ_FIELD(first_query),
                         FQ_FIELD(stride_first_query_token),
                         FQ_FIELD(stride_first_query_head),
@@ -240,6 +239,12 @@ FQ_EXPORT int fq_select_isa(const char* name) {
 
 FQ_EXPORT int64_t fq_encode_kv(const FqCodec* codec, const FqPages* pages, const FqEncode* args) {
   return fq::kernels().encode_kv(*codec, *pages, *args);
+}
+
+// Cuts the work of a batch into jobs: see plan.h.
+FQ_EXPORT int64_t fq_plan(const FqCodec* codec, const FqPages* pages, const FqAttend* args,
+                          void* out) {
+  return fq::kernels().plan(*codec, *pages, *args, out);
 }
 
 FQ_EXPORT int fq_paged_attention(const FqCodec* codec, const FqPages* pages, const FqAttend* args) {

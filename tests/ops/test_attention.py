@@ -11,11 +11,10 @@ from tests.paged import make_paged
 from vllm_fibquant import ops
 from vllm_fibquant.codec.codebook import make_codebook
 from vllm_fibquant.codec.codec import KVCodec, VectorCodec
-from vllm_fibquant.codec.config import PRESETS, CodeSpec
+from vllm_fibquant.codec.config import HEAD_DIMS, PRESETS, CodeSpec
 from vllm_fibquant.codec.rotation import make_rotation
 
 PRESET_NAMES = [name for name in PRESETS if name != "fibquant"]
-HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
 
 
 def codec_of(name: str, head_dim: int) -> KVCodec:

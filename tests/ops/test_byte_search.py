@@ -46,10 +46,11 @@ def encoded(name: str, head_dim: int, num_tokens: int, transform: bool = False) 
     x = vectors(num_tokens, head_dim)
     cache = torch.zeros(2, 2, num_tokens, codec.layout.record_bytes, dtype=torch.uint8)
     pages, slots = ops.pages_of(cache, codec, key_map), torch.arange(2 * num_tokens)
-    ops.encode_kv(x, x.flip(0), slots[:num_tokens], pages)
+    positions = torch.arange(num_tokens)  # first tokens, which have no transform, among others
+    ops.encode_kv(x, x.flip(0), slots[:num_tokens], pages, positions)
     for i in range(num_tokens):
         one = slice(i, i + 1)
-        ops.encode_kv(x[one], x.flip(0)[one], slots[num_tokens:][one], pages)
+        ops.encode_kv(x[one], x.flip(0)[one], slots[num_tokens:][one], pages, positions[one])
     assert torch.equal(cache[0], cache[1])
     return cache[0]
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int32, c_int64, c_void_p
+from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int32, c_int64, c_void_p, pointer
 from typing import Any
 
 import torch
@@ -56,23 +56,31 @@ class FqEncode(Structure):
     ]
 
 
+class FqBatch(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("query_start_loc", "seq_lens", "block_table")),
+        *((name, c_void_p) for name in ("copy_table", "new_tokens", "new_rows")),
+        *((name, c_int64) for name in ("stride_block_table", "num_new")),
+        *((name, c_int32) for name in ("num_reqs", "num_copy_columns")),
+    ]
+
+
 class FqAttend(Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("query", "out", "raw_key", "raw_value")),
-        *((name, c_void_p) for name in ("query_start_loc", "seq_lens", "block_table", "sinks")),
-        ("stride_block_table", c_int64),
+        ("batch", POINTER(FqBatch)),
+        ("plan", c_void_p),
+        *((name, c_void_p) for name in ("query", "out", "raw_key", "raw_value", "sinks")),
         *((f"stride_query_{name}", c_int64) for name in ("token", "head")),
         *((f"stride_out_{name}", c_int64) for name in ("token", "head")),
         *((f"stride_raw_key_{name}", c_int64) for name in ("token", "head")),
         *((f"stride_raw_value_{name}", c_int64) for name in ("token", "head")),
-        *((name, c_int32) for name in ("num_reqs", "num_q_heads", "dtype", "window")),
+        *((name, c_int32) for name in ("num_q_heads", "dtype", "window")),
         *((name, c_float) for name in ("scale", "soft_cap")),
-        *((name, c_int32) for name in ("num_threads", "copy_dtype")),
-        *((f"copy_{name}", c_void_p) for name in ("key", "value", "table")),
+        ("num_threads", c_int32),
+        *((f"copy_{name}", c_void_p) for name in ("key", "value")),
+        *((name, c_int32) for name in ("copy_dtype", "num_first")),
+        ("num_copy_rows", c_int64),
         *((f"stride_copy_{name}", c_int64) for name in ("row", "head")),
-        *((name, c_int32) for name in ("num_first", "num_recent")),
-        *((name, c_void_p) for name in ("new_tokens", "new_rows")),
-        *((name, c_int64) for name in ("num_new", "num_copy_rows")),
         ("first_query", c_void_p),
         *((f"stride_first_query_{name}", c_int64) for name in ("token", "head")),
         ("keep_first", c_int64),
@@ -93,12 +101,14 @@ def library() -> ctypes.CDLL:
         RuntimeError: it is missing, does not load, or was built from other sources.
     """
     advice = "build it with `pip install -e .` (or `python setup.py build_ext --inplace`)"
-    structs = (FqCode, FqCodec, FqPages, FqEncode, FqAttend, FqKeyMap)
+    structs = (FqCode, FqCodec, FqPages, FqEncode, FqBatch, FqAttend, FqKeyMap)
     lib = load_library("cpu.library", LIBRARY_PATH, "fq_abi", structs, advice)
     lib.fq_isa.restype = c_char_p
     lib.fq_select_isa.argtypes = [c_char_p]
     lib.fq_encode_kv.argtypes = [POINTER(FqCodec), POINTER(FqPages), POINTER(FqEncode)]
     lib.fq_encode_kv.restype = c_int64
+    lib.fq_plan.argtypes = [POINTER(FqCodec), POINTER(FqPages), POINTER(FqAttend), c_void_p]
+    lib.fq_plan.restype = c_int64
     lib.fq_paged_attention.argtypes = [POINTER(FqCodec), POINTER(FqPages), POINTER(FqAttend)]
     return lib
 
@@ -146,8 +156,37 @@ class _Layer:
         self.encode_args = byref(self.encode)
 
 
+class _Step:
+    """What calls on one batch have in common, whatever their layer; `Batch.kept`.
+
+    Attributes:
+        plans: how its work is cut into jobs, by what that depends on.
+    """
+
+    def __init__(self, batch: Batch) -> None:
+        table, tokens, rows = batch.copy_table, batch.new_tokens, batch.new_rows
+        self.struct = FqBatch(
+            query_start_loc=batch.query_start_loc.data_ptr(),
+            seq_lens=batch.seq_lens.data_ptr(),
+            block_table=batch.block_table.data_ptr(),
+            stride_block_table=batch.block_table.stride(0),
+            num_reqs=batch.num_reqs,
+        )
+        if table is not None:
+            self.struct.copy_table, self.struct.num_copy_columns = table.data_ptr(), table.shape[1]
+        if tokens is not None and rows is not None:
+            self.struct.new_tokens, self.struct.new_rows = tokens.data_ptr(), rows.data_ptr()
+            self.struct.num_new = tokens.shape[0]
+        self.pointer = pointer(self.struct)
+        self.plans: dict[Any, torch.Tensor] = {}
+
+
 class _Attending:
-    """What calls of one layer that attends its pages in one way have in common; `Attend.kept`."""
+    """What calls of one layer that attends its pages in one way have in common; `Attend.kept`.
+
+    Attributes:
+        kind: what the plan of a step depends on of this layer.
+    """
 
     def __init__(self, layer: _Layer, pages: Pages, attend: Attend) -> None:
         check_pair(pages, attend)
@@ -163,33 +202,28 @@ class _Attending:
         self.args = byref(self.attend)
         if attend.sinks is not None:
             self.attend.sinks = attend.sinks.data_ptr()
-
-    def take(self, batch: Batch, attend: Attend) -> None:
-        """Writes the fields that describe a batch."""
-        args = self.attend
-        args.query_start_loc = batch.query_start_loc.data_ptr()
-        args.seq_lens = batch.seq_lens.data_ptr()
-        args.block_table = batch.block_table.data_ptr()
-        args.stride_block_table = batch.block_table.stride(0)
-        args.num_reqs = batch.num_reqs
-        table, copies = batch.copy_table, attend.copies
-        if table is None or copies is None:
-            args.copy_key = args.copy_value = args.copy_table = None
-        else:
-            args.copy_table = table.data_ptr()
+        num_copy_rows = 0
+        if (copies := attend.copies) is not None:
+            args, num_copy_rows = self.attend, copies.key.shape[0]
             args.copy_key, args.copy_value = copies.key.data_ptr(), copies.value.data_ptr()
-            args.copy_dtype = DTYPES[copies.key.dtype]
+            args.copy_dtype, args.num_copy_rows = DTYPES[copies.key.dtype], num_copy_rows
             args.stride_copy_row, args.stride_copy_head, _ = copies.key.stride()
             args.num_first = copies.num_first
-            args.num_recent = table.shape[1] - copies.num_first
-            args.num_copy_rows = copies.key.shape[0]
-        tokens, rows = batch.new_tokens, batch.new_rows
-        if tokens is None or rows is None:
-            args.new_tokens, args.new_rows, args.num_new = None, None, 0
-        else:
-            args.new_tokens, args.new_rows = tokens.data_ptr(), rows.data_ptr()
-            args.num_new = tokens.shape[0]
-        self.batch = batch
+        of_map = None
+        if (key_map := pages.key_map) is not None:
+            turns = key_map.turning and key_map.turning.turns.num_positions
+            of_map = key_map.transform is None, key_map.num_plain, turns
+        of_pages = pages.num_kv_heads, pages.block_size, pages.codec.head_dim
+        self.kind = *of_pages, attend.window, attend.keep_first, num_copy_rows, of_map
+
+    def plan(self, plans: dict[Any, torch.Tensor], kind: tuple[Any, ...]) -> torch.Tensor:
+        """Plans the batch and keeps that under `kind`."""
+        fq_plan, of = library().fq_plan, (self.layer.codec, self.layer.pages, self.args)
+        if (num_bytes := fq_plan(*of, None)) < 0:
+            raise ValueError(f"paged_attention: {_ERRORS[-num_bytes]}")
+        plans[kind] = plan = torch.empty(num_bytes, dtype=torch.uint8, device="cpu")
+        fq_plan(*of, plan.data_ptr())
+        return plan
 
 
 class Cpu(Kernels):
@@ -254,13 +288,20 @@ class Cpu(Kernels):
         kept: Any = attend.kept
         if kept is None or kept.of is not pages:
             kept = attend.kept = _Attending(layer, pages, attend)
-        if kept.batch is not batch:
-            kept.take(batch, attend)
-        layer.struct.base = pages.cache.data_ptr()
+        step = batch.kept
+        if step is None:
+            step = batch.kept = _Step(batch)
         args = kept.attend
+        if kept.batch is not batch:
+            kept.batch, args.batch = batch, step.pointer
+        layer.struct.base = pages.cache.data_ptr()
+        num_q_heads, num_threads = query.shape[1], torch.get_num_threads()
         args.query, args.out = query.data_ptr(), out.data_ptr()
-        args.num_q_heads, args.dtype = query.shape[1], DTYPES[query.dtype]
-        args.num_threads = torch.get_num_threads()
+        args.num_q_heads, args.dtype, args.num_threads = (
+            num_q_heads,
+            DTYPES[query.dtype],
+            num_threads,
+        )
         args.stride_query_token, args.stride_query_head, _ = query.stride()
         args.stride_out_token, args.stride_out_head, _ = out.stride()
         raw_key, raw_value, first_query = fresh or _NOTHING
@@ -274,6 +315,11 @@ class Cpu(Kernels):
             first = query if first_query is None else first_query
             args.first_query = first.data_ptr()
             args.stride_first_query_token, args.stride_first_query_head, _ = first.stride()
+        kind = kept.kind, num_q_heads, num_threads, raw_key is None
+        plan = step.plans.get(kind)
+        if plan is None:
+            plan = kept.plan(step.plans, kind)
+        args.plan = plan.data_ptr()
         if error := library().fq_paged_attention(layer.codec, layer.pages, kept.args):
             raise ValueError(f"paged_attention: {_ERRORS[error]}")
 
