@@ -70,6 +70,10 @@ class Paged:
         return 1.5 * self.codec.head_dim**-0.5  # sharper than a model's, so that errors show
 
     @property
+    def fresh(self) -> Fresh:
+        return Fresh(self.new_key, self.new_value)
+
+    @property
     def raw(self) -> dict[str, torch.Tensor]:
         return {"raw_key": self.new_key, "raw_value": self.new_value}
 

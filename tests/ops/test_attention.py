@@ -13,6 +13,7 @@ from vllm_fibquant.codec.codebook import make_codebook
 from vllm_fibquant.codec.codec import KVCodec, VectorCodec
 from vllm_fibquant.codec.config import HEAD_DIMS, PRESETS, CodeSpec
 from vllm_fibquant.codec.rotation import make_rotation
+from vllm_fibquant.keys.key_map import KeyMap
 
 PRESET_NAMES = [name for name in PRESETS if name != "fibquant"]
 
@@ -327,3 +328,52 @@ def test_bad_options_are_refused(options: dict, message: str) -> None:
     paged = make_paged(codec_of("fibquant_2bit", 64), [30, 9], [1, 1])
     with pytest.raises(ValueError, match=message):
         paged.attend(**options)
+
+
+# ---- what is kept from call to call -------------------------------------------------------------
+
+
+def test_one_batch_serves_layers_that_differ() -> None:
+    """A plan is shared by layers that are alike, and by no others."""
+    generator = torch.Generator().manual_seed(1)
+    paged = make_paged(codec_of("fibquant_2bit", 64), [1100, 60], [2, 60], group_size=4)
+    mean = torch.randn(2, 64, generator=generator)
+    layers = [
+        (group_size, options, key_map, fresh)
+        for options in ({"window": 30}, {}, {"keep_first": 3, "window": 30}, {"soft_cap": 2.0})
+        for group_size in (1, 4)
+        for key_map in ((None,) if "keep_first" in options else (None, KeyMap(mean, 4)))
+        for fresh in ((None,) if "keep_first" in options else (None, paged.fresh, None))
+    ]
+    threads, batch = torch.get_num_threads(), paged.split({})[0]
+    try:
+        for count in (1, 5):
+            torch.set_num_threads(count)
+            for group_size, options, key_map, fresh in layers:
+                query = torch.randn(62, 2 * group_size, 64, generator=generator)
+                pages = ops.pages_of(paged.cache, paged.codec, key_map)
+                out, expected = torch.full_like(query, torch.nan), torch.full_like(query, torch.nan)
+                attend = ops.Attend(paged.scale, **options)
+                ops.paged_attention(query, out, pages, batch, attend, fresh)
+                ops.paged_attention(query, expected, pages, paged.split({})[0], attend, fresh)
+                assert torch.equal(out, expected), (group_size, options, key_map)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_one_layer_serves_batches_that_differ() -> None:
+    """Nothing of a call is left in the next: raw tokens, rows, requests, another cache and map."""
+    paged = make_paged(codec_of("fibquant_2bit", 64), [70, 40, 33], [2, 3, 1], group_size=2)
+    other = make_paged(codec_of("fibquant_2bit", 64), [90], [1], group_size=2, seed=3)
+    other.key_map = KeyMap(torch.ones(2, 64), 4)
+    attend, kept = ops.Attend(paged.scale), {id(x): x.pages for x in (paged, other)}
+    whole, of_other = paged.split({})[0], other.split({})[0]
+    fewer = ops.Batch(whole.query_start_loc[:3], whole.seq_lens[:2] - 1, whole.block_table[:2])
+    for x, batch, fresh in (
+        (paged, whole, paged.fresh), (paged, fewer, None), (paged, whole, None),
+        (other, of_other, None), (other, of_other, other.fresh), (paged, fewer, paged.fresh),
+    ):  # fmt: skip
+        out, expected = torch.zeros(2, *x.query.shape)
+        ops.paged_attention(x.query, out, kept[id(x)], batch, attend, fresh)
+        ops.paged_attention(x.query, expected, x.pages, batch, ops.Attend(x.scale), fresh)
+        assert torch.equal(out, expected)
