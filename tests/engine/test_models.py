@@ -9,21 +9,28 @@ import torch
 from vllm_fibquant import ops
 from vllm_fibquant.ops import reference
 
-from .harness import engine, generate, in_batches, largest_difference, varied_prompts
-from .models import VOCAB_SIZE, make_model
-
-SHAPES = ("llama", "llama-mha80", "llama-mqa128", "gemma2", "gemma3", "gpt-oss")
-
-
-def shapes(*quick: str):
-    """Every shape; those not in `quick` are for the slow run."""
-    return pytest.mark.parametrize(
-        "shape",
-        [s if s in quick else pytest.param(s, marks=pytest.mark.slow) for s in SHAPES],
-    )
+from .architectures import FAMILIES, HEAD_DIMS, HYBRIDS, VOCAB_SIZE, quickly
+from .harness import (
+    engine,
+    generate,
+    in_batches,
+    largest_difference,
+    varied_prompts,
+)
+from .models import make_model
 
 
-@shapes("llama-mha80", "gemma2", "gpt-oss")
+def dtype_of(shape: str) -> str:
+    """vLLM's linear attention for CPUs computes in bfloat16 alone."""
+    return "bfloat16" if shape == "qwen3-next" else "float32"
+
+
+HEAD_DIM_SHAPES = [f"head-dim-{head_dim}" for head_dim in HEAD_DIMS]
+# vLLM's CPU build runs neither of these two as transformers writes them, with any cache.
+SERVED = [name for name in FAMILIES if name not in ("minimax-m2", "phimoe")]
+
+
+@pytest.mark.parametrize("shape", ["llama-mha80", *quickly([*SERVED, *HYBRIDS, *HEAD_DIM_SHAPES])])
 def test_raw_prefill_is_stock_attention(model_folder, shape):
     """A fresh prompt in `raw` mode never reads a code, so it must give what stock vLLM gives.
 
@@ -32,15 +39,18 @@ def test_raw_prefill_is_stock_attention(model_folder, shape):
     """
     prompts = varied_prompts(8, VOCAB_SIZE)
     model = make_model(shape, model_folder)
+    settings = {"max_num_batched_tokens": 2048, "dtype": dtype_of(shape)}
     answers = []
     for name, options in (("auto", None), ("fibquant_2bit", {"prefill": "raw"})):
-        with engine(model, name, fibquant=options, max_num_batched_tokens=2048) as llm:
+        with engine(model, name, fibquant=options, **settings) as llm:
             answers.append(generate(llm, prompts, 1))
     other_tokens, _, largest = largest_difference(*answers)
-    assert (other_tokens, largest < 1e-4) == (0, True), largest
+    # Qwen2's biases make keys, and so scores and what rounding makes of them, ten times as large.
+    bound = {"qwen2": 1e-3}.get(shape, 1e-4 if dtype_of(shape) == "float32" else 0.1)
+    assert (other_tokens, largest < bound) == (0, True), largest
 
 
-@shapes("llama-mqa128", "gemma3")
+@pytest.mark.parametrize("shape", ["llama-mqa128", "gemma3"])
 def test_kernels_equal_the_oracle_through_the_engine(model_folder, shape, monkeypatch):
     """The same engine on the plain PyTorch oracle: same tokens, nearly the same bits."""
     prompts = varied_prompts(6, VOCAB_SIZE, longest=150)

@@ -26,7 +26,7 @@ GAIN_NUMBERS: dict[GainRule, int] = {"norm": 0, "preserve": 1, "mse": 2, "unbias
 StorageDtype = Literal["int8", "float16"]
 PrefillMode = Literal["codes", "raw"]
 
-HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
+HEAD_DIMS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """Head dims whose codebooks ship with the package and whose kernels are tested."""
 
 MAX_INDEX_BITS = 16

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drafts change nothing in mode `exact`: verified rows read the same codes as decoded ones.
+
+Drafters have random weights, so few drafts are accepted; every step verifies some all the same.
+(N-grams: test_features.py.)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from .architectures import VOCAB_SIZE
+from .harness import engine, generate, one_by_one, varied_prompts
+from .models import make_model
+
+
+def eagle_head(folder: Path) -> str:
+    """A head of one layer that also reads the target's last hidden state."""
+    draft = Path(make_model("llama-1layer", folder))
+    path = folder / "eagle"
+    if not path.exists():
+        path.mkdir()
+        weights = load_file(draft / "model.safetensors")
+        head = {name.removeprefix("model."): x for name, x in weights.items() if ".layers." in name}
+        del head["layers.0.input_layernorm.weight"]  # such heads have none
+        hidden = weights["model.embed_tokens.weight"].shape[1]
+        head["fc.weight"] = torch.randn(hidden, 2 * hidden) * 0.08
+        save_file(head, path / "model.safetensors")
+        (path / "config.json").write_text((draft / "config.json").read_text())
+    return str(path)
+
+
+def drafted(llm) -> int:
+    (count,) = [m.value for m in llm.get_metrics() if m.name == "vllm:spec_decode_num_draft_tokens"]
+    return count
+
+
+@pytest.mark.parametrize("method", ["draft_model", "eagle"])
+def test_drafts_do_not_matter(model_folder, method):
+    prompts, model = varied_prompts(8, VOCAB_SIZE), make_model("llama", model_folder)
+    draft = make_model("llama-1layer", model_folder)
+    speculation = {
+        "method": method,
+        "model": draft if method == "draft_model" else eagle_head(model_folder),
+        "num_speculative_tokens": 2,
+    }
+    with engine(model, "fibquant_2bit") as llm:
+        expected = [answer.bits for answer in one_by_one(llm, prompts, 12)]
+    with engine(model, "fibquant_2bit", speculative_config=speculation) as llm:
+        alone = [answer.bits for answer in one_by_one(llm, prompts, 12)]
+        together = [answer.bits for answer in generate(llm, prompts, 12)]
+        assert drafted(llm) > 0
+    assert alone == expected
+    assert together == expected
