@@ -50,7 +50,8 @@ class AttentionWatch:
                 apart.
             output: `[num_tokens, num_q_heads * head_dim]`.
         """
-        if self.piece is None or getattr(layer.impl, "sinks", None) is not None:
+        impl = getattr(layer.impl, "attend", layer.impl)  # ours keeps how it attends apart
+        if self.piece is None or getattr(impl, "sinks", None) is not None:
             return
         inputs = (*args, *(given[n] for n in ("query", "key", "value") if n in given))
         head_dim, num_kv_heads = layer.head_size, layer.num_kv_heads
@@ -68,7 +69,7 @@ class AttentionWatch:
         past[:] = [(keys.transpose(0, 1), values.transpose(0, 1))]
         q = query[rows].transpose(0, 1).unflatten(0, (num_kv_heads, -1))
         scores = q @ keys.unsqueeze(1).mT * layer.impl.scale  # [kv heads, group, rows, tokens]
-        cap = getattr(layer.impl, "soft_cap", 0) or getattr(layer.impl, "logits_soft_cap", 0)
+        cap = getattr(impl, "soft_cap", 0) or getattr(impl, "logits_soft_cap", 0)
         if cap:
             scores = cap * torch.tanh(scores / cap)
         at = torch.tensor(rows).unsqueeze(-1) + begin
