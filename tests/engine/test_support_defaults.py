@@ -31,11 +31,11 @@ def mode_of(config) -> tuple:
 @pytest.mark.parametrize(
     ("settings", "expected", "told"),
     [
-        ({}, ("raw", 64, "auto"), []),
+        ({}, ("raw", 128, "auto"), []),
         ({"device": "cuda"}, ("codes", 0, "none"), ["copies", "calibration"]),
         ({"connector": object()}, ("codes", 0, "none"), ["copies", "calibration"]),
         ({"offloading": 1.0}, ("codes", 0, "none"), ["copies", "calibration"]),
-        ({"is_hybrid": True}, ("raw", 64, "none"), ["calibration"]),
+        ({"is_hybrid": True}, ("raw", 128, "none"), ["calibration"]),
         ({"retain": {"recent": 64}}, ("codes", 0, "none"), ["copies", "calibration"]),
     ],
     ids=str,
@@ -49,7 +49,7 @@ def test_a_default_is_the_best_that_can_be_had(settings, expected, told):
 
 def test_what_is_asked_for_by_name_is_not_replaced_nor_told():
     config = run("cuda", mode="quality", calibrate="means")
-    assert mode_of(config) == ("raw", 64, "means")
+    assert mode_of(config) == ("raw", 128, "means")
     assert support.told_defaults(config) == []
     assert support.told_defaults(run("cuda", mode="exact")) == [
         "keys are not calibrated: kernels of cuda devices have it not yet"
