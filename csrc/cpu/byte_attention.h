@@ -387,7 +387,7 @@ static void attend_split_bytes(Call& call, const RowBlock& b, int begin, int end
     if (num_hidden == end - begin) return;
     if (num_hidden > 0) hidden = s.bytes.hidden;
     // The newest tokens are hidden together: their codes need not be read.
-    while (copy_row(call, b.req, end - 1) >= 0) --end;
+    while (s.bytes.hidden[end - 1 - start] < 0.0f) --end;
   }
   const SplitRange range = {start, begin, end, begin / kGroup * kGroup, round_up(end, kGroup)};
   // Half of the next split's records are asked for with the keys, half with the values. Those of

@@ -82,43 +82,41 @@ static void attend_dense(const Call& call, const RowBlock& b, const Dense& dense
       s.hidden[t] = t < count && row[t] < 0 ? kMinusInf : 0.0f;
     }
     if (!any) continue;
-    const auto load_tile = [&](const void* base, int64_t stride_token, int64_t stride_head) {
+    // Calls `use` with the tile of vectors at `base`: where they lie if that can be, else as
+    // floats.
+    const auto with_tile = [&](const void* base, int64_t stride_token, int64_t stride_head,
+                               auto use) {
+      const int64_t head = b.kv_head * stride_head;
+      if (dense.dtype == kFqBFloat16 && rows <= kMaxFusedRows) {
+        const uint16_t* vectors[kMaxTile];
+        for (int t = 0; t < rounded; ++t) {
+          vectors[t] = row[t] < 0
+                           ? kZeros
+                           : static_cast<const uint16_t*>(base) + row[t] * stride_token + head;
+        }
+        return use(BFloatTile{vectors});
+      }
       for (int t = 0; t < rounded; ++t) {
         float* dst = s.tile + (int64_t)t * head_dim;
         if (row[t] < 0) {
           memset(dst, 0, (size_t)head_dim * 4);
         } else {
-          load_row(base, row[t] * stride_token + b.kv_head * stride_head, dense.dtype, head_dim,
-                   dst);
+          load_row(base, row[t] * stride_token + head, dense.dtype, head_dim, dst);
         }
       }
+      use(DenseTile{s.tile, head_dim});
     };
-    const uint16_t* vectors[kMaxTile];
-    const auto find_vectors = [&](const void* base, int64_t stride_token, int64_t stride_head) {
-      for (int t = 0; t < rounded; ++t) {
-        const int64_t at = row[t] * stride_token + b.kv_head * stride_head;
-        vectors[t] = row[t] < 0 ? kZeros : static_cast<const uint16_t*>(base) + at;
-      }
-    };
-    const bool in_place = dense.dtype == kFqBFloat16 && rows <= kMaxFusedRows;
-    if (in_place) {
-      find_vectors(dense.key, dense.stride_key_token, dense.stride_key_head);
-      dot_tile(s.query_raw, rows, BFloatTile{vectors}, head_dim, rounded, s.scores);
-    } else {
-      load_tile(dense.key, dense.stride_key_token, dense.stride_key_head);
-      dot_tile(s.query_raw, rows, DenseTile{s.tile, head_dim}, head_dim, rounded, s.scores);
-    }
+    with_tile(dense.key, dense.stride_key_token, dense.stride_key_head, [&](const auto& keys) {
+      dot_tile(s.query_raw, rows, keys, head_dim, rounded, s.scores);
+    });
     const Mask mask = {
         t0,      count,  first_position, call.group_size, a.window, 0, table ? s.hidden : nullptr,
         nullptr, nullptr};
     softmax_tile(s.scores, rows, s.key_factor, s.value_factor, mask, a.soft_cap, s.raw, s.alpha);
-    if (in_place) {
-      find_vectors(dense.value, dense.stride_value_token, dense.stride_value_head);
-      axpy_tile(s.scores, s.alpha, rows, BFloatTile{vectors}, head_dim, count, s.raw.o);
-    } else {
-      load_tile(dense.value, dense.stride_value_token, dense.stride_value_head);
-      axpy_tile(s.scores, s.alpha, rows, DenseTile{s.tile, head_dim}, head_dim, count, s.raw.o);
-    }
+    with_tile(dense.value, dense.stride_value_token, dense.stride_value_head,
+              [&](const auto& values) {
+                axpy_tile(s.scores, s.alpha, rows, values, head_dim, count, s.raw.o);
+              });
   }
 }
 

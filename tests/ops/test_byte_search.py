@@ -61,18 +61,12 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("isa", ["avx512-vnni"], indirect=True)
 @pytest.mark.parametrize(("name", "head_dim", "transform"), CASES)
-def test_bytes_store_what_floats_store(name: str, head_dim: int, transform: bool) -> None:
-    try:
-        cpu.select_isa("avx512-vnni")
-    except ValueError:
-        pytest.skip("this CPU does not have AVX-512 VBMI and VNNI")
-    try:
-        got = encoded(name, head_dim, 400, transform)
-        cpu.select_isa("avx512")
-        assert torch.equal(got, encoded(name, head_dim, 400, transform))
-    finally:
-        cpu.select_isa(None)
+def test_bytes_store_what_floats_store(name: str, head_dim: int, transform: bool, isa: str) -> None:
+    got = encoded(name, head_dim, 400, transform)
+    cpu.select_isa("avx512")
+    assert torch.equal(got, encoded(name, head_dim, 400, transform))
 
 
 @pytest.mark.long  # compiles the library twice
@@ -91,14 +85,9 @@ def test_their_model_stores_what_floats_store(tmp_path, monkeypatch: pytest.Monk
         assert torch.equal(floats, bytes_), case
 
 
-def test_a_scan_without_its_margin_errs(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("isa", ["avx512-vnni"], indirect=True)
+def test_a_scan_without_its_margin_errs(monkeypatch: pytest.MonkeyPatch, isa: str) -> None:
     """The vectors above do come near enough to ties for the margin to matter."""
-    try:
-        cpu.select_isa("avx512-vnni")
-    except ValueError:
-        pytest.skip("this CPU does not have AVX-512 VBMI and VNNI")
-    finally:
-        cpu.select_isa(None)
     expected = encoded("fibquant_2bit", 64, 400)
 
     def without(book) -> Scan | None:

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from tests.ops.test_lanes import ROOT, find_compiler
-from vllm_fibquant.ops import cpu
 
 # Every function of the header, on vectors at `in` (2048 bytes): 64 bytes of `out` each.
 SOURCE = """
@@ -84,13 +83,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return build(tmp_path_factory.mktemp("model"), "model", "-DFQ_BYTE_MODEL", "-DFQ_LANES=16")
 
 
-def test_instructions_give_the_bits_of_their_model(model: ctypes.CDLL, tmp_path: Path) -> None:
-    try:
-        cpu.select_isa("avx512-vnni")
-    except ValueError:
-        pytest.skip("this CPU does not have AVX-512 VBMI and VNNI")
-    finally:
-        cpu.select_isa(None)
+@pytest.mark.parametrize("isa", ["avx512-vnni"], indirect=True)
+def test_instructions_give_the_bits_of_their_model(
+    model: ctypes.CDLL, tmp_path: Path, isa: str
+) -> None:
     instructions = build(tmp_path, "instructions", *INSTRUCTIONS.split())
     generator = np.random.default_rng(0)
     for trial in range(200):

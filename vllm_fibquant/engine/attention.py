@@ -369,24 +369,36 @@ def check_layers(vllm_config: VllmConfig) -> None:
         raise ValueError(refusal(cache.cache_dtype, [problem]))
 
 
-def allocate_copies(vllm_config: VllmConfig, available_bytes: int) -> int:
-    """Gives every layer of this process its copies, as full batches need but few beside the pages.
+def copy_rows(vllm_config: VllmConfig, available_bytes: int) -> tuple[int, int]:
+    """How many tokens of this process's layers are copied, as full batches need but few beside the
+    pages, and the bytes of one in all layers; (0, 0) without a recent window.
 
     Args:
         available_bytes: what copies and pages may take together.
+    """
+    layers = list(our_layers(vllm_config).values())
+    row_bytes = sum(layer.copy_row_bytes(vllm_config.model_config.dtype) for layer in layers)
+    if row_bytes == 0:
+        return 0, 0
+    wanted = vllm_config.scheduler_config.max_num_seqs * layers[0].options.num_copies
+    return num_copy_rows(wanted, row_bytes, available_bytes), row_bytes
+
+
+def allocate_copies(vllm_config: VllmConfig, available_bytes: int) -> int:
+    """Gives every layer of this process its copies.
+
+    Args:
+        available_bytes: as in `copy_rows`.
 
     Returns:
         Bytes taken.
     """
-    dtype = vllm_config.model_config.dtype
-    layers = list(our_layers(vllm_config).values())
-    row_bytes = sum(layer.copy_row_bytes(dtype) for layer in layers)
-    if row_bytes == 0:
+    num_rows, row_bytes = copy_rows(vllm_config, available_bytes)
+    if num_rows == 0:
         return 0
-    wanted = vllm_config.scheduler_config.max_num_seqs * layers[0].options.num_copies
-    num_rows = num_copy_rows(wanted, row_bytes, available_bytes)
+    layers = list(our_layers(vllm_config).values())
     for layer in layers:
-        layer.allocate_copies(num_rows, dtype)
+        layer.allocate_copies(num_rows, vllm_config.model_config.dtype)
     logger.info(
         "FibQuant keeps copies of up to %d tokens (%.1f MiB): the newest %d and first %d of %d "
         "requests; others are read from codes",

@@ -18,7 +18,6 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_fibquant.engine import attention, compat_pages
-from vllm_fibquant.engine.copies import num_copy_rows
 from vllm_fibquant.engine.support import is_ours, run_options
 
 
@@ -97,16 +96,12 @@ def planned(
 
 def _ask(config: VllmConfig, memory_bytes: int) -> Planned:
     specs = compat_pages.plain_specs(config)
-    coded, copy_bytes, num_copies = attention.our_layers(config), 0, 0
+    coded = attention.our_layers(config)
     if is_ours(config.cache_config.cache_dtype):
         attention.check_layers(config)
-    row_bytes = sum(layer.copy_row_bytes(config.model_config.dtype) for layer in coded.values())
-    if row_bytes:
-        num_copies = run_options(config).num_copies
-        wanted = config.scheduler_config.max_num_seqs * num_copies
-        copy_bytes = row_bytes * num_copy_rows(wanted, row_bytes, memory_bytes)
-    if is_ours(config.cache_config.cache_dtype):
         specs = compat_pages.fitted(specs)
+    num_rows, row_bytes = attention.copy_rows(config, memory_bytes)
+    copy_bytes = num_rows * row_bytes
     found = compat_pages.allocate(config, specs, memory_bytes - copy_bytes)
     layers = tuple(
         PlannedLayer(
@@ -125,6 +120,6 @@ def _ask(config: VllmConfig, memory_bytes: int) -> Planned:
         config.cache_config.block_size,
         found.num_blocks,
         found.max_concurrency,
-        num_copies,
+        run_options(config).num_copies if num_rows else 0,
         copy_bytes,
     )

@@ -65,9 +65,8 @@ def make_scan(book: Codebook) -> Scan | None:
     spec = book.spec
     if spec.num_rows != NUM_ROWS or spec.storage != "int8" or spec.subvec_dim not in (4, 8):
         return None
-    words = (
-        book.table.double()
-    )  # [256, subvec_dim]; the half of folded books moves all scores alike
+    # The half that folded books add to each coordinate moves all scores alike.
+    words = book.table.double()  # [256, subvec_dim]
     half_sq = book.rows.double().square().sum(-1) / 2
     # |y c| + |c|^2 / 2 stays below 3/2 of its bound, and 256 times that in an int32.
     most = (2**31 - 1) // 256 // (128 * spec.subvec_dim * 3 // 2)
