@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "abi_text.h"
+#include "cpu/copy_pool.h"
 #include "cpu/dispatch.h"
 #include "cpu/workspace.h"
 #include "page_layout.h"
@@ -146,6 +147,12 @@ static fq::AbiText describe_abi() {
                         FQ_FIELD(num_copy_columns)});
   }
   {
+    using S = FqCopyPool;
+    abi.add(sizeof(S), {FQ_FIELD(row_of_slot), FQ_FIELD(slot_of_row), FQ_FIELD(next),
+                        FQ_FIELD(previous), FQ_FIELD(num_slots), FQ_FIELD(num_rows),
+                        FQ_FIELD(num_first), FQ_FIELD(num_recent), FQ_FIELD(block_size)});
+  }
+  {
     using S = FqAttend;
     abi.add(sizeof(S), {FQ_FIELD(batch),
                         FQ_FIELD(plan),
@@ -249,4 +256,10 @@ FQ_EXPORT int64_t fq_plan(const FqCodec* codec, const FqPages* pages, const FqAt
 
 FQ_EXPORT int fq_paged_attention(const FqCodec* codec, const FqPages* pages, const FqAttend* args) {
   return fq::kernels().paged_attention(*codec, *pages, *args);
+}
+
+// Plans what a step reads from copies and what it copies: see copy_pool.h.
+FQ_EXPORT int64_t fq_plan_copies(const FqCopyPool* pool, const FqBatch* batch, const int64_t* slots,
+                                 int32_t* table, int64_t* tokens, int64_t* rows) {
+  return fq::plan_copies(*pool, *batch, slots, table, tokens, rows);
 }

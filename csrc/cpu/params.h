@@ -129,6 +129,18 @@ struct FqBatch {
   int32_t num_copy_columns;
 };
 
+// The rows of copies of all layers that share block tables (copy_pool.h).
+struct FqCopyPool {
+  int32_t* row_of_slot;  // [num_slots], -1 = none
+  int64_t* slot_of_row;  // [num_rows], -1 = none
+  int32_t* next;         // [num_rows + 1]
+  int32_t* previous;     // [num_rows + 1]
+  int64_t num_slots;
+  int32_t num_rows;
+  int32_t num_first, num_recent;  // tokens of a request that are copied
+  int32_t block_size;
+};
+
 struct FqAttend {
   const FqBatch* batch;
   const void* plan;       // what fq_plan made of this batch

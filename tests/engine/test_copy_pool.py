@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -35,10 +36,11 @@ class Run:
             [b[p // BLOCK] * BLOCK + p % BLOCK for b, c, q in requests for p in range(c, c + q)],
             np.int64,
         )
-        plan = self.pool.step(loc, seq_lens, table, slots)
-        assert len(set(plan.rows)) == len(plan.rows), "two tokens in one row"
+        plan = self.pool.step(*map(torch.from_numpy, (loc, seq_lens, table, slots)))
+        plan_rows, plan_tokens = plan.rows.numpy(), plan.tokens.numpy()
+        assert len(set(plan_rows)) == len(plan_rows), "two tokens in one row"
         found: list[list[int | None]] = []
-        for (blocks, context, _), rows in zip(requests, plan.table, strict=True):
+        for (blocks, context, _), rows in zip(requests, plan.table.tolist(), strict=True):
             found.append([])
             for column, row in enumerate(rows):
                 first, recent = self.pool.num_first, self.pool.num_recent
@@ -53,7 +55,7 @@ class Run:
         serials = np.arange(self.serial, self.serial + len(slots))
         self.serial += len(slots)
         self.slots.update(zip(slots.tolist(), serials.tolist(), strict=True))
-        self.buffer[plan.rows] = serials[plan.tokens]
+        self.buffer[plan_rows] = serials[plan_tokens]
         return found
 
 
@@ -111,8 +113,8 @@ def test_rejected_drafts_are_overwritten() -> None:
 
 def test_skipped_slots_are_not_copied() -> None:
     pool = CopyPool(4, 0, 4, BLOCK)
-    loc, lens = np.array([0, 3], np.int32), np.array([3], np.int32)
-    plan = pool.step(loc, lens, np.zeros((1, 1), np.int32), np.array([-1, 1, -1]))
+    loc, lens = torch.tensor([0, 3], dtype=torch.int32), torch.tensor([3], dtype=torch.int32)
+    plan = pool.step(loc, lens, torch.zeros(1, 1, dtype=torch.int32), torch.tensor([-1, 1, -1]))
     assert plan.tokens.tolist() == [1] and pool.num_used == 1
 
 

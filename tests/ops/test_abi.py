@@ -11,7 +11,8 @@ from vllm_fibquant.ops import cpu
 from vllm_fibquant.ops.abi import load_library
 
 STRUCTS = (
-    cpu.FqCode, cpu.FqCodec, cpu.FqPages, cpu.FqEncode, cpu.FqBatch, cpu.FqAttend, cpu.FqKeyMap,
+    cpu.FqCode, cpu.FqCodec, cpu.FqPages, cpu.FqEncode, cpu.FqBatch, cpu.FqCopyPool, cpu.FqAttend,
+    cpu.FqKeyMap,
 )  # fmt: skip
 
 

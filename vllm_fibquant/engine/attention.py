@@ -4,6 +4,8 @@
 write:  `FibQuantImpl.do_kv_cache_update` -> `ops.encode_kv`
 read:   `FibQuantImpl.forward`            -> `ops.paged_attention`
 
+On a CPU `forward` itself begins with the update; on a GPU vLLM calls it before.
+
 With a recent window attention also copies the newest tokens, where `copies.CopyPool` says.
 
 Both get the layer's cache as vLLM allocated it, uint8 [num_blocks, num_kv_heads, block_size,
@@ -16,7 +18,7 @@ import functools
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
@@ -56,7 +58,8 @@ class FibQuantBackend(AttentionBackend):
 
     options: ClassVar[Options]
 
-    forward_includes_kv_cache_update = False
+    # On a CPU attention's operator also encodes: a second one takes 10 us in every layer.
+    forward_includes_kv_cache_update = current_platform.is_cpu()
     supported_dtypes: ClassVar[list[torch.dtype]] = list(DTYPES)
     supported_kv_cache_dtypes: ClassVar[list[Any]] = list(PRESETS)
 
@@ -301,12 +304,13 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attends this step's queries to their requests' codes.
+        """Attends this step's queries to their requests' codes; on a CPU it first encodes the new
+        tokens.
 
         Args:
-            layer: unused.
+            layer: vLLM's, which knows its name.
             query: [num_tokens, num_q_heads, head_dim], possibly padded.
-            key: [num_tokens, num_kv_heads, head_dim], read in prefill mode "raw" alone.
+            key: [num_tokens, num_kv_heads, head_dim]; attended in prefill mode "raw" alone.
             value: as key.
             kv_cache: uint8 [num_blocks, num_kv_heads, block_size, record_bytes].
             attn_metadata: None while vLLM profiles: the output is zero and nothing is read, unless
@@ -323,6 +327,10 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
                 return self.without_cache(query, key, value, output)
             ops.reserve(query, raw=self.attends_raw)
             return output.zero_()
+        if FibQuantBackend.forward_includes_kv_cache_update:
+            slots = cast(Any, get_forward_context().slot_mapping).get(layer.layer_name)
+            if slots is not None:
+                self.do_kv_cache_update(layer, key, value, kv_cache, slots)
         pages, num_tokens = self.pages(kv_cache), attn_metadata.num_tokens
         if num_tokens < output.shape[0]:
             output[num_tokens:].zero_()

@@ -146,8 +146,13 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
             )
         copies: tuple[torch.Tensor, ...] = ()
         if self._pool:
-            plan = self._pool.step(*_as_numpy(common))
-            copies = tuple(map(torch.from_numpy, (plan.table, plan.tokens, plan.rows)))
+            plan = self._pool.step(
+                common.query_start_loc,
+                common.seq_lens,
+                common.block_table_tensor,
+                common.slot_mapping,
+            )
+            copies = plan.table, plan.tokens, plan.rows
         return FibQuantMetadata(
             num_tokens=common.num_actual_tokens,
             batch=Batch(
@@ -168,6 +173,8 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
 
 def _positions(common: CommonAttentionMetadata) -> torch.Tensor:
     """Where in its request each new token stands: [num_actual_tokens]."""
+    if common.num_actual_tokens == common.num_reqs and common.max_query_len == 1:
+        return common.seq_lens - 1
     ends = common.query_start_loc[1:]
     row = torch.arange(common.num_actual_tokens, dtype=ends.dtype, device=ends.device)
     req = torch.searchsorted(ends, row, right=True).clamp_max(len(ends) - 1)

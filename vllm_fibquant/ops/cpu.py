@@ -65,6 +65,14 @@ class FqBatch(Structure):
     ]
 
 
+class FqCopyPool(Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("row_of_slot", "slot_of_row", "next", "previous")),
+        ("num_slots", c_int64),
+        *((name, c_int32) for name in ("num_rows", "num_first", "num_recent", "block_size")),
+    ]
+
+
 class FqAttend(Structure):
     _fields_ = [
         ("batch", POINTER(FqBatch)),
@@ -101,7 +109,7 @@ def library() -> ctypes.CDLL:
         RuntimeError: it is missing, does not load, or was built from other sources.
     """
     advice = "build it with `pip install -e .` (or `python setup.py build_ext --inplace`)"
-    structs = (FqCode, FqCodec, FqPages, FqEncode, FqBatch, FqAttend, FqKeyMap)
+    structs = (FqCode, FqCodec, FqPages, FqEncode, FqBatch, FqCopyPool, FqAttend, FqKeyMap)
     lib = load_library("cpu.library", LIBRARY_PATH, "fq_abi", structs, advice)
     lib.fq_isa.restype = c_char_p
     lib.fq_select_isa.argtypes = [c_char_p]
@@ -109,6 +117,8 @@ def library() -> ctypes.CDLL:
     lib.fq_encode_kv.restype = c_int64
     lib.fq_plan.argtypes = [POINTER(FqCodec), POINTER(FqPages), POINTER(FqAttend), c_void_p]
     lib.fq_plan.restype = c_int64
+    lib.fq_plan_copies.argtypes = [POINTER(FqCopyPool), POINTER(FqBatch), *[c_void_p] * 4]
+    lib.fq_plan_copies.restype = c_int64
     lib.fq_paged_attention.argtypes = [POINTER(FqCodec), POINTER(FqPages), POINTER(FqAttend)]
     return lib
 
