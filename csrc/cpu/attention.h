@@ -103,8 +103,8 @@ static void attend_split(Call& call, const RowBlock& b, int begin, int end, int 
         const uint8_t* norms = record + layout.key_norm_offset;
         key_fields[t] = record + layout.key_index_offset;
         value_fields[t] = record + layout.value_index_offset;
-        s.key_factor[t] = load_norm(codec, codec.key, norms) * call.args.scale;
-        s.value_factor[t] = load_norm(codec, codec.value, norms + codec.key.norm_bytes);
+        s.key_factor[t] = load_norm(norms) * call.args.scale;
+        s.value_factor[t] = load_norm(norms + kNormBytes);
       }
     }
     for (int j = 0; j < tile; ++j) {

@@ -209,29 +209,18 @@ struct ChunkNorms {
 
 static inline void read_norms(const Call& call, const Records* groups, int num_groups,
                               ChunkNorms* norms) {
-  const auto read = [&](int offset, int bytes, uint16_t* out) {
+  const auto read = [&](int offset, uint16_t* out) {
     for (int g = 0; g < num_groups; ++g) {
       const uint8_t* p = groups[g].at + offset;
-      for (int i = 0; i < kGroup; ++i, p += groups[g].stride) {
-        if (bytes == 1) {
-          out[g * kGroup + i] = *p;
-        } else {
-          memcpy(out + g * kGroup + i, p, 2);
-        }
-      }
+      for (int i = 0; i < kGroup; ++i, p += groups[g].stride) memcpy(out + g * kGroup + i, p, 2);
     }
   };
-  read(call.layout.key_norm_offset, call.codec.key.norm_bytes, norms->key);
-  read(call.layout.value_norm_offset, call.codec.value.norm_bytes, norms->value);
+  read(call.layout.key_norm_offset, norms->key);
+  read(call.layout.value_norm_offset, norms->value);
 }
 
 // Factors of a chunk's tokens from its norms, times `scale`.
-static inline void load_factors(const FqCodec& codec, const FqCode& code, const uint16_t* norms,
-                                int count, float scale, float* out) {
-  if (code.norm_bytes == 1) {
-    for (int i = 0; i < count; ++i) out[i] = codec.levels[norms[i]] * scale;
-    return;
-  }
+static inline void load_factors(const uint16_t* norms, int count, float scale, float* out) {
   load_row(norms, 0, kFqFloat16, count, out);
   for (int i = 0; i < count; i += kLanes) store(out + i, load(out + i) * splat(scale));
 }
@@ -271,7 +260,6 @@ constexpr int kDecoded = 2;  // groups decoded between requests to memory
 static bool score_split(Call& call, const RowBlock& b, const SplitRange& range, int rows, int pace,
                         Prefetcher* ahead, const ByteScratch& s) {
   const ByteKeys& keys = call.byte_keys;
-  const FqCodec& codec = call.codec;
   const RecordLayout& layout = call.layout;
   const int64_t group_bytes = (keys.num_high + keys.num_low) * 64;
   for (int t = range.from; t < range.to; t += kChunkTokens) {
@@ -295,8 +283,8 @@ static bool score_split(Call& call, const RowBlock& b, const SplitRange& range, 
       }
     }
     const int i = t - range.start, count = n * kGroup;
-    load_factors(codec, codec.key, norms.key, count, call.args.scale, s.key_factor + i);
-    load_factors(codec, codec.value, norms.value, count, 1.0f, s.value_factor + i);
+    load_factors(norms.key, count, call.args.scale, s.key_factor + i);
+    load_factors(norms.value, count, 1.0f, s.value_factor + i);
     dot_chunk(keys, rows, n, group_bytes, s, i);
   }
   return true;

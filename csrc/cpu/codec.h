@@ -33,21 +33,14 @@ static inline void pack_index(uint8_t* field, int i, int bits, uint32_t index) {
 
 // ---- norms --------------------------------------------------------------------------------------
 
-static inline float load_norm(const FqCodec& codec, const FqCode& code, const uint8_t* p) {
-  if (code.norm_bytes == 1) return codec.levels[*p];
+static inline float load_norm(const uint8_t* p) {
   uint16_t half;
   memcpy(&half, p, sizeof(half));
   return half_to_float(half);
 }
 
 // `half`: the bits of a float16 of at least 0.
-static inline void store_norm(const FqCodec& codec, const FqCode& code, uint16_t half, uint8_t* p) {
-  if (code.norm_bytes == 1) {
-    *p = codec.level_of_half[half & 0x7FFF];
-  } else {
-    memcpy(p, &half, sizeof(half));
-  }
-}
+static inline void store_norm(uint16_t half, uint8_t* p) { memcpy(p, &half, sizeof(half)); }
 
 // ---- codes to floats ----------------------------------------------------------------------------
 
@@ -94,7 +87,7 @@ struct Codes {
     field += i / 8 * kHalfBytes;
     if constexpr (kFolded) {
       // Reads past the indices by 1 byte, or by 3 with kDim 2, which the norms behind them keep in
-      // the record: codec.py refuses values of kDim 2 when both norms have one byte.
+      // the record.
       using T = std::conditional_t<kDim == 2, uint64_t, uint32_t>;
       return {read<T>(field), read<T>(field + kHalfBytes), field};
     } else {

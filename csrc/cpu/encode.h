@@ -75,8 +75,8 @@ static int64_t encode_batch(const FqCodec& codec, const RecordLayout& layout, co
   }
   nonfinite += encode_vectors(codec, codec.value, b, layout.value_index_offset, b.norm[1]);
   for (int i = 0; i < b.count; ++i) {
-    store_norm(codec, codec.key, b.norm[0][i], b.record[i] + layout.key_norm_offset);
-    store_norm(codec, codec.value, b.norm[1][i], b.record[i] + layout.value_norm_offset);
+    store_norm(b.norm[0][i], b.record[i] + layout.key_norm_offset);
+    store_norm(b.norm[1][i], b.record[i] + layout.value_norm_offset);
   }
   return nonfinite;
 }

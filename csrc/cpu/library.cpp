@@ -111,21 +111,21 @@ static fq::AbiText describe_abi() {
   fq::AbiText abi;
   {
     using S = FqCode;
-    abi.add(sizeof(S), {FQ_FIELD(subvec_dim), FQ_FIELD(index_bits),  FQ_FIELD(num_rows),
-                        FQ_FIELD(folded),     FQ_FIELD(gain),        FQ_FIELD(num_rows_padded),
-                        FQ_FIELD(norm_bytes), FQ_FIELD(rows),        FQ_FIELD(rows_t),
-                        FQ_FIELD(half_sq),    FQ_FIELD(num_cells),   FQ_FIELD(num_lists),
-                        FQ_FIELD(cell_tiles), FQ_FIELD(list_tiles),  FQ_FIELD(list_begin),
-                        FQ_FIELD(list_index), FQ_FIELD(planes),      FQ_FIELD(plane_step),
-                        FQ_FIELD(scan_scale), FQ_FIELD(scan_most),   FQ_FIELD(scan_margin),
-                        FQ_FIELD(scan),       FQ_FIELD(squares),     FQ_FIELD(square_planes),
-                        FQ_FIELD(square_low), FQ_FIELD(square_scale)});
+    abi.add(sizeof(S), {FQ_FIELD(subvec_dim),  FQ_FIELD(index_bits),    FQ_FIELD(num_rows),
+                        FQ_FIELD(folded),      FQ_FIELD(gain),          FQ_FIELD(num_rows_padded),
+                        FQ_FIELD(rows),        FQ_FIELD(rows_t),        FQ_FIELD(half_sq),
+                        FQ_FIELD(num_cells),   FQ_FIELD(num_lists),     FQ_FIELD(cell_tiles),
+                        FQ_FIELD(list_tiles),  FQ_FIELD(list_begin),    FQ_FIELD(list_index),
+                        FQ_FIELD(planes),      FQ_FIELD(plane_step),    FQ_FIELD(scan_scale),
+                        FQ_FIELD(scan_most),   FQ_FIELD(scan_margin),   FQ_FIELD(scan),
+                        FQ_FIELD(squares),     FQ_FIELD(square_planes), FQ_FIELD(square_low),
+                        FQ_FIELD(square_scale)});
   }
   {
     using S = FqCodec;
     abi.add(sizeof(S), {FQ_FIELD(head_dim), FQ_FIELD(record_bytes), FQ_FIELD(rotation_signs),
                         FQ_FIELD(rotation_matrix), FQ_FIELD(rotation_matrix_t), FQ_FIELD(key),
-                        FQ_FIELD(value), FQ_FIELD(levels), FQ_FIELD(level_of_half)});
+                        FQ_FIELD(value)});
   }
   {
     using S = FqPages;

@@ -18,7 +18,6 @@ struct FqCode {
   int32_t folded;           // 0 or 1
   int32_t gain;             // FqGain
   int32_t num_rows_padded;  // num_rows rounded up to a multiple of 16
-  int32_t norm_bytes;       // of a stored norm: 2, a float16, or 1, the number of a level
   const float* rows;        // [num_rows, subvec_dim], 64-byte aligned
   const float* rows_t;      // [subvec_dim, num_rows_padded], 64-byte aligned, zero padded
   const float* half_sq;     // [num_rows_padded], |row|^2 / 2, padded with +inf
@@ -56,8 +55,6 @@ struct FqCodec {
   const float* rotation_matrix_t;  // its transpose; null for Hadamard
   FqCode key;
   FqCode value;
-  const float* levels;           // [256], the norm of each level
-  const uint8_t* level_of_half;  // [32768], the level of each float16 of at least 0, by its bits
 };
 
 // What one layer's keys are coded as: a key k of KV head h as k - mean[h] or, with a transform, as
@@ -180,8 +177,7 @@ namespace fq {
 
 static inline RecordLayout layout_of(int32_t head_dim, const FqCode& key, const FqCode& value) {
   return record_layout(index_bytes(head_dim / key.subvec_dim, key.index_bits),
-                       index_bytes(head_dim / value.subvec_dim, value.index_bits), key.norm_bytes,
-                       value.norm_bytes);
+                       index_bytes(head_dim / value.subvec_dim, value.index_bits));
 }
 
 }  // namespace fq

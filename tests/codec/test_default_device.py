@@ -13,14 +13,13 @@ import pytest
 import torch
 
 from vllm_fibquant import ops
-from vllm_fibquant.codec import codec, gain, rotation, search
+from vllm_fibquant.codec import codec, rotation, search
 from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.codec.config import HEAD_DIMS, PRESETS, Preset
 from vllm_fibquant.ops import cuda_tables
 
 CACHES = (
-    rotation.make_rotation, codec._kv_codec, search.codeword_lists, gain.levels,
-    gain.level_of_half,
+    rotation.make_rotation, codec._kv_codec, search.codeword_lists,
 )  # fmt: skip
 
 
@@ -56,7 +55,7 @@ def tensors_of(made: KVCodec) -> dict[str, torch.Tensor]:
 
 def presets() -> list[Preset]:
     listed = PRESETS["fibquant_4bit"].with_overrides(
-        {"key": {"num_lists": 4}, "value": {"num_lists": 4, "gain_bits": 8}}
+        {"key": {"num_lists": 4}, "value": {"num_lists": 4}}
     )
     return [*PRESETS.values(), listed]
 

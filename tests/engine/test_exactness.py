@@ -241,13 +241,3 @@ def test_raw_repeat_differs_by_the_code_of_the_prefix_alone(model_folder):
     print(f"\ncached repeat: {changed}/{len(first)} differ, by at most {largest:.4f} ({bound:.4f})")
     assert changed > 0
     assert largest <= 2 * bound
-
-
-def test_nothing_matters_with_norms_of_one_byte(model_folder):
-    """Records of an odd number of bytes."""
-    codes = {"key": {"gain_bits": 8}, "value": {"gain_bits": 16}}
-    model = make_model("llama", model_folder)
-    with engine(model, "fibquant_2bit", fibquant=codes) as llm:
-        assert {cache.shape[-1] for cache in cache_tensors(llm)} == {35}
-    prompts = varied_prompts(16, VOCAB_SIZE, seed=7)
-    assert_exact(run_everything(model, "fibquant_2bit", prompts, NUM_TOKENS, fibquant=codes))

@@ -85,8 +85,7 @@ def codebooks() -> dict[str, str]:
 def code_text(spec: CodeSpec) -> str:
     """One code in words, e.g. ``4 coordinates, 4096 codewords (sign-folded)``."""
     folded = " (sign-folded)" if spec.folded else ""
-    gain = " 8-bit norm" if spec.gain_bits == 8 else ""
-    return f"k={spec.subvec_dim} N={spec.num_codewords}{folded}{gain}"
+    return f"k={spec.subvec_dim} N={spec.num_codewords}{folded}"
 
 
 def preset_rows() -> list[list[str]]:

@@ -76,7 +76,7 @@ class Codebook:
 
     def serves(self, spec: CodeSpec) -> bool:
         """Whether this is a book of `spec` (whatever its gain and its search)."""
-        return self.spec == replace(spec, gain="norm", num_lists=None, gain_bits=16)
+        return self.spec == replace(spec, gain="norm", num_lists=None)
 
 
 def make_codebook(

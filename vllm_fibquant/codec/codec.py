@@ -13,8 +13,13 @@ import torch
 
 from vllm_fibquant.codec.codebook import Codebook, load_codebook
 from vllm_fibquant.codec.config import MAX_INDEX_BITS, CodeSpec, Preset, get_preset
-from vllm_fibquant.codec.gain import pack_norms, unpack_norms
-from vllm_fibquant.codec.layout import RecordLayout, record_layout
+from vllm_fibquant.codec.layout import (
+    NORM_BYTES,
+    RecordLayout,
+    pack_norms,
+    record_layout,
+    unpack_norms,
+)
 from vllm_fibquant.codec.rotation import Rotation, make_rotation
 from vllm_fibquant.codec.search import (
     CodewordLists,
@@ -151,8 +156,7 @@ class VectorCodec:
             x: any float dtype `[..., d]`.
 
         Returns:
-            indices int32 `[..., num_subvecs]` and norms float16 `[...]`, at most 65504; with
-            gain_bits 8, each of them a level.
+            indices int32 `[..., num_subvecs]` and norms float16 `[...]`, at most 65504.
         """
         x = x.float()
         peak = x.abs().amax(-1, keepdim=True)  # [..., 1]; NaN if x holds one
@@ -166,7 +170,6 @@ class VectorCodec:
         indices = self._nearest(y)
         norm = torch.where(usable, (peak * length).clamp(max=1e30), 0.0).squeeze(-1)
         norms = (norm * self._gain(y, indices)).clamp(max=MAX_NORM).to(torch.float16)
-        norms = unpack_norms(pack_norms(norms, self.spec.norm_bytes))
         return torch.where(usable, indices, 0), norms
 
     def decode(self, indices: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
@@ -239,13 +242,6 @@ class KVCodec:
                 f"KVCodec: key and value must have one head_dim, got {key.head_dim} and "
                 f"{value.head_dim}; models whose keys and values differ are not supported"
             )
-        specs = key.spec, value.spec
-        if specs[1].folded and specs[1].subvec_dim == 2 and all(s.gain_bits == 8 for s in specs):
-            raise ValueError(
-                "KVCodec: gain_bits must be 16 for keys or values when values are a sign-folded "
-                "code of subvec_dim 2, whose last index is read with 3 bytes behind it, got 8 for "
-                "both; leave gain_bits out of one of them"
-            )
         self.key = key
         self.value = value
         self.preset = preset
@@ -278,8 +274,7 @@ class KVCodec:
             indices, norms = codec.encode(x)
             packed = pack_indices(indices, codec.spec.index_bits)
             records[..., index_offset : index_offset + packed.shape[-1]] = packed
-            norm_bytes = codec.spec.norm_bytes
-            records[..., norm_offset : norm_offset + norm_bytes] = pack_norms(norms, norm_bytes)
+            records[..., norm_offset : norm_offset + NORM_BYTES] = pack_norms(norms)
         return records
 
     def decode_records(self, records: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -299,7 +294,7 @@ class KVCodec:
             index_bytes = codec.spec.index_bytes(self.head_dim)
             packed = records[..., index_offset : index_offset + index_bytes]
             indices = unpack_indices(packed, codec.num_subvecs, codec.spec.index_bits)
-            norms = unpack_norms(records[..., norm_offset : norm_offset + codec.spec.norm_bytes])
+            norms = unpack_norms(records[..., norm_offset : norm_offset + NORM_BYTES])
             decoded.append(codec.decode_rotated(indices, norms))
         return decoded[0], decoded[1]
 

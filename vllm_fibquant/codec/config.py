@@ -47,8 +47,6 @@ class CodeSpec:
         gain: rule for the stored norm.
         storage: precision the codebook is rounded to; encoder, oracle and kernels all read
             the rounded book.
-        gain_bits: of the stored norm: 16 for a float16, 8 for a level of a grid (gain.py). No
-            part of the codebook.
         num_lists: coarse cells that encode searches (search.py), 0 to compare with every
             row; None for DEFAULT_NUM_LISTS. No part of the codebook, nor of what decodes.
     """
@@ -59,7 +57,6 @@ class CodeSpec:
     gain: GainRule = "norm"
     storage: StorageDtype = "int8"
     num_lists: int | None = None
-    gain_bits: int = 16
 
     def __post_init__(self) -> None:
         n, k = self.num_codewords, self.subvec_dim
@@ -87,8 +84,6 @@ class CodeSpec:
                 f"CodeSpec: storage must be one of {', '.join(get_args(StorageDtype))}, "
                 f"got {self.storage!r}"
             )
-        if not isinstance(self.gain_bits, int) or self.gain_bits not in (8, 16):
-            raise ValueError(f"CodeSpec: gain_bits must be 8 or 16, got {self.gain_bits!r}")
         if self.num_lists is not None and not 0 <= self.num_lists <= self.num_cells:
             raise ValueError(
                 f"CodeSpec: num_lists must be from 0 to {self.num_cells} for {self.num_rows} rows, "
@@ -116,11 +111,6 @@ class CodeSpec:
             return self.num_lists
         shape = self.subvec_dim, self.num_codewords
         return 0 if self.folded else DEFAULT_NUM_LISTS.get(shape, 0)
-
-    @property
-    def norm_bytes(self) -> int:
-        """Bytes of the stored norm."""
-        return self.gain_bits // 8
 
     @property
     def rate(self) -> float:
@@ -174,8 +164,8 @@ class Preset:
                 except TypeError as error:
                     raise ValueError(
                         f"fibquant options: {side} must be an object with fields of a code "
-                        f"(subvec_dim, num_codewords, folded, gain, storage, num_lists, "
-                        f"gain_bits), got {options[side]!r}"
+                        f"(subvec_dim, num_codewords, folded, gain, storage, num_lists), "
+                        f"got {options[side]!r}"
                     ) from error
         if "rotation_seed" in options:
             seed = options["rotation_seed"]

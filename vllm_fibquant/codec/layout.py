@@ -7,12 +7,11 @@ after another; a record is the code of one key and one value vector:
     offset                       bytes              content
     0                            key_index_bytes    key indices, packed
     key_index_bytes              value_index_bytes  value indices, packed
-    norm_offset                  2 or 1             key norm
-    behind the key norm          2 or 1             value norm
+    norm_offset                  2                  key norm
+    norm_offset + 2              2                  value norm
 
-A norm is a little-endian float16 or, with gain_bits 8, the number of a level (gain.py).
-`norm_offset` is the end of the indices; where both norms have 2 bytes it is rounded up to an even
-number, so that they are 2-byte aligned. With gain_bits 8 a record may have an odd number of bytes.
+A norm is a little-endian float16. `norm_offset` is the end of the indices, rounded up to an even
+number, so that norms are 2-byte aligned.
 Index i of a vector occupies bits [i*b, (i+1)*b) of its packed field, b = index_bits, where bit 0
 is the least significant bit of the first byte (LSB first). Unused tail bits are 0.
 
@@ -28,10 +27,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from vllm_fibquant.codec.config import CodeSpec, Preset
 
 NORM_BYTES = 2
-"""Of a float16 norm."""
+"""Of a norm."""
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,6 @@ class RecordLayout:
     head_dim: int
     key_index_bytes: int
     value_index_bytes: int
-    key_norm_bytes: int = NORM_BYTES
-    value_norm_bytes: int = NORM_BYTES
 
     @property
     def key_index_offset(self) -> int:
@@ -54,17 +53,15 @@ class RecordLayout:
 
     @property
     def key_norm_offset(self) -> int:
-        end = self.key_index_bytes + self.value_index_bytes
-        is_aligned = self.key_norm_bytes == self.value_norm_bytes == NORM_BYTES
-        return (end + 1) & ~1 if is_aligned else end
+        return (self.key_index_bytes + self.value_index_bytes + 1) & ~1
 
     @property
     def value_norm_offset(self) -> int:
-        return self.key_norm_offset + self.key_norm_bytes
+        return self.key_norm_offset + NORM_BYTES
 
     @property
     def record_bytes(self) -> int:
-        return self.value_norm_offset + self.value_norm_bytes
+        return self.value_norm_offset + NORM_BYTES
 
     @property
     def effective_rate(self) -> float:
@@ -78,13 +75,17 @@ def record_layout(key: CodeSpec, value: CodeSpec, head_dim: int) -> RecordLayout
     Raises:
         ValueError: a subvec_dim does not divide head_dim.
     """
-    return RecordLayout(
-        head_dim,
-        key.index_bytes(head_dim),
-        value.index_bytes(head_dim),
-        key.norm_bytes,
-        value.norm_bytes,
-    )
+    return RecordLayout(head_dim, key.index_bytes(head_dim), value.index_bytes(head_dim))
+
+
+def pack_norms(norms: torch.Tensor) -> torch.Tensor:
+    """Norms float16 `[...]` to their bytes: uint8 `[..., NORM_BYTES]`."""
+    return norms.unsqueeze(-1).contiguous().view(torch.uint8)
+
+
+def unpack_norms(stored: torch.Tensor) -> torch.Tensor:
+    """Inverse of `pack_norms`; a copy, as norms in a record may not be aligned for their dtype."""
+    return stored.clone(memory_format=torch.contiguous_format).view(torch.float16).squeeze(-1)
 
 
 def preset_layout(preset: Preset, head_dim: int) -> RecordLayout:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_fibquant.codec.codec import KVCodec
-from vllm_fibquant.codec.layout import NORM_BYTES
+from vllm_fibquant.codec.layout import NORM_BYTES, pack_norms, unpack_norms
 from vllm_fibquant.keys.transform import KeyTransform
 
 STEP = 32
@@ -274,9 +274,8 @@ class KeyMap:
             at = codec.layout
             indices, norms = self.transform.encode(without)
             records[..., at.key_index_offset : at.key_index_offset + indices.shape[-1]] = indices
-            records[..., at.key_norm_offset : at.key_norm_offset + NORM_BYTES] = norms.unsqueeze(
-                -1
-            ).view(torch.uint8)
+            norm_end = at.key_norm_offset + NORM_BYTES
+            records[..., at.key_norm_offset : norm_end] = pack_norms(norms)
         is_first = self._is_first(positions, len(key))
         if positions is not None and is_first.any():
             first = self._without_first(key[is_first], value[is_first], positions[is_first])
@@ -306,8 +305,8 @@ class KeyMap:
             index_end = at.key_index_offset + self.transform.index_bytes
             indices = records[is_later, :, at.key_index_offset : index_end]
             norms = records[is_later, :, at.key_norm_offset : at.key_norm_offset + NORM_BYTES]
-            norms = norms.contiguous().view(torch.float16).squeeze(-1)
-            keys[is_later] = self.transform.decode(indices, norms, dtype) + mean
+            decoded = self.transform.decode(indices, unpack_norms(norms), dtype)
+            keys[is_later] = decoded + mean
         if self.first is not None and positions is not None:
             known = (positions < self.first.num_first).nonzero().squeeze(-1)
             for x, means in ((keys, self.first.key), (values, self.first.value)):

@@ -64,11 +64,6 @@ def num_coordinates(lengths: tuple[int, int, int]) -> int:
 
 def transform_problem(key: CodeSpec, head_dim: int) -> str | None:
     """Why keys of this code cannot be transformed, or None."""
-    if key.gain_bits != 16:
-        return (
-            f"keys must have gain_bits 16 to be transformed, got {key.gain_bits}; leave it out of "
-            '"key"'
-        )
     index_bytes = key.index_bytes(head_dim)
     if index_bytes < 4 or 2 * index_bytes > head_dim:
         return (

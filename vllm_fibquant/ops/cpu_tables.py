@@ -13,7 +13,6 @@ import torch
 from vllm_fibquant.codec.codebook import Codebook
 from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.codec.config import GAIN_NUMBERS, CodeSpec
-from vllm_fibquant.codec.gain import level_of_half, levels
 from vllm_fibquant.codec.search import CodewordLists
 from vllm_fibquant.keys.key_map import STEP, KeyMap, Turns
 from vllm_fibquant.ops.search_tables import make_scan, make_squares
@@ -27,7 +26,6 @@ class FqCode(Structure):
     _fields_ = [
         *((name, c_int32) for name in ("subvec_dim", "index_bits", "num_rows", "folded", "gain")),
         ("num_rows_padded", c_int32),
-        ("norm_bytes", c_int32),
         *((name, c_void_p) for name in ("rows", "rows_t", "half_sq")),
         *((name, c_int32) for name in ("num_cells", "num_lists")),
         *((name, c_void_p) for name in ("cell_tiles", "list_tiles", "list_begin", "list_index")),
@@ -47,8 +45,6 @@ class FqCodec(Structure):
         *((f"rotation_{name}", c_void_p) for name in ("signs", "matrix", "matrix_t")),
         ("key", FqCode),
         ("value", FqCode),
-        ("levels", c_void_p),
-        ("level_of_half", c_void_p),
     ]
 
 
@@ -94,7 +90,7 @@ def _code(
     pointers = [t.data_ptr() for t in tables]
     gain = GAIN_NUMBERS[spec.gain]
     found = _lists(rows, lists, spec.lists_searched, keep)
-    shape = dim, spec.index_bits, num_rows, int(spec.folded), gain, padded, spec.norm_bytes
+    shape = dim, spec.index_bits, num_rows, int(spec.folded), gain, padded
     code = FqCode(*shape, *pointers, *found, *_planes(codebook, keep))
     if (scan := make_scan(codebook)) is not None:
         keep.append(scan.table)
@@ -177,7 +173,6 @@ def codec_struct(codec: KVCodec) -> FqCodec:
         struct.key, struct.value = (
             _code(side.spec, side.codebook, side.lists, keep) for side in (codec.key, codec.value)
         )
-        struct.levels, struct.level_of_half = (t.data_ptr() for t in (levels(), level_of_half()))
         _codecs[codec] = (struct, keep)
     return _codecs[codec][0]
 

@@ -143,8 +143,6 @@ class GpuKernels(Kernels):
     def refuses(self, codec: KVCodec, cache: torch.Tensor | None = None) -> str | None:
         if codec.key.num_lists or codec.value.num_lists:
             return "num_lists must be 0 on a GPU, whose search is exhaustive; give num_lists 0"
-        if codec.key.spec.gain_bits != 16 or codec.value.spec.gain_bits != 16:
-            return "gain_bits must be 16 on a GPU, got 8; leave it out"
         if not torch.equal(codec.key.rotation.matrix, codec.value.rotation.matrix):
             return "key and value must share one rotation on a GPU, got two"
         if cache is not None and (cache.data_ptr() | cache.stride(0) | cache.stride(1)) % 2:
