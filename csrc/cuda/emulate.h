@@ -49,7 +49,13 @@ struct Cta {
 
 constexpr size_t kStack = 128 << 10, kGuard = 256;
 
+// What runs launches in the emulator's place, if anything (tests/ptx): it is told the kernel, as
+// "... kKernel = fq::name<numbers>; ...", the grid, threads and bytes of shared memory, and the
+// kernel's argument. Returns 0 or an error number.
+using Executor = int (*)(const char* kernel, const int sizes[5], const void* args, int args_bytes);
+
 struct Machine {
+  Executor executor = nullptr;
   Cta cta;
   std::vector<Thread> threads;
   std::vector<uint8_t> stacks;

@@ -60,6 +60,10 @@ struct Emulated {
 
 template <auto kKernel, class Args>
 int launch(Grid grid, void*, const Args& args) {
+  if (emulator::machine().executor) {
+    const int sizes[] = {grid.x, grid.y, grid.z, grid.threads, grid.shared_bytes};
+    return emulator::machine().executor(__PRETTY_FUNCTION__, sizes, &args, (int)sizeof(args));
+  }
   const Emulated<Args> emulated = {kKernel, args};
   emulator::run_grid({grid.x, grid.y, grid.z}, grid.threads, (size_t)grid.shared_bytes,
                      &Emulated<Args>::run, &emulated);

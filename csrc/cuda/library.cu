@@ -251,4 +251,9 @@ FQ_EXPORT void fq_emulator_options(int reversed, int per_cta, int per_sm) {
   fq::emulator::machine().reversed = reversed != 0;
   fq::shared_limits = {per_cta, per_sm};
 }
+
+// Sets what runs launches; null for the emulator.
+FQ_EXPORT void fq_emulator_executor(fq::emulator::Executor executor) {
+  fq::emulator::machine().executor = executor;
+}
 #endif
