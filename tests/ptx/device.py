@@ -61,12 +61,14 @@ class Device:
     Attributes:
         arch: the architecture that PTX is made for.
         change: of a kernel's PTX before it runs, for mutations.
+        allow_unwritten: whether kernels may read shared memory that they have not written.
         ran: opcodes by kernel, each name without template arguments.
         error: the first fault.
     """
 
     arch: str
-    change: Callable[[str], str] = staticmethod(lambda text: text)
+    change: Callable[[str], str] = str
+    allow_unwritten: bool = False
     ran: dict[str, set[str]] = field(default_factory=dict)
     error: BaseException | None = None
 
@@ -77,7 +79,9 @@ class Device:
         mangled = f"{len(match[1])}{match[1]}I" + "".join(f"Li{n}E" for n in numbers) + "E"
         kernel = _kernel(self.arch, numbers[0], mangled, self.change)
         x, y, z, threads, shared_bytes = sizes
-        ran = machine.run(kernel, (x, y, z), threads, shared_bytes, args, regions_of(args))
+        ran = machine.run(
+            kernel, (x, y, z), threads, shared_bytes, args, regions_of(args), self.allow_unwritten
+        )
         self.ran.setdefault(match[1], set()).update(ran)
 
 

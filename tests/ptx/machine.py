@@ -47,7 +47,7 @@ def scope_of(instruction: Instruction) -> str | None:
 
 def run(
     kernel: Kernel, grid: tuple[int, int, int], threads: int, shared_bytes: int, params: bytes,
-    regions: list[tuple[int, int]],
+    regions: list[tuple[int, int]], allow_unwritten: bool = False,
 ) -> set[str]:
     """Runs a kernel on memory of this process.
 
@@ -56,6 +56,7 @@ def run(
         threads: of a CTA, whole warps.
         params: the bytes of the kernel's parameter.
         regions: (address, bytes) of the allocations it may touch.
+        allow_unwritten: whether it may read shared memory that it has not written.
 
     Returns:
         The opcodes that ran.
@@ -73,7 +74,8 @@ def run(
     with np.errstate(all="ignore"):
         for first in range(0, len(ctas), at_once):
             where = Where(threads, ctas[first : first + at_once])
-            machine = Machine(kernel, grid, where, Shared(where, shared_bytes), memory, params)
+            shared = Shared(where, shared_bytes, allow_unwritten)
+            machine = Machine(kernel, grid, where, shared, memory, params)
             machine.run()
             seen |= machine.seen
     return seen

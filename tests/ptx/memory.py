@@ -106,10 +106,11 @@ class Shared:
 
     Args:
         size: bytes of one CTA; every byte begins as 0xFF.
+        allow_unwritten: whether memory may be read that nobody wrote.
     """
 
-    def __init__(self, where: Where, size: int) -> None:
-        self.where, self.size = where, size
+    def __init__(self, where: Where, size: int, allow_unwritten: bool) -> None:
+        self.where, self.size, self.allow_unwritten = where, size, allow_unwritten
         ctas = len(where.ctas)
         self.stride = -(-size // 16) * 16
         memory = np.full(ctas * self.stride, 0xFF, np.uint8)
@@ -201,7 +202,7 @@ class Shared:
     def load(self, where: Where, lanes, at, size: int, count: int):
         wide, g = self._granules(lanes, at, size * count)
         time = self.written[g]
-        if (bad := time == NEVER).any():
+        if not self.allow_unwritten and (bad := time == NEVER).any():
             raise where.fault(
                 int(wide[bad][0]), f"shared address {int(g[bad][0]) * GRANULE % self.stride} is "
                 "read before anything is written",
