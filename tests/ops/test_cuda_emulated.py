@@ -209,6 +209,17 @@ def test_nan_query_spoils_only_its_own_row(library) -> None:
     assert torch.equal(after, before)
 
 
+@pytest.mark.parametrize("size", [1e-39, 1e-36], ids=["subnormal", "normal"])
+def test_the_least_queries(library, size: float) -> None:
+    """One over a subnormal number may be infinite: such a query counts as zeros."""
+    paged = paged_of(codec_of("fibquant_2bit", 64), [40], [1], dtype=torch.float32)
+    paged.query = torch.randn(paged.query.shape, generator=torch.Generator().manual_seed(4)) * size
+    for wide in (False, True):
+        got = emu.attend(library, paged, wide=wide)
+        assert torch.isfinite(got).all()
+        assert (got.double() - paged.oracle()).abs().max() < 2e-3
+
+
 def test_extreme_norms(library) -> None:
     """Value norms from the least to the largest float16 in one sequence."""
     codec = codec_of("fibquant_2bit", 64)

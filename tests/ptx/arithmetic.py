@@ -37,7 +37,9 @@ def _divide(a, b):
     quotient = a // safe
     if a.dtype.kind == "i":  # NumPy rounds down
         quotient = quotient + ((quotient < 0) & (quotient * safe != a))
-    return np.where(b == 0, np.full_like(b, -1 if a.dtype.kind == "i" else ~b.dtype.type(0)), quotient)
+    return np.where(
+        b == 0, np.full_like(b, -1 if a.dtype.kind == "i" else ~b.dtype.type(0)), quotient
+    )
 
 
 def _shift_left(a, count):
@@ -45,8 +47,10 @@ def _shift_left(a, count):
 
 
 def _shift_right(a, count):
-    return a >> np.minimum(count, _bits(a) - 1).astype(a.dtype) if a.dtype.kind == "i" else (
-        np.where(count < _bits(a), a >> (count % _bits(a)).astype(a.dtype), a.dtype.type(0))
+    return (
+        a >> np.minimum(count, _bits(a) - 1).astype(a.dtype)
+        if a.dtype.kind == "i"
+        else (np.where(count < _bits(a), a >> (count % _bits(a)).astype(a.dtype), a.dtype.type(0)))
     )
 
 
@@ -103,11 +107,9 @@ FUNCTIONS: dict[str, tuple[str, str, Callable]] = {
     "mul.wide": ("w", "tt", lambda a, b: wide(a) * wide(b)),
     "mul.hi": ("t", "tt", lambda a, b: (wide(a) * wide(b) >> _bits(a)).astype(a.dtype)),
     "mad.lo": ("t", "ttt", lambda a, b, c: a * b + c),
-    "mad.wide": ("w", "ttw", lambda a, b, c: wide(a) * wide(b) + c),
     "fma.rn": ("t", "ttt", _fma),
     "div": ("t", "tt", _divide),
     "div.rn": ("t", "tt", np.divide),
-    "rem": ("t", "tt", lambda a, b: a - _divide(a, b) * b),
     "neg": ("t", "t", np.negative),
     "abs": ("t", "t", np.abs),
     "min": ("t", "tt", np.fmin),
@@ -159,4 +161,3 @@ def halves(high, low):
     with np.errstate(all="ignore"):
         bits = [x.astype(np.float16).view(np.uint16).astype(np.uint32) for x in (high, low)]
     return bits[0] << np.uint32(16) | bits[1]
-

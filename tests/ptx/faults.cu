@@ -12,8 +12,7 @@ struct FaultArgs {
 
 FQ_DEVICE uint32_t* words() { return reinterpret_cast<uint32_t*>(shared_memory()); }
 
-#define CASE(name)                                        \
-  extern "C" __global__ void name(FQ_PARAM FaultArgs args)
+#define CASE(name) extern "C" __global__ void name(FQ_PARAM FaultArgs args)
 
 CASE(no_cta_barrier) {
   words()[thread_idx()] = 1;
@@ -81,7 +80,8 @@ CASE(misaligned) {
   args.data[thread_idx() * 4 + 3] = x;
 }
 CASE(misaligned_quad) {
-  if (thread_idx() < 32) store_quad(args.data + thread_idx() * 4 + (args.bad ? 2 : 0), {1, 2, 3, 4});
+  if (thread_idx() < 32)
+    store_quad(args.data + thread_idx() * 4 + (args.bad ? 2 : 0), {1, 2, 3, 4});
 }
 CASE(copy_not_waited_for) {
   copy_async(words() + thread_idx() * 4, args.data + thread_idx() * 4);

@@ -70,14 +70,15 @@ class Lowering:
 
     def register(self, name: str) -> np.ndarray:
         if name not in self.registers:
-            kind = self.kernel.registers.get(name) or self.kernel.registers.get(name.rstrip("0123456789"))
+            kinds = self.kernel.registers
+            kind = kinds.get(name) or kinds.get(name.rstrip("0123456789"))
             if kind is None:
                 raise Fault(f"{name} is no register")
-            dtype = np.dtype(TYPES[kind])
-            dtype = dtype if dtype == np.bool_ else np.dtype(f"u{dtype.itemsize}")
-            self.registers[name] = np.full(self.lanes, -1 % (1 << 8 * dtype.itemsize), dtype) if (
-                dtype != np.bool_
-            ) else np.ones(self.lanes, dtype)
+            size = np.dtype(TYPES[kind]).itemsize
+            dtype = np.dtype(np.bool_ if kind == "pred" else f"u{size}")
+            self.registers[name] = np.full(
+                self.lanes, True if kind == "pred" else 256**size - 1, dtype
+            )
         return self.registers[name]
 
     def predicate(self, guard: str) -> np.ndarray:
@@ -215,7 +216,9 @@ class Lowering:
             write, x = self.target(operands[0], np.uint64), self.source(operands[1], np.uint64)
             return lambda active: write(active, x)
         to, source = TYPES.get(op[-2]), TYPES.get(op[-1])
-        between_integers = all(t in TYPES and TYPES[t] != np.float16 and t[0] in "us" for t in op[1:])
+        between_integers = all(
+            t in TYPES and TYPES[t] != np.float16 and t[0] in "us" for t in op[1:]
+        )
         known = ("cvt.f32.f16", "cvt.rn.f32.s32", "cvt.rn.f32.u32", "cvt.rn.f16.f32")
         if not (between_integers and len(op) == 3) and name not in known:
             raise Fault(f"no instruction {name}")
@@ -277,7 +280,9 @@ class Lowering:
             lanes = active.lanes
             values = np.stack([np.broadcast_to(x(), self.lanes)[lanes] for x in sources], 1)
             at = address()[lanes]
-            memory.store(self.where, lanes, at if op[1] == "shared" else at.astype(np.uint64), values)
+            memory.store(
+                self.where, lanes, at if op[1] == "shared" else at.astype(np.uint64), values
+            )
 
         return step
 
@@ -310,8 +315,8 @@ class Lowering:
         name = ".".join(op)
         if name == "cp.async.commit_group":
             return lambda active: self.shared.commit(active.lanes)
-        if name in ("cp.async.wait_group", "cp.async.wait_all"):
-            pending = int(operands[0]) if operands else 0
+        if name == "cp.async.wait_group":
+            pending = int(operands[0])
             return lambda active: self.shared.wait(active.lanes, pending)
         if name != "cp.async.cg.shared.global" or operands[2] != "16":
             raise Fault(f"no instruction {name} of {operands[-1]} bytes")

@@ -46,8 +46,13 @@ def scope_of(instruction: Instruction) -> str | None:
 
 
 def run(
-    kernel: Kernel, grid: tuple[int, int, int], threads: int, shared_bytes: int, params: bytes,
-    regions: list[tuple[int, int]], allow_unwritten: bool = False,
+    kernel: Kernel,
+    grid: tuple[int, int, int],
+    threads: int,
+    shared_bytes: int,
+    params: bytes,
+    regions: list[tuple[int, int]],
+    allow_unwritten: bool = False,
 ) -> set[str]:
     """Runs a kernel on memory of this process.
 
@@ -65,7 +70,9 @@ def run(
         Fault: what a GPU would do wrong, or what the interpreter does not know.
     """  # fmt: skip
     if threads % 32 or threads > kernel.max_threads:
-        raise Fault(f"run: threads must be whole warps, at most {kernel.max_threads}, got {threads}")
+        raise Fault(
+            f"run: threads must be whole warps, at most {kernel.max_threads}, got {threads}"
+        )
     if len(params) != kernel.param_bytes:
         raise Fault(f"run: params must be {kernel.param_bytes} bytes, got {len(params)}")
     ctas = [(x, y, z) for z in range(grid[2]) for y in range(grid[1]) for x in range(grid[0])]
@@ -154,18 +161,11 @@ class Machine:
 
     def leave(self, block: Block, active: Active) -> int | None:
         """Moves threads on; where, if they are all there are and stay together."""
-        branch, guard = block.branch, None
-        target = block.end
-        if branch is not None and branch.op[0] != "bra":
-            target = END
-        elif branch is not None:
-            target = self.kernel.labels[branch.operands[0]]
-        if branch is not None and branch.guard:
-            guard = self.lowering.predicate(branch.guard)
-        if guard is None:
-            takes = active.mask
-        else:
-            takes = active.mask & guard
+        branch, takes, target = block.branch, active.mask, block.end
+        if branch is not None:
+            target = self.kernel.labels[branch.operands[0]] if branch.op[0] == "bra" else END
+            if branch.guard:
+                takes = active.mask & self.lowering.predicate(branch.guard)
         if target == END and takes.any():
             gone = np.flatnonzero(takes)
             self.shared.leave(gone)

@@ -31,12 +31,16 @@ class Where:
     ctas: list[tuple[int, int, int]]
 
     def fault(self, lane: int, what: str) -> Fault:
-        return Fault(f"{what} (CTA {self.ctas[lane // self.threads]}, thread {lane % self.threads})")
+        return Fault(
+            f"{what} (CTA {self.ctas[lane // self.threads]}, thread {lane % self.threads})"
+        )
 
 
 def check_alignment(where: Where, lanes, at, size: int) -> None:
     if (bad := at % size != 0).any():
-        raise where.fault(int(lanes[bad][0]), f"address {int(at[bad][0]):#x} is no multiple of {size}")
+        raise where.fault(
+            int(lanes[bad][0]), f"address {int(at[bad][0]):#x} is no multiple of {size}"
+        )
 
 
 class Global:
@@ -134,7 +138,7 @@ class Shared:
             self.cta_sync[lanes] = self.now
 
     def _race(self, what: str, lanes, granules, time, who) -> None:
-        """Faults if an access at `time` by `who` is not over for `lanes`; all [threads, granules]."""
+        """Faults if an access at `time` by `who` is not over for `lanes`; [threads, granules]."""
         open_ = time >= self.cta_sync[lanes]
         if not open_.any():
             return
@@ -157,13 +161,14 @@ class Shared:
         return f"thread {who % self.where.threads}"
 
     def _granules(self, lanes, at, size: int):
-        """Threads and granules [threads, size / 2] of accesses at `at`, after all checks of place."""
+        """Threads and granules [threads, size / 2] of accesses, after all checks of place."""
         if size < GRANULE:
             raise Fault("accesses to single bytes of shared memory are not checked")
         check_alignment(self.where, lanes, at, size)
         if (bad := at + size > self.size).any():
             raise self.where.fault(
-                int(lanes[bad][0]), f"shared address {int(at[bad][0])} + {size} is beyond {self.size}"
+                int(lanes[bad][0]),
+                f"shared address {int(at[bad][0])} + {size} is beyond {self.size}",
             )
         first = (lanes // self.where.threads * self.stride + at) // GRANULE
         granules = first[:, None] + np.arange(size // GRANULE)

@@ -88,7 +88,7 @@ def parse(text: str) -> Kernel:
     bound = re.search(r"\.maxntid\s+(\d+)", head)
     kernel = Kernel(
         entry[1], int(bound[1]) if bound else 1024, int(params[0][1]), {}, [], {},
-        {params[0][0]: 0, **{name: 0 for name in _SHARED.findall(text)}},
+        {params[0][0]: 0, **dict.fromkeys(_SHARED.findall(text), 0)},
     )  # fmt: skip
     line = text[: entry.start()].count("\n") + head.count("\n") + 1
     for statement in body[: body.rindex("}")].split(";"):
@@ -98,9 +98,8 @@ def parse(text: str) -> Kernel:
 
 
 def _add(kernel: Kernel, statement: str, line: int) -> None:
-    line += len(statement) - len(statement.lstrip()) and statement[
-        : len(statement) - len(statement.lstrip())
-    ].count("\n")
+    blank = len(statement) - len(statement.lstrip())
+    line += statement[:blank].count("\n")
     statement = statement.strip()
     while label := re.match(r"(\$?\w+):(?!:)\s*", statement):
         kernel.labels[label[1]] = len(kernel.body)

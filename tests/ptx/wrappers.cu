@@ -96,7 +96,8 @@ CASE(Copies) {  // two groups, of which only the first is waited for before it i
   commit_copies();
   wait_copies<1>();
   sync_warp();
-  const uint32_t* other = reinterpret_cast<const uint32_t*>(shared_memory()) + (thread_idx() ^ 1) * 8;
+  const uint32_t* other =
+      reinterpret_cast<const uint32_t*>(shared_memory()) + (thread_idx() ^ 1) * 8;
   out[0] = other[0];
   out[1] = other[3];
   wait_copies<0>();
@@ -118,9 +119,10 @@ wrapper(FQ_PARAM WrapperArgs args) {
   Case::run(args.in + thread * kWordsIn, args.out + thread * kWordsOut, args.count);
 }
 
-#define FQ_CASES(X)                                                                    \
-  X(Threads) X(Shuffle) X(Sums) X(Mma) X(Transpose) X(Bytes) X(Floats) X(ExactFloats)  \
-  X(Halves) X(Elements) X(Loads) X(Copies) X(Atomics)
+#define FQ_CASES(X)                                                                              \
+  X(Threads)                                                                                     \
+  X(Shuffle) X(Sums) X(Mma) X(Transpose) X(Bytes) X(Floats) X(ExactFloats) X(Halves) X(Elements) \
+      X(Loads) X(Copies) X(Atomics)
 
 #ifndef __CUDACC__
 emulator::Machine& emulator::machine() {

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The PTX of the CUDA kernels against the oracle, and what happens when it is changed.
+
+The emulator's tests, all of them, also run on PTX: tests/ptx/test_every_case.py, which is slow.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections import Counter
+
+import pytest
+import torch
+
+from tests import emulated as emu
+from tests.ops.test_cuda_emulated import check, codec_of, encode_both, paged_of
+from tests.paged import check_records
+from tests.ptx import device
+from tests.ptx.parse import Fault
+from vllm_fibquant.ops import cuda
+
+pytestmark = [
+    pytest.mark.skipif(not device.has_nvcc(), reason="nvcc is not installed: no PTX to run"),
+    pytest.mark.skipif(shutil.which("g++") is None, reason="the launchers need g++"),
+]
+TWO_WARPS = (72 << 10, 73 << 10)
+"""Shared memory in which decode of 3 bits and head_dim 64 has two warps."""
+
+
+@pytest.fixture
+def library(request):
+    """The emulated library, whose launches run as PTX."""
+    with device.running(emu.emulated(), getattr(request, "param", "90")) as ran:
+        yield emu.emulated()
+    assert ran.ran, "no kernel ran"
+
+
+@pytest.mark.parametrize(
+    ("library", "name", "head_dim", "group_size", "launch"),
+    [
+        ("90", "fibquant_3bit", 64, 1, {}),
+        ("80", "fibquant_3bit", 64, 3, {"wide": True}),
+        ("80", "fibquant_4bit", 64, 8, {"num_splits": 1}),
+        ("90", "fibquant_k5v3", 64, 4, {"num_splits": 35}),
+        ("90", "fibquant_2bit", 64, 4, {"wide": True, "num_splits": 1}),
+        ("90", "fibquant_1bit", 64, 3, {"wide": True}),
+        ("80", "fibquant_1bit", 96, 3, {}),
+        ("90", "fibquant_k5v3", 128, 4, {"num_splits": 1}),
+    ],
+    indirect=["library"],
+)
+def test_attention(library, name: str, head_dim: int, group_size: int, launch: dict) -> None:
+    lens, queries = [70, 1, 33], [1, 1, 9 if launch.get("wide") else 2]
+    paged = paged_of(codec_of(name, head_dim), lens, queries, group_size=group_size)
+    check(library, paged, **launch)
+
+
+def test_window_cap_and_sinks(library) -> None:
+    paged = paged_of(codec_of("fibquant_3bit", 64), [50, 101, 5], [9, 2, 5], group_size=3)
+    sinks = torch.randn(6, generator=torch.Generator().manual_seed(1)) * 3
+    for wide in (False, True):
+        check(library, paged, num_splits=2, wide=wide, window=20, soft_cap=5.0, sinks=sinks)
+
+
+@pytest.mark.parametrize(
+    ("library", "name"),
+    [("80", "fibquant_k5v3"), ("90", "fibquant_3bit"), ("90", "fibquant_1bit")],
+    indirect=["library"],
+)
+def test_encode(library, name: str) -> None:
+    codec = codec_of(name, 64)
+    key, value = torch.randn(2, 21, 2, 64, generator=torch.Generator().manual_seed(2)) * 3
+    key[3, 1, 7], value[4, 0, 8] = float("nan"), -float("inf")
+    key[5], value[6], key[7, 0, 1] = 0.0, 1e-41, 3e38
+    slots = torch.randperm(64, generator=torch.Generator().manual_seed(3))[:20]
+    slots[9], slots[11] = -1, 64
+    got, expected, counters = encode_both(library, codec, key, value, slots)
+    assert counters == [2, 2]
+    check_records(codec, got, expected)
+
+
+# ---- changes of the PTX -------------------------------------------------------------------------
+
+NARROW, WIDE = "attendILi64ELi3ELi3ELi1E", "attendILi64ELi5ELi5ELi4E"
+MERGE, ENCODE = "merge", "encode"
+SYNC = re.compile(
+    r"\n\s*(bar\.sync\s+0|bar\.warp\.sync\s+\S+|cp\.async\.(?:commit_group|wait_group \d+));"
+)
+
+
+def run(kernel: str, monkeypatch, change=str) -> None:
+    """A case that executes all of a kernel; `change` is made in that kernel alone."""
+
+    def only(text: str) -> str:
+        return change(text) if kernel in text else text
+
+    monkeypatch.setattr(cuda, "ENCODE_CTAS_PER_SM", 1)  # so that a warp encodes several vectors
+    library, codec = emu.emulated(), codec_of("fibquant_3bit", 64)
+    try:
+        emu.options(library, shared=TWO_WARPS)
+        with device.running(library, change=only) as ran:
+            if kernel == ENCODE:
+                key, value = torch.randn(2, 16, 2, 64, generator=torch.Generator().manual_seed(2))
+                got, expected, _ = encode_both(library, codec, key, value, torch.arange(16) + 20)
+                check_records(codec, got, expected)
+            else:
+                wide = kernel == WIDE
+                lens, queries = [200, 40], [1, 9 if wide else 2]
+                paged = paged_of(codec, lens, queries, num_kv_heads=1, group_size=3)
+                check(library, paged, wide=wide, num_splits=40 if kernel == MERGE else 1)
+    finally:
+        emu.options(library)
+    assert kernel.split("I")[0] in ran.ran
+
+
+def without(number: int, syncs: list[str]):
+    """A change that drops barrier or wait `number`, and notes what all of them are."""
+
+    def change(text: str) -> str:
+        found = list(SYNC.finditer(text))
+        syncs[:] = [" ".join(m[1].split()) for m in found]
+        return text[: found[number].start()] + text[found[number].end() :]
+
+    return change
+
+
+# What may be missing, and how often. Of attention: at its end no copy is under way, and two
+# barriers stand side by side, each of which is enough. Of encode: the barrier between the search
+# and the packing also keeps the next vector from being written too early.
+SPARE = Counter({"cp.async.wait_group 0": 1, "bar.sync 0": 2})
+
+
+@pytest.mark.parametrize(
+    ("kernel", "spare"),
+    [
+        (ENCODE, Counter({"bar.warp.sync -1": 1})),
+        (MERGE, Counter()),
+        (NARROW, SPARE),
+        pytest.param(WIDE, SPARE, marks=pytest.mark.slow),
+    ],
+)
+def test_no_barrier_and_no_wait_can_be_dropped(monkeypatch, kernel: str, spare: Counter) -> None:
+    syncs: list[str] = []
+    number, unseen = 0, Counter()
+    while number == 0 or number < len(syncs):
+        try:
+            run(kernel, monkeypatch, without(number, syncs))
+            unseen[syncs[number]] += 1
+        except (Fault, AssertionError):
+            pass
+        number += 1
+    assert unseen <= spare, f"not noticed of {syncs}: {unseen}"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "old", "new"),
+    [
+        (NARROW, r"(mma\.sync\S+ \{[^}]*\}, \{%r\d+), (%r\d+), (%r\d+)", r"\1, \3, \2"),
+        (NARROW, r"(mma\.sync.*\}, \{)(%r\d+), (%r\d+)(\}, \{%f)", r"\1\3, \2\4"),
+        (NARROW, r"wait_group 2", "wait_group 3"),
+        (WIDE, r"movmatrix\S+ (%r\d+)", r"mov.b32 \1"),
+    ],
+)
+def test_a_change_of_the_products_is_noticed(monkeypatch, kernel: str, old: str, new: str) -> None:
+    def change(text: str) -> str:
+        changed, count = re.subn(old, new, text, count=1)
+        assert count, f"PTX must hold {old}"
+        return changed
+
+    with pytest.raises((Fault, AssertionError)):
+        run(kernel, monkeypatch, change)
