@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_fibquant.codec.layout import MAX_PAGE_WASTE, PageFit, fit_pages
+from vllm_fibquant.codec.page_fit import MAX_PAGE_WASTE, PageFit, fit_pages
 
 
 @pytest.mark.parametrize(

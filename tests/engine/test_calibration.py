@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vllm_fibquant.engine import attention
+from vllm_fibquant.engine import layers
 from vllm_fibquant.engine import measure as measuring
 from vllm_fibquant.keys.calibration import KeyStatistics, pack_calibration, parse_calibration
 from vllm_fibquant.keys.key_map import Turns
@@ -185,7 +185,7 @@ def test_nothing_matters(model_folder, tmp_path, shape, kind):
 
 def test_a_window_over_everything_is_stock_attention(model_folder, tmp_path, monkeypatch):
     """Copies and new tokens are in the model's basis, whatever the codes' keys are made into."""
-    monkeypatch.setattr(attention, "copy_dtype", lambda model_dtype: model_dtype)
+    monkeypatch.setattr(layers, "copy_dtype", lambda model_dtype: model_dtype)
     model, path = make_model("llama", model_folder), tmp_path / "a.fqcal"
     measure(model, path)
     exaggerate(path)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from vllm_fibquant import ops
-from vllm_fibquant.engine import attention, measure
+from vllm_fibquant.engine import layers, measure
 from vllm_fibquant.engine.measure import Texts
 from vllm_fibquant.engine.reading import attend_dense
 from vllm_fibquant.keys.calibration import parse_calibration
@@ -33,7 +33,7 @@ def short_text(monkeypatch):
 
 
 def impls_of(llm) -> dict:
-    return attention.our_layers(llm.llm_engine.vllm_config)
+    return layers.our_layers(llm.llm_engine.vllm_config)
 
 
 def calibrations(folder: Path) -> list:

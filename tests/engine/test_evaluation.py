@@ -24,13 +24,13 @@ def words(tmp_path_factory):
 
 
 def test_the_suite(tmp_path, words, monkeypatch):
-    from vllm_fibquant.engine import attention
+    from vllm_fibquant.engine import layers
     from vllm_fibquant.evaluation import report, suite, texts
     from vllm_fibquant.evaluation.rivals import KVQuant
     from vllm_fibquant.evaluation.rows import Row, all_rows
 
     # The simulation does not round copies; on this model's sharp attention that would show.
-    monkeypatch.setattr(attention, "copy_dtype", lambda model_dtype: model_dtype)
+    monkeypatch.setattr(layers, "copy_dtype", lambda model_dtype: model_dtype)
     monkeypatch.setattr(texts, "EVALUATION", words)
     monkeypatch.setattr(suite, "CALIBRATION", words)
     wanted = {"uncompressed, simulated", "2bit, exact, uncalibrated", "2bit, quality, uncalibrated",

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vllm_fibquant.engine import calibrate, gate, measure, reading
-from vllm_fibquant.engine.attention import our_layers
+from vllm_fibquant.engine.layers import our_layers
 from vllm_fibquant.engine.report import worker_report
 from vllm_fibquant.observe.counters import own_counters
 from vllm_fibquant.observe.ledger import DAMAGED, Ledger

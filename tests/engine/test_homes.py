@@ -23,11 +23,11 @@ pytestmark = [
 
 SERVE = """
 import logging, sys
-from vllm_fibquant.engine import attention, measure
+from vllm_fibquant.engine import layers, measure
 from tests.engine.harness import DEFAULTS, engine, generate, random_text
 measure.text_sequences = random_text
 with engine({model!r}, "fibquant", fibquant=DEFAULTS) as llm:
-    impls = attention.our_layers(llm.llm_engine.vllm_config).values()
+    impls = layers.our_layers(llm.llm_engine.vllm_config).values()
     assert all(impl.key_map.transform is not None for impl in impls)
     print("ANSWER", generate(llm, [[5, 6, 7]], 4)[0].tokens)
 """

@@ -105,32 +105,32 @@ def test_the_installed_version_is_a_tested_one():
 
 
 def test_backends_have_names_vllm_can_tell_apart():
-    from vllm_fibquant.engine import attention
+    from vllm_fibquant.engine import backend
     from vllm_fibquant.options import parse_options
 
-    plain = attention.backend_for(parse_options("fibquant_2bit"))
-    assert plain is attention.fibquant_2bit
-    raw = attention.backend_for(parse_options("fibquant_2bit", {"fibquant": {"mode": "exact"}}))
+    plain = backend.backend_for(parse_options("fibquant_2bit"))
+    assert plain is backend.fibquant_2bit
+    raw = backend.backend_for(parse_options("fibquant_2bit", {"fibquant": {"mode": "exact"}}))
     assert plain.full_cls_name() != raw.full_cls_name()
     with pytest.raises(AttributeError, match="fibquant_5bit"):
-        _ = attention.fibquant_5bit
+        _ = backend.fibquant_5bit
 
 
 def test_only_our_layers_get_our_page_size():
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-    from vllm_fibquant.engine import attention
+    from vllm_fibquant.engine import backend
 
     def spec(dtype, **changes):
         return FullAttentionSpec(
             block_size=16, num_kv_heads=2, head_size=64, dtype=dtype, **changes
         )
 
-    backend = attention.fibquant_2bit
-    assert backend.customize_spec(spec(torch.uint8)).page_size_bytes == 16 * 2 * 36
-    assert backend.customize_spec(spec(torch.bfloat16)) == spec(torch.bfloat16)
+    ours = backend.fibquant_2bit
+    assert ours.customize_spec(spec(torch.uint8)).page_size_bytes == 16 * 2 * 36
+    assert ours.customize_spec(spec(torch.bfloat16)) == spec(torch.bfloat16)
     with pytest.raises(ValueError, match="head_size_v must equal head_size, got 32 and 64"):
-        backend.customize_spec(spec(torch.uint8, head_size_v=32))
+        ours.customize_spec(spec(torch.uint8, head_size_v=32))
 
 
 def test_layers_we_cannot_serve_are_refused_with_every_reason():
@@ -149,20 +149,20 @@ def test_layers_we_cannot_serve_are_refused_with_every_reason():
 
 
 def test_the_backend_answers_for_itself():
-    from vllm_fibquant.engine import attention
+    from vllm_fibquant.engine import backend
 
-    backend = attention.fibquant
+    ours = backend.fibquant
     layer = {
         "head_size": 64, "dtype": torch.bfloat16, "kv_cache_dtype": "fibquant",
         "block_size": 16, "use_mla": False, "has_sink": True, "use_sparse": False,
         "use_mm_prefix": False, "use_per_head_quant_scales": False,
         "device_capability": None, "attn_type": "decoder", "has_sliding_window": True,
     }  # fmt: skip
-    assert backend.validate_configuration(**layer) == []
+    assert ours.validate_configuration(**layer) == []
     wrong = {"head_size": 62, "block_size": 12, "use_mla": True, "attn_type": "encoder"}
-    assert len(backend.validate_configuration(**{**layer, **wrong})) == 4
-    assert plugin.BACKEND_PATH.rpartition(".")[2] == attention.FibQuantBackend.__name__
-    assert backend.get_name() == support.BACKEND_NAME
+    assert len(ours.validate_configuration(**{**layer, **wrong})) == 4
+    assert plugin.BACKEND_PATH.rpartition(".")[2] == backend.FibQuantBackend.__name__
+    assert ours.get_name() == support.BACKEND_NAME
 
 
 def gpu_config(**fibquant):
@@ -236,7 +236,7 @@ def qkv_model(bias: list[float] | None) -> torch.nn.Module:
 def test_a_bias_on_keys_is_found_and_refused_on_a_gpu(bias, is_found, monkeypatch):
     from types import SimpleNamespace
 
-    from vllm_fibquant.engine import attention, calibrate, gate, key_bias
+    from vllm_fibquant.engine import calibrate, gate, key_bias, layers
 
     model = qkv_model(bias)
     assert key_bias.biased_layers(model, ["block.attn"]) == (["block.attn"] if is_found else [])
@@ -245,8 +245,8 @@ def test_a_bias_on_keys_is_found_and_refused_on_a_gpu(bias, is_found, monkeypatc
     found = key_bias.biased_layers(model, ["block.attn"])
     assert bool(found) == (bias is not None), "a projection whose keys are not known"
 
-    monkeypatch.setattr(attention, "our_layers", lambda config: {"block.attn": None})
-    monkeypatch.setattr(attention, "allocate_copies", lambda *args: 0)
+    monkeypatch.setattr(layers, "our_layers", lambda config: {"block.attn": None})
+    monkeypatch.setattr(layers, "allocate_copies", lambda *args: 0)
     monkeypatch.setattr(calibrate, "calibrate_layers", lambda *args: None)
     monkeypatch.setattr(gate, "check_fidelity", lambda *args: None)
     monkeypatch.setattr(plugin, "_compare_ranks", lambda *args: {})

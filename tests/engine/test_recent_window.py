@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from vllm_fibquant.engine import attention
+from vllm_fibquant.engine import layers
 
 from .harness import (
     engine,
@@ -25,7 +25,7 @@ ALL = {**QUALITY, "recent_window": 256}  # longer than any prompt and answer her
 @pytest.fixture(autouse=True)
 def copies_in_float32(monkeypatch):
     """A float32 model's copies are bfloat16; without that rounding answers can be compared."""
-    monkeypatch.setattr(attention, "copy_dtype", lambda model_dtype: model_dtype)
+    monkeypatch.setattr(layers, "copy_dtype", lambda model_dtype: model_dtype)
 
 
 @pytest.fixture(scope="module")

@@ -30,7 +30,7 @@ class Bench:
         self.layers = [
             SimpleNamespace(
                 codec=self.codec, attend=Attend(HEAD_DIM**-0.5, window), num_heads=NUM_HEADS,
-                num_kv_heads=NUM_KV_HEADS, key_map=None,
+                num_kv_heads=NUM_KV_HEADS, pages=lambda cache: ops.pages_of(cache, self.codec),
             )
             for _ in range(num_layers)
         ]  # fmt: skip

@@ -22,7 +22,8 @@ from vllm_fibquant.cli.shape import (
     shape_of,
 )
 from vllm_fibquant.codec.config import PRESETS
-from vllm_fibquant.codec.layout import fit_pages, preset_layout
+from vllm_fibquant.codec.layout import preset_layout
+from vllm_fibquant.codec.page_fit import fit_pages
 from vllm_fibquant.engine.copies import num_copy_rows
 from vllm_fibquant.options import SECTION, parse_layers, parse_options
 

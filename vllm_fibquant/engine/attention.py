@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The adapters between vLLM's attention layers and our two ops, on vLLM's documented classes alone.
+"""The adapter between one of vLLM's attention layers and our two ops, on vLLM's documented classes.
 
 write:  `FibQuantImpl.do_kv_cache_update` -> `ops.encode_kv`
 read:   `FibQuantImpl.forward`            -> `ops.paged_attention`
@@ -9,133 +9,29 @@ On a CPU `forward` itself begins with the update; on a GPU vLLM calls it before.
 With a recent window attention also copies the newest tokens, where `copies.CopyPool` says.
 
 Both get the layer's cache as vLLM allocated it, uint8 [num_blocks, num_kv_heads, block_size,
-record_bytes]; its size follows from `customize_spec`, so vLLM itself computes how many blocks fit.
+record_bytes] (`backend.FibQuantBackend.customize_spec`).
 """
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
-from vllm.config import VllmConfig, get_current_vllm_config, get_layers_from_vllm_config
+from vllm.config import get_current_vllm_config
 from vllm.forward_context import get_forward_context
-from vllm.logger import init_logger
-from vllm.model_executor.layers.attention import Attention
-from vllm.platforms import current_platform
-from vllm.v1.attention.backend import (
-    AttentionBackend,
-    AttentionImpl,
-    AttentionType,
-    MultipleOf,
-)
-from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
+from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from vllm_fibquant import ops
 from vllm_fibquant.codec.codec import KVCodec
-from vllm_fibquant.codec.config import PRESETS
-from vllm_fibquant.codec.layout import preset_layout
-from vllm_fibquant.engine import non_finite, rotary
-from vllm_fibquant.engine.copies import num_copy_rows
-from vllm_fibquant.engine.head_dims import head_dim_problem
-from vllm_fibquant.engine.metadata import FibQuantMetadata, FibQuantMetadataBuilder
-from vllm_fibquant.engine.support import BACKEND_NAME, BLOCK_MULTIPLE, refusal, run_options
+from vllm_fibquant.engine import backend, non_finite, rotary
+from vllm_fibquant.engine.metadata import FibQuantMetadata
+from vllm_fibquant.engine.support import refusal, run_options
 from vllm_fibquant.keys.key_map import KeyMap
 from vllm_fibquant.observe.counters import own_counters
-from vllm_fibquant.ops import Attend, Copies, Fresh, Pages
-from vllm_fibquant.ops.checks import DTYPES
-from vllm_fibquant.options import Options
-
-logger = init_logger(f"vllm.{__name__}")
-
-
-class FibQuantBackend(AttentionBackend):
-    """What we tell vLLM we can do. `backend_for` makes one subclass per set of options, and so
-    one for every preset of a run whose layers differ."""
-
-    options: ClassVar[Options]
-
-    # On a CPU attention's operator also encodes: a second one takes 10 us in every layer.
-    forward_includes_kv_cache_update = current_platform.is_cpu()
-    supported_dtypes: ClassVar[list[torch.dtype]] = list(DTYPES)
-    supported_kv_cache_dtypes: ClassVar[list[Any]] = list(PRESETS)
-
-    @staticmethod
-    def get_name() -> str:
-        return BACKEND_NAME
-
-    @staticmethod
-    def get_impl_cls() -> type[FibQuantImpl]:
-        return FibQuantImpl
-
-    @staticmethod
-    def get_builder_cls() -> type[FibQuantMetadataBuilder]:
-        return FibQuantMetadataBuilder
-
-    @staticmethod
-    def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int | MultipleOf]:
-        return [MultipleOf(BLOCK_MULTIPLE)]
-
-    @classmethod
-    def supports_head_size(cls, head_size: int) -> bool:
-        return head_dim_problem(cls.options.preset, head_size, current_platform.device_type) is None
-
-    @classmethod
-    def supports_sink(cls) -> bool:
-        return True
-
-    @classmethod
-    def supports_sliding_window(cls) -> bool:
-        return True
-
-    @classmethod
-    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        # Each (block, KV head) must be one contiguous run of records.
-        return (KVCacheLayout.LBHNC,)
-
-    @classmethod
-    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        """Replaces the dense content size by record_bytes, for our layers only.
-
-        vLLM also asks for the size of layers it keeps unquantised (kv_cache_dtype_skip_layers);
-        those have the model's dtype and keep their size.
-        """
-        if spec.dtype != torch.uint8 or spec.state_content_bytes is not None:
-            return spec
-        if spec.head_size_v != spec.head_size:
-            raise ValueError(
-                f"customize_spec: head_size_v must equal head_size, got {spec.head_size_v} and "
-                f"{spec.head_size}; use --kv-cache-dtype auto for this model"
-            )
-        layout = preset_layout(cls.options.preset, spec.head_size)
-        if cls.options.retain:
-            from vllm_fibquant.engine.retention import retention_spec  # registers a spec with vLLM
-
-            return retention_spec(spec, cls.options.retain, layout.record_bytes)
-        return replace(spec, state_content_bytes=layout.record_bytes)
-
-
-@functools.cache
-def backend_for(options: Options) -> type[FibQuantBackend]:
-    """The backend class of `options`; the same options give the same class."""
-    # vLLM groups layers by class name, so different options need different names.
-    name = f"FibQuantBackend_{options.preset.name}_{options.digest}"
-    return type(name, (FibQuantBackend,), {"options": options, "__module__": __name__})
-
-
-def __getattr__(name: str) -> type[FibQuantBackend]:
-    """`vllm_fibquant.engine.attention.<preset>`: the backend of a preset with default options."""
-    if name in PRESETS:
-        return backend_for(Options(PRESETS[name]))
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def copy_dtype(model_dtype: torch.dtype) -> torch.dtype:
-    """The 16-bit dtype of copies of a model's keys and values."""
-    return torch.bfloat16 if model_dtype == torch.float32 else model_dtype
+from vllm_fibquant.ops import Attend, Fresh, Pages
 
 
 class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
@@ -204,19 +100,6 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
     def num_copy_rows(self) -> int:
         """Rows of this layer's copies, 0 without a recent window."""
         return 0 if self.attend.copies is None else len(self.attend.copies.key)
-
-    def copy_row_bytes(self, model_dtype: torch.dtype) -> int:
-        """Bytes of one token's copy in this layer, 0 without a recent window."""
-        if not self.options.recent_window:
-            return 0
-        return 2 * self.num_kv_heads * self.head_size * copy_dtype(model_dtype).itemsize
-
-    def allocate_copies(self, num_rows: int, model_dtype: torch.dtype) -> None:
-        """Allocates the copies; to be called once, before vLLM allocates pages."""
-        shape = (num_rows, self.num_kv_heads, self.head_size)
-        key = torch.zeros(shape, dtype=copy_dtype(model_dtype))
-        copies = Copies(key, torch.zeros_like(key), self.options.num_copied_first)
-        self.attend = replace(self.attend, copies=copies)
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         self._sinks_version = -1
@@ -327,7 +210,7 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
                 return self.without_cache(query, key, value, output)
             ops.reserve(query, raw=self.attends_raw)
             return output.zero_()
-        if FibQuantBackend.forward_includes_kv_cache_update:
+        if backend.FibQuantBackend.forward_includes_kv_cache_update:
             slots = cast(Any, get_forward_context().slot_mapping).get(layer.layer_name)
             if slots is not None:
                 self.do_kv_cache_update(layer, key, value, kv_cache, slots)
@@ -349,71 +232,3 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
         if attn_metadata.probe is not None:
             attn_metadata.probe.run(self, query, key, value, kv_cache)
         return output
-
-
-def our_layers(vllm_config: VllmConfig) -> dict[str, FibQuantImpl]:
-    """The layers of this process that store codes, by name."""
-    layers = get_layers_from_vllm_config(vllm_config, Attention)
-    impls = {name: layer.impl for name, layer in layers.items()}
-    return {name: impl for name, impl in impls.items() if isinstance(impl, FibQuantImpl)}
-
-
-def check_layers(vllm_config: VllmConfig) -> None:
-    """Refuses a model whose layers take no notice of --kv-cache-dtype.
-
-    In vLLM 0.32.0 that is so of Falcon's: they are built without the cache's configuration, and
-    would keep 16 bits whatever was asked for.
-
-    Raises:
-        ValueError: no layer of this process stores codes, although none is to be skipped.
-    """
-    cache, layers = vllm_config.cache_config, get_layers_from_vllm_config(vllm_config, Attention)
-    if layers and not our_layers(vllm_config) and not cache.kv_cache_dtype_skip_layers:
-        problem = (
-            "model: layers must take their cache's dtype from --kv-cache-dtype, got "
-            f"{vllm_config.model_config.architecture}, for whose {len(layers)} layers vLLM ignores "
-            "it; use --kv-cache-dtype auto for this model"
-        )
-        raise ValueError(refusal(cache.cache_dtype, [problem]))
-
-
-def copy_rows(vllm_config: VllmConfig, available_bytes: int) -> tuple[int, int]:
-    """How many tokens of this process's layers are copied, as full batches need but few beside the
-    pages, and the bytes of one in all layers; (0, 0) without a recent window.
-
-    Args:
-        available_bytes: what copies and pages may take together.
-    """
-    layers = list(our_layers(vllm_config).values())
-    row_bytes = sum(layer.copy_row_bytes(vllm_config.model_config.dtype) for layer in layers)
-    if row_bytes == 0:
-        return 0, 0
-    wanted = vllm_config.scheduler_config.max_num_seqs * layers[0].options.num_copies
-    return num_copy_rows(wanted, row_bytes, available_bytes), row_bytes
-
-
-def allocate_copies(vllm_config: VllmConfig, available_bytes: int) -> int:
-    """Gives every layer of this process its copies.
-
-    Args:
-        available_bytes: as in `copy_rows`.
-
-    Returns:
-        Bytes taken.
-    """
-    num_rows, row_bytes = copy_rows(vllm_config, available_bytes)
-    if num_rows == 0:
-        return 0
-    layers = list(our_layers(vllm_config).values())
-    for layer in layers:
-        layer.allocate_copies(num_rows, vllm_config.model_config.dtype)
-    logger.info(
-        "FibQuant keeps copies of up to %d tokens (%.1f MiB): the newest %d and first %d of %d "
-        "requests; others are read from codes",
-        num_rows,
-        num_rows * row_bytes / 2**20,
-        layers[0].options.recent_window,
-        layers[0].options.num_copied_first,
-        num_rows // layers[0].options.num_copies,
-    )
-    return num_rows * row_bytes

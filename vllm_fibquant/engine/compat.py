@@ -58,6 +58,23 @@ def version_problem() -> str | None:
     )
 
 
+def wrap_once(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
+    """Has `wrapper` called in the place of `owner.name`, with the original before its arguments;
+    once per process, whoever asks again."""
+    original = getattr(owner, name)
+    if hasattr(original, _MARK):
+        return
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, *args, **kwargs)
+
+    setattr(wrapped, _MARK, True)
+    if hasattr(original, "cache_clear"):  # whoever resets a cached choice calls this
+        wrapped.cache_clear = original.cache_clear  # type: ignore[attr-defined]
+    setattr(owner, name, wrapped)
+
+
 def install_guard(check: Callable[[VllmConfig], None]) -> None:
     """Has `check` called with every complete configuration.
 
@@ -69,17 +86,11 @@ def install_guard(check: Callable[[VllmConfig], None]) -> None:
     """
     from vllm.config import VllmConfig
 
-    original = VllmConfig.__post_init__
-    if hasattr(original, _MARK):
-        return
-
-    @functools.wraps(original)
-    def post_init(self: VllmConfig, *args: Any, **kwargs: Any) -> None:
+    def post_init(original: Any, self: VllmConfig, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         check(self)
 
-    setattr(post_init, _MARK, True)
-    VllmConfig.__post_init__ = post_init
+    wrap_once(VllmConfig, "__post_init__", post_init)
 
 
 def accept_names(names: list[str]) -> None:
@@ -165,12 +176,9 @@ def select_backend(
     from vllm.v1.attention import selector
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    original = selector._cached_get_attn_backend
-    if hasattr(original, _MARK):
-        return
-
-    @functools.wraps(original)
-    def get_backend(backend: Any, attn_selector_config: Any, *args: Any, **kwargs: Any) -> type:
+    def get_backend(
+        original: Any, backend: Any, attn_selector_config: Any, *args: Any, **kwargs: Any
+    ) -> type:
         from vllm.config import get_current_vllm_config
 
         if attn_selector_config.kv_cache_dtype in names:
@@ -179,10 +187,7 @@ def select_backend(
             backend = None
         return original(backend, attn_selector_config, *args, **kwargs)
 
-    setattr(get_backend, _MARK, True)
-    # Callers that reset the selection between configurations use this.
-    get_backend.cache_clear = original.cache_clear  # type: ignore[attr-defined]
-    selector._cached_get_attn_backend = get_backend
+    wrap_once(selector, "_cached_get_attn_backend", get_backend)
 
 
 def give_layers_dtypes(names: list[str], dtypes_of: Callable[[Any], dict[int, str]]) -> None:
@@ -202,17 +207,13 @@ def give_layers_dtypes(names: list[str], dtypes_of: Callable[[Any], dict[int, st
     """
     from vllm.model_executor.layers.attention import Attention
 
-    original = Attention.__init__
-    if hasattr(original, _MARK):
-        return
-    signature = inspect.signature(original)
+    signature = inspect.signature(Attention.__init__)
 
-    @functools.wraps(original)
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+    def init(original: Any, *args: Any, **kwargs: Any) -> None:
         from vllm.config import get_current_vllm_config
         from vllm.model_executor.models.utils import extract_layer_index
 
-        given = signature.bind(self, *args, **kwargs)
+        given = signature.bind(*args, **kwargs)
         cache_config = given.arguments.get("cache_config")
         if cache_config is not None and cache_config.cache_dtype in names:
             dtypes = dtypes_of(get_current_vllm_config())
@@ -222,8 +223,7 @@ def give_layers_dtypes(names: list[str], dtypes_of: Callable[[Any], dict[int, st
                 given.arguments["cache_config"].cache_dtype = dtypes[number]
         original(*given.args, **given.kwargs)
 
-    setattr(init, _MARK, True)
-    Attention.__init__ = init
+    wrap_once(Attention, "__init__", init)
 
 
 def before_pages_are_allocated(prepare: Callable[[Any, int], int]) -> None:
@@ -245,16 +245,10 @@ def before_pages_are_allocated(prepare: Callable[[Any, int], int]) -> None:
     else:
         return  # other devices are refused
 
-    original = worker_class.determine_available_memory
-    if hasattr(original, _MARK):
-        return
+    def determine_available_memory(original: Any, worker: Any) -> int:
+        return prepare(worker, original(worker))
 
-    @functools.wraps(original)
-    def determine_available_memory(self: Any) -> int:
-        return prepare(self, original(self))
-
-    setattr(determine_available_memory, _MARK, True)
-    worker_class.determine_available_memory = determine_available_memory
+    wrap_once(worker_class, "determine_available_memory", determine_available_memory)
 
 
 def gather_from_ranks(value: Any, timeout_s: float) -> list[Any]:

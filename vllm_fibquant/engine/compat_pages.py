@@ -5,17 +5,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
-from vllm_fibquant.codec.layout import fit_pages
+from vllm_fibquant.codec.page_fit import fit_pages
+from vllm_fibquant.engine.compat import wrap_once
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-
-_MARK = "_fibquant_wrapped"
 
 
 def fit_layers_pages(names: list[str]) -> None:
@@ -32,12 +30,7 @@ def fit_layers_pages(names: list[str]) -> None:
     """
     from vllm.model_executor.layers.attention import Attention
 
-    original = Attention.get_kv_cache_spec
-    if hasattr(original, _MARK):
-        return
-
-    @functools.wraps(original)
-    def get_kv_cache_spec(self: Any, vllm_config: VllmConfig) -> Any:
+    def get_kv_cache_spec(original: Any, self: Any, vllm_config: VllmConfig) -> Any:
         own = original(self, vllm_config)
         if own is None or vllm_config.cache_config.cache_dtype not in names:
             return own
@@ -46,12 +39,11 @@ def fit_layers_pages(names: list[str]) -> None:
         specs = fitted(plain_specs(vllm_config))
         return specs.get(self.layer_name, own)
 
-    setattr(get_kv_cache_spec, _MARK, True)
-    Attention.get_kv_cache_spec = get_kv_cache_spec
+    wrap_once(Attention, "get_kv_cache_spec", get_kv_cache_spec)
 
 
 def fitted(specs: Mapping[str, Any]) -> dict[str, Any]:
-    """Specifications whose pages `codec.layout.fit_pages` has made equally large where it can."""
+    """Specifications whose pages `codec.page_fit.fit_pages` has made equally large where it can."""
     specs = dict(specs)
     windows = {getattr(spec, "sliding_window", None) for spec in specs.values()}
     sizes = sorted({spec.page_size_bytes for spec in specs.values()})

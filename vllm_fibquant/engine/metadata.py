@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import numpy.typing as npt
 import torch
 from vllm.config import VllmConfig, get_layers_from_vllm_config
-from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import (
     AttentionCGSupport,
@@ -21,17 +20,14 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.engine.copies import CopyPool
 from vllm_fibquant.engine.gate import outcome_of
 from vllm_fibquant.engine.non_finite import DeviceReader
-from vllm_fibquant.keys.key_map import KeyMap
+from vllm_fibquant.engine.self_checks import check_kernels
 from vllm_fibquant.observe.counters import own_counters
 from vllm_fibquant.observe.monitor import Probe, monitor_of
-from vllm_fibquant.ops import Batch, selfcheck
+from vllm_fibquant.ops import Batch
 from vllm_fibquant.options import Retain
-
-logger = init_logger(f"vllm.{__name__}")
 
 
 @dataclass
@@ -90,14 +86,12 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
         device: torch.device,
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        dtype = vllm_config.model_config.dtype
         self.retain: Retain | None = None
         self._pool: CopyPool | None = None
         self._device_reader = DeviceReader(device) if device.type == "cuda" else None
         if device.type == "cuda":  # else the order of requests is left alone
             self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         self._counts_steps = _holds_first_layer(layer_names, vllm_config)
-        has_checked_map = False
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         impls = {name: layer.impl for name, layer in layers.items()}
         self._needs_positions = any(impl.key_map is not None for impl in impls.values())
@@ -114,12 +108,7 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
                     options.recent_window,
                     kv_cache_spec.block_size,
                 )
-            if options.self_check:
-                shape = (dtype, impl.num_heads, impl.num_kv_heads, kv_cache_spec.block_size, device)
-                _check_kernels(impl.codec, *shape, attends_raw=impl.attends_raw)
-                if impl.key_map is not None and not has_checked_map:
-                    _check_kernels(impl.codec, *shape, impl.key_map)
-                    has_checked_map = True
+        check_kernels(impls, vllm_config.model_config.dtype, kv_cache_spec.block_size, device)
 
     def build(
         self,
@@ -192,45 +181,3 @@ def _holds_first_layer(layer_names: list[str], vllm_config: VllmConfig) -> bool:
 def _as_numpy(common: CommonAttentionMetadata) -> tuple[npt.NDArray[Any], ...]:
     tensors = common.query_start_loc, common.seq_lens, common.block_table_tensor
     return tuple(tensor.numpy() for tensor in (*tensors, common.slot_mapping))
-
-
-_passed: list[selfcheck.SelfCheckResult] = []
-
-
-def passed_self_checks() -> list[selfcheck.SelfCheckResult]:
-    """The self-checks that have run in this process; one that fails ends it."""
-    return _passed
-
-
-@functools.cache
-def _check_kernels(
-    codec: KVCodec,
-    dtype: torch.dtype,
-    num_q_heads: int,
-    num_kv_heads: int,
-    block_size: int,
-    device: torch.device,
-    key_map: KeyMap | None = None,
-    attends_raw: bool = False,
-) -> None:
-    """Runs the self-check once per process and combination.
-
-    Raises:
-        RuntimeError: the kernel of this machine disagrees with the oracle.
-    """
-    result = selfcheck.run_self_check(
-        codec, dtype, num_q_heads, num_kv_heads, block_size, device, key_map, attends_raw
-    )
-    _passed.append(result)
-    own_counters()["self_checks"] = len(_passed)
-    logger.info(
-        "FibQuant self-check passed: kernel %s, %s%s, head_dim %d, %d/%d heads, error %.1e of %.1e",
-        result.kernel,
-        dtype,
-        ", mapped keys" if key_map else "",
-        codec.head_dim,
-        num_q_heads,
-        num_kv_heads,
-        result.error,
-        result.tolerance,
-    )

@@ -17,7 +17,7 @@ from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from vllm_fibquant.engine import attention, compat_pages
+from vllm_fibquant.engine import compat_pages, layers
 from vllm_fibquant.engine.support import is_ours, run_options
 
 
@@ -96,14 +96,14 @@ def planned(
 
 def _ask(config: VllmConfig, memory_bytes: int) -> Planned:
     specs = compat_pages.plain_specs(config)
-    coded = attention.our_layers(config)
+    coded = layers.our_layers(config)
     if is_ours(config.cache_config.cache_dtype):
-        attention.check_layers(config)
+        layers.check_layers(config)
         specs = compat_pages.fitted(specs)
-    num_rows, row_bytes = attention.copy_rows(config, memory_bytes)
+    num_rows, row_bytes = layers.copy_rows(config, memory_bytes)
     copy_bytes = num_rows * row_bytes
     found = compat_pages.allocate(config, specs, memory_bytes - copy_bytes)
-    layers = tuple(
+    found_layers = tuple(
         PlannedLayer(
             spec.num_kv_heads,
             spec.head_size,
@@ -115,8 +115,8 @@ def _ask(config: VllmConfig, memory_bytes: int) -> Planned:
         if isinstance(spec, AttentionSpec)
     )
     return Planned(
-        layers,
-        len(specs) - len(layers),
+        found_layers,
+        len(specs) - len(found_layers),
         config.cache_config.block_size,
         found.num_blocks,
         found.max_concurrency,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 REPORT_METHOD = "fibquant_report"
 """The method of vLLM's workers that returns `report.worker_report`."""
 
-BACKEND_PATH = "vllm_fibquant.engine.attention.FibQuantBackend"
+BACKEND_PATH = "vllm_fibquant.engine.backend.FibQuantBackend"
 
 RANKS_TIMEOUT_S = 600.0
 """How long ranks wait for each other before they compare: others may still be compiling."""
@@ -87,10 +87,10 @@ def _choose_backend(vllm_config: VllmConfig, layer: dict[str, Any]) -> type:
     Raises:
         ValueError: the layer cannot be served.
     """
-    from vllm_fibquant.engine import attention
+    from vllm_fibquant.engine.backend import backend_for
 
     name = layer["kv_cache_dtype"]
-    backend = attention.backend_for(support.run_options(vllm_config).for_layer(name))
+    backend = backend_for(support.run_options(vllm_config).for_layer(name))
     problems = backend.validate_configuration(device_capability=None, **layer)
     if problems:
         raise ValueError(
@@ -123,10 +123,11 @@ def _prepare(worker: Any, available_bytes: int) -> int:
         return available_bytes
     from vllm.logger import init_logger
 
-    from vllm_fibquant.engine import attention, calibrate, capacity, gate, key_bias
+    from vllm_fibquant.engine import calibrate, capacity, gate, key_bias
+    from vllm_fibquant.engine import layers as loaded
 
-    attention.check_layers(vllm_config)
-    layers = attention.our_layers(vllm_config)
+    loaded.check_layers(vllm_config)
+    layers = loaded.our_layers(vllm_config)
     if vllm_config.device_config.device_type == "cuda":
         biased = key_bias.biased_layers(worker.model_runner.get_model(), layers)
         if biased:
@@ -143,7 +144,7 @@ def _prepare(worker: Any, available_bytes: int) -> int:
     init_logger(f"vllm.{__name__}").info(
         "FibQuant settings, codebooks and calibration have digest %s", ranks.digest_of(facts)
     )
-    left = available_bytes - attention.allocate_copies(vllm_config, available_bytes)
+    left = available_bytes - loaded.allocate_copies(vllm_config, available_bytes)
     fits = capacity.what_fits(vllm_config, left)
     if told := capacity.padding_advice(fits, support.run_options(vllm_config).preset.name):
         init_logger(f"vllm.{__name__}").warning("FibQuant: %s", told)

@@ -15,8 +15,8 @@ from vllm_fibquant.codec.codec import KVCodec, VectorCodec
 from vllm_fibquant.engine.attention import FibQuantImpl
 from vllm_fibquant.engine.capacity import what_fits
 from vllm_fibquant.engine.gate import outcome_of
-from vllm_fibquant.engine.metadata import passed_self_checks
 from vllm_fibquant.engine.ranks import NO_FILE
+from vllm_fibquant.engine.self_checks import passed_self_checks
 from vllm_fibquant.observe.counters import own_counters
 
 

@@ -31,10 +31,9 @@ import torch
 
 from vllm_fibquant import ops
 from vllm_fibquant.codec.codec import KVCodec
-from vllm_fibquant.keys.key_map import KeyMap
 from vllm_fibquant.observe.counters import own_counters
 from vllm_fibquant.observe.ledger import Ledger, exact_attention
-from vllm_fibquant.ops import Attend, Batch
+from vllm_fibquant.ops import Attend, Batch, Pages
 from vllm_fibquant.options import MonitorOptions
 
 MIN_TOKENS, MAX_TOKENS = 16, 64
@@ -53,7 +52,8 @@ class Layer(Protocol):
     attend: Attend
     num_heads: int
     num_kv_heads: int
-    key_map: KeyMap | None
+
+    def pages(self, kv_cache: torch.Tensor) -> Pages: ...
 
 
 @dataclass(eq=False)
@@ -234,8 +234,7 @@ class Monitor:
         batch = Batch(bounds, torch.tensor([sample.end], dtype=torch.int32), sample.table)
         window = sample.end - sample.begin
         attend = Attend(layer.attend.scale, window=window, soft_cap=layer.attend.soft_cap)
-        pages = ops.pages_of(kv_cache, layer.codec, layer.key_map)
-        ops.paged_attention(query, out, pages, batch, attend)
+        ops.paged_attention(query, out, layer.pages(kv_cache), batch, attend)
         return out
 
     def _compare(self, sample: Sample, query: torch.Tensor, output: torch.Tensor) -> None:

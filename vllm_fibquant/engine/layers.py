@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The layers of this process that store codes, and the memory they have beside their pages."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+
+from vllm_fibquant.engine.attention import FibQuantImpl
+from vllm_fibquant.engine.copies import num_copy_rows
+from vllm_fibquant.engine.support import refusal
+from vllm_fibquant.ops import Copies
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+def copy_dtype(model_dtype: torch.dtype) -> torch.dtype:
+    """The 16-bit dtype of copies of a model's keys and values."""
+    return torch.bfloat16 if model_dtype == torch.float32 else model_dtype
+
+
+def our_layers(vllm_config: VllmConfig) -> dict[str, FibQuantImpl]:
+    """The layers of this process that store codes, by name."""
+    layers = get_layers_from_vllm_config(vllm_config, Attention)
+    impls = {name: layer.impl for name, layer in layers.items()}
+    return {name: impl for name, impl in impls.items() if isinstance(impl, FibQuantImpl)}
+
+
+def check_layers(vllm_config: VllmConfig) -> None:
+    """Refuses a model whose layers take no notice of --kv-cache-dtype.
+
+    In vLLM 0.32.0 that is so of Falcon's: they are built without the cache's configuration, and
+    would keep 16 bits whatever was asked for.
+
+    Raises:
+        ValueError: no layer of this process stores codes, although none is to be skipped.
+    """
+    cache, layers = vllm_config.cache_config, get_layers_from_vllm_config(vllm_config, Attention)
+    if layers and not our_layers(vllm_config) and not cache.kv_cache_dtype_skip_layers:
+        problem = (
+            "model: layers must take their cache's dtype from --kv-cache-dtype, got "
+            f"{vllm_config.model_config.architecture}, for whose {len(layers)} layers vLLM ignores "
+            "it; use --kv-cache-dtype auto for this model"
+        )
+        raise ValueError(refusal(cache.cache_dtype, [problem]))
+
+
+def copy_rows(vllm_config: VllmConfig, available_bytes: int) -> tuple[int, int]:
+    """How many tokens of this process's layers are copied, as full batches need but few beside the
+    pages, and the bytes of one in all layers; (0, 0) without a recent window.
+
+    Args:
+        available_bytes: what copies and pages may take together.
+    """
+    layers = list(our_layers(vllm_config).values())
+    itemsize = copy_dtype(vllm_config.model_config.dtype).itemsize
+    copied = [layer for layer in layers if layer.options.recent_window]
+    row_bytes = sum(2 * x.num_kv_heads * x.head_size * itemsize for x in copied)
+    if row_bytes == 0:
+        return 0, 0
+    wanted = vllm_config.scheduler_config.max_num_seqs * layers[0].options.num_copies
+    return num_copy_rows(wanted, row_bytes, available_bytes), row_bytes
+
+
+def allocate_copies(vllm_config: VllmConfig, available_bytes: int) -> int:
+    """Gives every layer of this process its copies; to be called once, before vLLM allocates pages.
+
+    Args:
+        available_bytes: as in `copy_rows`.
+
+    Returns:
+        Bytes taken.
+    """
+    num_rows, row_bytes = copy_rows(vllm_config, available_bytes)
+    if num_rows == 0:
+        return 0
+    layers = list(our_layers(vllm_config).values())
+    dtype = copy_dtype(vllm_config.model_config.dtype)
+    for layer in layers:
+        shape = (num_rows, layer.num_kv_heads, layer.head_size)
+        key, value = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
+        copies = Copies(key, value, layer.options.num_copied_first)
+        layer.attend = replace(layer.attend, copies=copies)
+    logger.info(
+        "FibQuant keeps copies of up to %d tokens (%.1f MiB): the newest %d and first %d of %d "
+        "requests; others are read from codes",
+        num_rows,
+        num_rows * row_bytes / 2**20,
+        layers[0].options.recent_window,
+        layers[0].options.num_copied_first,
+        num_rows // layers[0].options.num_copies,
+    )
+    return num_rows * row_bytes

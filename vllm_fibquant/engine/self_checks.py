@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The self-checks of a process: each kernel that will serve, once for every shape of a layer."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from vllm.logger import init_logger
+
+from vllm_fibquant.observe.counters import own_counters
+from vllm_fibquant.ops.selfcheck import SelfCheckResult, run_self_check
+
+logger = init_logger(f"vllm.{__name__}")
+
+_passed: list[SelfCheckResult] = []
+
+
+def passed_self_checks() -> list[SelfCheckResult]:
+    """The self-checks that have run in this process; one that fails ends it."""
+    return _passed
+
+
+def check_kernels(
+    impls: Mapping[str, Any], dtype: torch.dtype, block_size: int, device: torch.device
+) -> None:
+    """Checks the kernels of a group of layers, and of the first map of keys among them.
+
+    Raises:
+        RuntimeError: the kernel of this machine disagrees with the oracle.
+    """
+    has_checked_map = False
+    for impl in impls.values():
+        if impl.options.self_check:
+            shape = dtype, impl.num_heads, impl.num_kv_heads, block_size, device
+            _check(impl.codec, *shape, None, impl.attends_raw)
+            if impl.key_map is not None and not has_checked_map:
+                _check(impl.codec, *shape, impl.key_map, False)
+                has_checked_map = True
+
+
+@functools.cache
+def _check(*what: Any) -> None:
+    """One self-check, of the arguments of `run_self_check`; made once in a process."""
+    result = run_self_check(*what)
+    _passed.append(result)
+    own_counters()["self_checks"] = len(_passed)
+    codec, dtype, num_q_heads, num_kv_heads, _, _, key_map, _ = what
+    logger.info(
+        "FibQuant self-check passed: kernel %s, %s%s, head_dim %d, %d/%d heads, error %.1e of %.1e",
+        result.kernel,
+        dtype,
+        ", mapped keys" if key_map else "",
+        codec.head_dim,
+        num_q_heads,
+        num_kv_heads,
+        result.error,
+        result.tolerance,
+    )
