@@ -156,7 +156,8 @@ def shared_markdown(library: Any) -> str:
 
 
 def support_markdown(library: Any) -> str:
-    """What the GPU kernels support, for the README, from the library's dispatch table."""
+    """What the GPU kernels support, for the README, from the library's dispatch table and the one
+    table of features."""
     from vllm_fibquant.codec.config import PRESETS
     from vllm_fibquant.ops import gpu
 
@@ -182,8 +183,18 @@ def support_markdown(library: Any) -> str:
         ("query heads per KV head", *[f"up to {gpu.TRITON.max_group_size}"] * 2),
         ("architectures", f"{built}, PTX of sm_80",
          "what Triton compiles for"),
+        ("features", *(_features(name, True) for name in ("cuda", "triton"))),
+        ("not on a GPU yet", *(_features(name, False) for name in ("cuda", "triton"))),
     ]  # fmt: skip
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def _features(implementation: str, has_it: bool) -> str:
+    """What an implementation has, or has not, of what may be asked of kernels."""
+    from vllm_fibquant.ops.kernels import FEATURES
+
+    rows = [row for row in FEATURES.values() if (implementation in row.had_by) == has_it]
+    return ", ".join(row.what for row in rows) or "nothing"
 
 
 def section(rows: list[Row], library: Any) -> str:
