@@ -11,6 +11,7 @@ MODEL  ?=
 BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip --disable-pip-version-check
 TORCH   := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
+NEXT    := $(shell sed -n 's/^NEWEST_RELEASE = {"vllm": "\([^"]*\)".*/\1/p' vllm_fibquant/engine/compat.py)
 LIBRARY := vllm_fibquant/lib/libfibquant_cpu.so
 EMULATED := build/libfibquant_cuda_emulated.so
 COMPOSE := docker/compose.yaml docker/compose.gpu.yaml
@@ -45,8 +46,8 @@ test: $(VENV)/.dev $(LIBRARY) $(EMULATED)  ## run the tests (ARGS= goes to pytes
 test-slow: $(VENV)/.dev $(LIBRARY) $(EMULATED)  ## run the slow tests as well
 	$(BIN)/python -m pytest $(ARGS)
 
-test-next: $(VENV)/.dev $(LIBRARY)  ## run plugin and engine tests on vLLM 0.33.0's Python sources
-	$(BIN)/python -m tests.other_vllm 0.33.0 -m "not slow" tests/engine/test_plugin.py \
+test-next: $(VENV)/.dev $(LIBRARY)  ## run plugin and engine tests on the Python sources of the newest vLLM that is tested
+	$(BIN)/python -m tests.other_vllm $(NEXT) -m "not slow" tests/engine/test_plugin.py \
 	  tests/engine/test_features.py tests/engine/test_recent_window.py $(ARGS)
 
 lint: $(VENV)/.dev docker-lint  ## ruff, mypy, clang-format, and docker-lint

