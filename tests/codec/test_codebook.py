@@ -75,7 +75,7 @@ def check_against_table(table, k, num_codewords, head_dim, options):
 
 # The MSE of 2^16 samples has a standard deviation of about 0.2 %.
 @pytest.mark.long
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, pytest.param(128, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("k", "num_codewords"), FAST_TABLE)
 def test_mse_table(k, num_codewords, head_dim):
     # Fine books need samples and steps; of coarse ones some starts end badly.

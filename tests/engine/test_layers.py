@@ -118,10 +118,14 @@ def test_all_layers_named_is_the_other_preset(model, options, tmp_path, monkeypa
     monkeypatch.setattr(measure, "text_sequences", random_text)
     prompts = varied_prompts(10, VOCAB_SIZE, longest=300)
     answers = []
-    for preset, layers in ((HIGH, {}), (LOW, {"layers": {"0-3": HIGH}}), (LOW, SOME)):
+    runs = [(HIGH, {}), (LOW, {"layers": {"0-3": HIGH}})]
+    # That one layer less would show does not hang on the other options.
+    runs += [] if options else [(LOW, SOME)]
+    for preset, layers in runs:
         with engine(model, preset, fibquant={**options, **layers}) as llm:
             answers.append(bits(in_batches(llm, prompts, 4)))
-    assert answers[0] == answers[1] != answers[2]
+    assert answers[0] == answers[1]
+    assert answers[0] not in answers[2:]
 
 
 @pytest.mark.parametrize("mode", ["exact", "quality"])

@@ -7,7 +7,7 @@ from ctypes import Structure
 
 import pytest
 
-from vllm_fibquant.ops import cpu
+from vllm_fibquant.ops import cpu, cuda
 from vllm_fibquant.ops.abi import load_library
 
 STRUCTS = (
@@ -51,3 +51,11 @@ def test_other_fields_are_refused(struct, change):
 def test_a_library_that_describes_nothing_is_refused():
     with pytest.raises(RuntimeError, match="got 'nothing'"):
         load_library("test", cpu.LIBRARY_PATH, "no_such_function", STRUCTS, "build it again")
+
+
+def test_a_library_that_is_missing_or_none_is_refused(tmp_path):
+    with pytest.raises(RuntimeError, match="is missing; build it with `make cuda`"):
+        cuda.Library(tmp_path / "none.so")
+    (tmp_path / "text.so").write_text("no library")
+    with pytest.raises(RuntimeError, match="does not load"):
+        cuda.Library(tmp_path / "text.so")

@@ -434,11 +434,3 @@ def test_why_a_device_is_not_usable_is_the_runtimes_word(library, monkeypatch, c
         gpu._why_not_on.cache_clear()
     assert len(said) == 1 and "slower than --kv-cache-dtype auto" in said[0]
     assert "cannot run on cuda:0: CUDA driver version is insufficient" in said[0]
-
-
-def test_a_library_of_other_sources_is_refused(tmp_path) -> None:
-    with pytest.raises(RuntimeError, match="is missing; build it with `make cuda`"):
-        cuda.Library(tmp_path / "none.so")
-    (tmp_path / "text.so").write_text("no library")
-    with pytest.raises(RuntimeError, match="does not load"):
-        cuda.Library(tmp_path / "text.so")
