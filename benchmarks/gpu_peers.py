@@ -7,12 +7,14 @@ kernels, FlashInfer, flash-attn and xformers are optional: without them ImportEr
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-BLOCK_SIZE = 16
+from benchmarks.gpu_batches import BLOCK_SIZE, OTHERS, Lengths
+
 SPLITS = 32
 Prepared = tuple[Callable[[], object], int]
 
@@ -32,6 +34,18 @@ class Case:
     def num_q_heads(self) -> int:
         return self.num_kv_heads * self.group_size
 
+    @property
+    def num_blocks(self) -> int:
+        return self.batch * -(-self.context // BLOCK_SIZE)
+
+    @property
+    def lengths(self) -> Lengths:
+        """The same for what takes batches of any lengths."""
+        return Lengths(
+            self.head_dim, self.num_kv_heads, self.group_size, (1,) * self.batch,
+            (self.context,) * self.batch, self.device,
+        )  # fmt: skip
+
     def query(self) -> torch.Tensor:
         shape = (self.batch, self.num_q_heads, self.head_dim)
         return torch.randn(shape, device=self.device).bfloat16()
@@ -46,12 +60,12 @@ class Case:
         return table.view(self.batch, blocks).to(self.device)
 
 
-def make_cache(case: Case, codec) -> torch.Tensor:
+def make_cache(case: Case | Lengths, codec) -> torch.Tensor:
     """Our pages of a case: random codes, norms from 4 to 12."""
     layout = codec.layout
     cache = torch.randint(
         0, 256,
-        (case.table().numel(), case.num_kv_heads, BLOCK_SIZE, layout.record_bytes),
+        (case.num_blocks, case.num_kv_heads, BLOCK_SIZE, layout.record_bytes),
         dtype=torch.uint8, device=case.device,
     )  # fmt: skip
     norms = torch.rand(*cache.shape[:3], 2, device=case.device).half() * 8 + 4
@@ -81,15 +95,14 @@ def _paged(case: Case, dtype: torch.dtype) -> Prepared:
     query = case.query()
     out, lens = torch.empty_like(query), case.lens()
     rows = (case.batch, case.num_q_heads)
-    lse = torch.empty(rows, device=case.device)
+    lse, one = torch.empty(rows, device=case.device), torch.ones((), device=case.device)
     logits = torch.empty(*rows, SPLITS, case.head_dim + 1, device=case.device)
 
-    def run() -> None:
-        decode_attention_fwd(
-            query, key, value, out, lse, table, lens, logits, SPLITS, case.head_dim**-0.5,
-            BLOCK_SIZE,
-        )  # fmt: skip
-
+    # Without scales of its own it would make two on the device in every call.
+    run = functools.partial(
+        decode_attention_fwd, query, key, value, out, lse, table, lens, logits, SPLITS,
+        case.head_dim**-0.5, BLOCK_SIZE, k_scale=one, v_scale=one,
+    )  # fmt: skip
     return run, 2 * key.numel() * key.element_size()
 
 
@@ -117,12 +130,14 @@ def turboquant(case: Case) -> Prepared:
     rotation = torch.eye(dim, device=case.device)
     centroids = torch.linspace(-2, 2, 1 << bits, device=case.device)
 
-    def run() -> torch.Tensor:
-        return ops.triton_turboquant_decode_attention(
-            query, cache, table, lens, rotation, centroids, dim**-0.5, bits, key_bytes, bits,
-            norm_correction=True, PiT=rotation,
-        )  # fmt: skip
-
+    rows = (case.batch, case.num_q_heads)
+    run = functools.partial(
+        ops.triton_turboquant_decode_attention, query, cache, table, lens, rotation, centroids,
+        dim**-0.5, bits, key_bytes, bits, norm_correction=True, PiT=rotation,
+        mid_o_buf=torch.empty(*rows, SPLITS, dim + 1, device=case.device),
+        output_buf=torch.empty_like(query), lse_buf=torch.empty(rows, device=case.device),
+        max_num_kv_splits=SPLITS,
+    )  # fmt: skip
     return run, cache.numel()
 
 
@@ -176,7 +191,12 @@ def xformers(case: Case) -> Prepared:
     return run, 4 * key.numel()
 
 
-PEERS = {
+def _any_lengths(prepare: Callable[[Lengths], Prepared], case: Case) -> Prepared:
+    return prepare(case.lengths)
+
+
+PEERS: dict[str, Callable[[Case], Prepared]] = {
     "sdpa": sdpa, "bf16": paged_bf16, "fp8": paged_fp8, "turboquant": turboquant,
     "flashinfer": flashinfer, "flash_attn": flash_attn, "xformers": xformers,
+    **{name: functools.partial(_any_lengths, other) for name, other in OTHERS.items()},
 }  # fmt: skip

@@ -6,13 +6,17 @@
     python -m benchmarks.gpu_proof sanitize                  compute-sanitizer on a subset of them
     python -m benchmarks.gpu_proof rates --out gpu.jsonl     micro-rates, copy rate, and encode
     python -m benchmarks.gpu_proof speed --out gpu.jsonl     decode attention beside others
+    python -m benchmarks.gpu_proof batches --out gpu.jsonl   prompts, chunks, mixed batches
+    python -m benchmarks.gpu_proof engine --model MODEL --out gpu.jsonl     a server of each format
     python -m benchmarks.gpu_report gpu.jsonl                tables and plot for the documents
 
-Each fits in ten minutes: speed stops after --minutes, with exit status 3, and goes on where it
-stopped when it is called again with the same --out. Every (preset, shape, batch, context) is a line
-of the output. "roofline" is the bytes read over the copy rate, measured in the same run, as a
-fraction of the time taken. --dry-run, on any machine, runs tiny cases of speed and of encode in
-Triton's interpreter and in the emulator, without figures, and prints the commands of the others.
+What is timed is replayed from a CUDA graph, as vLLM serves decode steps; what cannot be captured is
+timed as it is, and its row says so. Each but engine fits in ten minutes: speed stops after
+--minutes, with exit status 3, and goes on where it stopped when it is called again with the same
+--out. Every (preset, shape, batch, context) is a line of the output. "roofline" is the bytes read
+over the copy rate, measured in the same run, as a fraction of the time taken. --dry-run, on any
+machine, runs tiny cases of speed, batches and encode in Triton's interpreter and in the emulator,
+without figures, checks the calls of vLLM's kernels, and prints the commands of the others.
 """
 
 from __future__ import annotations
@@ -21,12 +25,12 @@ import argparse
 import contextlib
 import functools
 import importlib.metadata
+import inspect
 import itertools
 import json
 import os
 import shlex
 import shutil
-import statistics
 import subprocess
 import sys
 import time
@@ -35,9 +39,10 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import gpu_rates
+from benchmarks import gpu_batches, gpu_engine, gpu_rates
 from benchmarks.common import add_out, append
 from benchmarks.gpu_peers import PEERS, Case, make_cache
+from benchmarks.gpu_timing import copy_rate, into, milliseconds
 from benchmarks.plot import rows_of
 
 # d, KV heads, group; the first is that of the targets.
@@ -45,29 +50,6 @@ SHAPES = ((128, 8, 4), (128, 8, 8), (128, 8, 1), (64, 8, 4), (64, 8, 8), (64, 8,
 MAX_BYTES = 24 << 30  # of bfloat16 keys and values: larger cases are left out
 SANITIZED = "k4v2 or bytes or window or padded or gain_rules"
 """Tests that compute-sanitizer runs: it slows kernels some hundredfold."""
-
-
-def milliseconds(run: Callable[[], object], repetitions: int) -> float:
-    """Median time of a call on the device; the cache between calls is flushed by 256 MiB."""
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
-    times = []
-    for repetition in range(repetitions + 3):
-        flush.zero_()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        if repetition >= 3:
-            times.append(begin.elapsed_time(end))
-    return statistics.median(times)
-
-
-def copy_rate(repetitions: int) -> float:
-    """Bytes read and written per millisecond by a large copy."""
-    x = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    y = torch.empty_like(x)
-    return 2 * x.numel() / milliseconds(lambda: y.copy_(x), repetitions)
 
 
 def our_kernels(case: Case, preset: str, dry_run: bool):
@@ -107,7 +89,7 @@ def bench_case(args, preset: str, case: Case, rate: float) -> dict:
         answers[name] = out.float().cpu()
         row[f"finite_{name}"] = bool(answers[name].isfinite().all())
         if not args.dry_run:
-            row[f"ms_{name}"] = milliseconds(run, args.repetitions)
+            into(row, name, run, args.repetitions)
             row[f"roofline_{name}"] = num_bytes / rate / row[f"ms_{name}"]
     if len(answers) == 2:
         row["difference"] = float((answers["cuda"] - answers["triton"]).abs().max())
@@ -121,14 +103,22 @@ def bench_peers(args, case: Case) -> dict:
         run = None  # the last one's memory
         try:
             run, num_bytes = prepare(case)
-            if args.dry_run:  # vLLM has no Triton without a GPU
-                if name == "sdpa":
-                    run()
+            if args.dry_run:
+                try_dry(name, run)
                 continue
-            row[f"ms_{name}"], row[f"bytes_{name}"] = milliseconds(run, args.repetitions), num_bytes
+            into(row, name, run, args.repetitions)
+            row[f"bytes_{name}"] = num_bytes
         except Exception as error:  # one peer that cannot run must not end the others
             row[f"skipped_{name}"] = f"{type(error).__name__}: {error}"[:200]
     return row
+
+
+def try_dry(name: str, run: Callable[[], object]) -> None:
+    """Without a GPU vLLM has no Triton: of its kernels only the call is checked."""
+    if isinstance(run, functools.partial):
+        inspect.signature(run.func).bind(*run.args, **run.keywords)
+    elif name == "sdpa":
+        run()
 
 
 def setting() -> dict:
@@ -247,9 +237,54 @@ def part_speed(args) -> int:
     return 0
 
 
+def part_batches(args) -> int:
+    """Prompts, chunks and mixed batches, beside vLLM's attention over uncompressed pages."""
+    device = "cpu" if args.dry_run else "cuda"
+    cases = gpu_batches.TINY if args.dry_run else gpu_batches.PREFILLS
+    kernels = None
+    if args.dry_run:
+        from tests.emulated import emulated
+        from vllm_fibquant.ops import cuda
+
+        kernels = cuda.Cuda(emulated())
+    for shape, (name, lengths) in itertools.product(SHAPES[3:4] if args.dry_run else SHAPES[:2],
+                                                    cases.items()):  # fmt: skip
+        case, row = gpu_batches.Lengths(*shape, *lengths, device), {"batches": name, "of": shape}
+        for other, prepare in gpu_batches.OTHERS.items():
+            try:
+                run, row[f"bytes_{other}"] = prepare(case)
+                try_dry(other, run) if args.dry_run else into(row, other, run, args.repetitions)
+            except Exception as error:
+                row[f"skipped_{other}"] = f"{type(error).__name__}: {error}"[:200]
+            run = None
+        for preset in args.presets:
+            run, out = gpu_batches.ours(case, preset, kernels)
+            run()
+            row[f"finite_{preset}"] = bool(out.isfinite().all())
+            if not args.dry_run:
+                into(row, preset, run, args.repetitions)
+        report(args, row)
+    return 0
+
+
+def part_engine(args) -> int:
+    """Servers, one format after the other: time to the first token and between tokens."""
+    if args.dry_run:
+        for name in gpu_engine.FORMATS:
+            print(shlex.join(["vllm-fibquant", "serve", args.model,
+                              *gpu_engine.server_flags(name, args.tokens)]))  # fmt: skip
+        return 0
+    rows = gpu_engine.measure(
+        args.model, list(gpu_engine.FORMATS), args.tokens, args.output, args.concurrency
+    )
+    for row in rows:
+        report(args, row)
+    return 0
+
+
 PARTS = {
     "build": part_build, "test": part_test, "sanitize": part_sanitize, "rates": part_rates,
-    "speed": part_speed,
+    "speed": part_speed, "batches": part_batches, "engine": part_engine,
 }  # fmt: skip
 
 
@@ -264,6 +299,10 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[32, 1, 8, 128])
     parser.add_argument("--contexts", type=int, nargs="+", default=[32768, 4096, 131072])
     parser.add_argument("--repetitions", type=int, default=20)
+    parser.add_argument("--model", default="MODEL", help="of engine: a model's folder or name")
+    parser.add_argument("--tokens", type=int, default=8192, help="of engine: of a request, in all")
+    parser.add_argument("--output", type=int, default=256, help="of engine: new ones among them")
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 16, 64])
     add_out(parser)
     args = parser.parse_args()
     if args.dry_run:

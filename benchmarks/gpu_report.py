@@ -3,7 +3,7 @@
 
     python -m benchmarks.gpu_report gpu.jsonl --out docs/results/gpu.md --image docs/images/gpu.png
 
-Times of bfloat16 are those of the fastest attention over bfloat16 that ran in that case.
+Times of bfloat16 and of fp8 are those of the fastest attention over it that ran in that case.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 
 from benchmarks.plot import COLOURS, rows_of
 
-BF16 = ("sdpa", "bf16", "flashinfer", "flash_attn", "xformers")
+BF16 = ("sdpa", "bf16", "flashinfer", "flash_attn", "xformers", "vllm_flash", "unified")
+FP8 = ("fp8", "vllm_flash_fp8", "unified_fp8")
 OURS = ("cuda", "triton")
 # (what, preset, batch, context, column, at least): targets at head_dim 128, group 4.
 TARGETS = (
@@ -39,13 +40,14 @@ def compared(rows: list[Row]) -> list[Row]:
             continue
         kernel = min(ours, key=lambda name: ours[name])
         bf16 = {name: row[f"ms_{name}"] for name in BF16 if f"ms_{name}" in row}
+        fp8 = [row[f"ms_{name}"] for name in FP8 if f"ms_{name}" in row]
         best = min(bf16, key=lambda name: bf16[name]) if bf16 else None
         ms = ours[kernel]
         found.append({
             "shape": tuple(row["shape"]), "batch": row["batch"], "context": row["context"],
             "preset": row["preset"], "kernel": kernel, "ms": ms, "bf16": best,
             "vs_bf16": bf16[best] / ms if best else None,
-            "vs_fp8": row["ms_fp8"] / ms if "ms_fp8" in row else None,
+            "vs_fp8": min(fp8) / ms if fp8 else None,
             "vs_turboquant": row["ms_turboquant"] / ms if "ms_turboquant" in row else None,
             "roofline": row.get(f"roofline_{kernel}"),
         })  # fmt: skip
@@ -90,6 +92,15 @@ def markdown(rows: list[Row]) -> str:
             for c in cases
         ],
     )  # fmt: skip
+    lines += _batches(rows) + _engines(rows)
+    eager = sorted(
+        {k.removeprefix("eager_") for row in rows for k in row if k.startswith("eager_")}
+    )
+    if eager:
+        lines += [
+            "",
+            f"Timed as calls, not as CUDA graphs, which they do not allow: {', '.join(eager)}.",
+        ]
     skipped = sorted({
         f"{key.removeprefix('skipped_')}: {text}"
         for row in rows for key, text in row.items() if key.startswith("skipped_")
@@ -112,6 +123,37 @@ def markdown(rows: list[Row]) -> str:
         [[str(r["tokens"]), r["preset"], f"{r['us']:.1f}"] for r in rates if "us" in r],
     )
     return "\n".join(lines) + "\n"
+
+
+def _batches(rows: list[Row]) -> list[str]:
+    """Prompts, chunks and mixed batches: milliseconds."""
+    mine = [row for row in rows if "batches" in row]
+    if not mine:
+        return []
+    names = list(dict.fromkeys(k[3:] for row in mine for k in row if k.startswith("ms_")))
+    cells = [
+        [row["batches"], "{}, {} x {}".format(*row["of"]),
+         *(f"{row[f'ms_{n}']:.3f}" if f"ms_{n}" in row else "–" for n in names)]
+        for row in mine
+    ]  # fmt: skip
+    heads = ["batch", "d, KV heads x queries", *names]
+    return ["", "## Prompts and mixed batches", "", "Milliseconds.", "", *table(heads, cells)]
+
+
+def _engines(rows: list[Row]) -> list[str]:
+    """Servers: milliseconds."""
+    mine = [row for row in rows if "p50_ttft_ms" in row]
+    if not mine:
+        return []
+    cells = [
+        [row["engine"], str(row["concurrency"]), str(row["cache_tokens"]),
+         *(f"{row[f'p50_{m}_ms']:.1f}, {row[f'p95_{m}_ms']:.1f}" for m in ("ttft", "itl")),
+         f"{row['output_tokens_per_s']:.0f}"]
+        for row in mine
+    ]  # fmt: skip
+    heads = ["cache", "requests at once", "cache holds (tokens)", "first token (ms) p50, p95",
+             "between tokens (ms) p50, p95", "tokens / s"]  # fmt: skip
+    return ["", "## Servers", "", *table(heads, cells)]
 
 
 def draw(rows: list[Row]):

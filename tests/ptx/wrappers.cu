@@ -119,11 +119,11 @@ wrapper(FQ_PARAM WrapperArgs args) {
   Case::run(args.in + thread * kWordsIn, args.out + thread * kWordsOut, args.count);
 }
 
-#define FQ_CASES(X)                                                                            \
-  X(Threads)                                                                                   \
-  X(Shuffle)                                                                                   \
-  X(Sums) X(Mma) X(Transpose) X(Bytes) X(Floats) X(ExactFloats) X(Halves) X(Elements) X(Loads) \
-      X(Copies) X(Atomics)
+// clang-format off
+#define FQ_CASES(X)                                                                   \
+  X(Threads) X(Shuffle) X(Sums) X(Mma) X(Transpose) X(Bytes) X(Floats) X(ExactFloats) \
+  X(Halves) X(Elements) X(Loads) X(Copies) X(Atomics)
+// clang-format on
 
 #ifndef __CUDACC__
 emulator::Machine& emulator::machine() {
