@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from ctypes import POINTER, Structure, byref, c_char_p, c_float, c_int32, c_int64, c_void_p, pointer
+from ctypes import POINTER, byref, c_char_p, c_int32, c_int64, c_void_p, pointer
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from vllm_fibquant.files import PACKAGE_DIR
 from vllm_fibquant.ops.abi import DTYPES, FqPages, load_library, pages_of
 from vllm_fibquant.ops.call import Attend, Batch, Fresh, Pages
 from vllm_fibquant.ops.checks import check_pair
+from vllm_fibquant.ops.cpu_structs import FqAttend, FqBatch, FqCopyPool, FqEncode
 from vllm_fibquant.ops.cpu_tables import (
     FqCode,
     FqCodec,
@@ -41,59 +42,6 @@ _ERRORS = {
     4: "seq_lens must not exceed the positions that key_map.turning knows",
     5: "new_tokens and new_rows must be tokens of the batch and rows of the layer's copies",
 }
-
-
-class FqEncode(Structure):
-    _fields_ = [
-        *((name, c_void_p) for name in ("key", "value", "slot_mapping")),
-        ("num_tokens", c_int64),
-        *((f"stride_key_{name}", c_int64) for name in ("token", "head")),
-        *((f"stride_value_{name}", c_int64) for name in ("token", "head")),
-        ("dtype", c_int32),
-        ("num_threads", c_int32),
-        ("key_map", POINTER(FqKeyMap)),
-        ("positions", c_void_p),
-    ]
-
-
-class FqBatch(Structure):
-    _fields_ = [
-        *((name, c_void_p) for name in ("query_start_loc", "seq_lens", "block_table")),
-        *((name, c_void_p) for name in ("copy_table", "new_tokens", "new_rows")),
-        *((name, c_int64) for name in ("stride_block_table", "num_new")),
-        *((name, c_int32) for name in ("num_reqs", "num_copy_columns")),
-    ]
-
-
-class FqCopyPool(Structure):
-    _fields_ = [
-        *((name, c_void_p) for name in ("row_of_slot", "slot_of_row", "next", "previous")),
-        ("num_slots", c_int64),
-        *((name, c_int32) for name in ("num_rows", "num_first", "num_recent", "block_size")),
-    ]
-
-
-class FqAttend(Structure):
-    _fields_ = [
-        ("batch", POINTER(FqBatch)),
-        ("plan", c_void_p),
-        *((name, c_void_p) for name in ("query", "out", "raw_key", "raw_value", "sinks")),
-        *((f"stride_query_{name}", c_int64) for name in ("token", "head")),
-        *((f"stride_out_{name}", c_int64) for name in ("token", "head")),
-        *((f"stride_raw_key_{name}", c_int64) for name in ("token", "head")),
-        *((f"stride_raw_value_{name}", c_int64) for name in ("token", "head")),
-        *((name, c_int32) for name in ("num_q_heads", "dtype", "window")),
-        *((name, c_float) for name in ("scale", "soft_cap")),
-        ("num_threads", c_int32),
-        *((f"copy_{name}", c_void_p) for name in ("key", "value")),
-        *((name, c_int32) for name in ("copy_dtype", "num_first")),
-        ("num_copy_rows", c_int64),
-        *((f"stride_copy_{name}", c_int64) for name in ("row", "head")),
-        ("first_query", c_void_p),
-        *((f"stride_first_query_{name}", c_int64) for name in ("token", "head")),
-        ("keep_first", c_int64),
-        ("key_map", POINTER(FqKeyMap)),
-    ]
 
 
 def is_built() -> bool:
