@@ -33,11 +33,16 @@ KERNELS = {
     "pair": "attend, a pair of its own (largest)",
     "any": "attend, any pair",
     "wide": "attend, wide row blocks",
+    "product": "attend, transformed keys (largest)",
+    "any_mapped": "attend, mapped keys, any pair",
+    "wide_mapped": "attend, mapped keys, wide row blocks",
+    "prepare": "prepare",
     "merge": "merge",
     "encode": "encode",
+    "encode_mapped": "encode, mapped keys",
 }
-ANY_KIND = 5
-"""kAnyKind of csrc/cuda/supported.h, as in the kernels' template arguments."""
+ANY_KIND, PRODUCT = 5, 6
+"""kAnyKind and kProduct of csrc/cuda/supported.h, as in the kernels' template arguments."""
 
 Row = dict[str, Any]
 
@@ -82,9 +87,12 @@ def _report(part: str) -> Row:
     name, arguments = re.match(r"_ZN2fq\d+([a-z]+)I(\w+?)EEv", part).groups()  # type: ignore[union-attr]
     numbers = [int(n) for n in re.findall(r"Li(\d+)", arguments + "E")]
     kernel = name
+    is_mapped = name in ("attend", "encode") and numbers[-1] == 1
     if name == "attend":
-        _, key, _, tiles = numbers
-        kernel = "wide" if tiles > 1 else "any" if key == ANY_KIND else "pair"
+        _, key, _, tiles, _ = numbers
+        kernel = "wide" if tiles > 1 else {ANY_KIND: "any", PRODUCT: "product"}.get(key, "pair")
+    if is_mapped and kernel != "product":
+        kernel += "_mapped"
     return {
         "kernel": kernel,
         "registers": number(r"Used (\d+) registers"),

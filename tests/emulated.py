@@ -55,7 +55,7 @@ def attend(library: Library, paged: Paged, *, num_splits=2, wide=False, raw_stat
     kernels = Cuda(library, num_splits, wide, allocate, states)
     out = torch.full_like(paged.query, torch.nan, device=device)
     cache = aligned(paged.cache) if device.type == "cpu" else paged.cache.to(device)
-    pages = Pages(cache, paged.codec, None, kernels)
+    pages = Pages(cache, paged.codec, paged.key_map, kernels)
     kernels.paged_attention(paged.query.to(device), out, pages, *paged.split(options, device))
     return out.cpu()
 

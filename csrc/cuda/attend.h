@@ -24,6 +24,7 @@
 #pragma once
 
 #include "cuda/codes.h"
+#include "cuda/key_map.h"
 #include "cuda/params.h"
 #include "cuda/rotation.h"
 #include "cuda/token_order.h"
@@ -47,6 +48,12 @@ struct AttendArgs {
   TokenOrder order;
   int32_t bytes_1, bytes_8;  // from the record of row 0 to those of rows 1 and 8
   float cap_in, cap_out;     // a score becomes cap_out * tanh(cap_in / 2 * score / log2(e))
+  bool has_raw;  // the call's raw states are those of new tokens, not of first ones alone
+  // Read with a key map alone.
+  FqCudaKeyMap map;
+  Prepared prepared;
+  Product product;
+  bool is_product;  // keys are coded by `product`
 };
 
 // Which rows a CTA owns. Rows of a request and KV head are numbered token first, head of the group
@@ -92,13 +99,17 @@ struct Occupancy {
   int ctas, warps, shared_bytes;
 };
 
-template <int kHeadDim, int kTiles>
+template <int kHeadDim, int kTiles, int kMapped = 0>
 struct AttendShape {
   static constexpr int kColumns = 8 * kTiles;
   static constexpr int kSteps = kHeadDim / 16;  // k steps of S^T, m tiles of O^T
   static constexpr int kQueryBytes = kColumns * kHeadDim * 2;
   static constexpr int kRowBytes = kColumns * 8;  // factor and position of each row
-  static constexpr int kFixedBytes = kTableBytes + kQueryBytes + kRowBytes;
+  // Of a key map: cosines and sines as A fragments, rows' factors of them, columns, two constants.
+  static constexpr int kTurnSteps = kMapped ? turn_steps(kHeadDim) : 0;
+  static constexpr int kTurnBytes =
+      kTurnSteps * (kWarp * 16 * (1 + kTiles) + 8 * 4) + kMapped * kColumns * 8;
+  static constexpr int kFixedBytes = kTableBytes + kQueryBytes + kRowBytes + kTurnBytes;
   // By registers: 16 warps of at most 128 each, or 8.
   static constexpr int kMaxWarps = kTiles == 1 && kHeadDim <= 128 ? 16 : 8;
   static constexpr int kCtas = kMaxWarps / 8;

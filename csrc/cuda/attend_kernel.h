@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/attend.h"
+#include "cuda/mapped.h"
 #include "cuda/merge.h"
 
 namespace fq {
@@ -95,10 +96,10 @@ FQ_DEVICE void store_state(const AttendArgs& args, const RowBlock& b, int group,
 }
 
 // grid [row blocks, num_kv_heads, num_splits], a whole number of warps per CTA.
-template <int kHeadDim, int kKeyKind, int kValueKind, int kTiles>
-FQ_KERNEL((AttendShape<kHeadDim, kTiles>::kMaxWarps * kWarp), 1)
+template <int kHeadDim, int kKeyKind, int kValueKind, int kTiles, int kMapped>
+FQ_KERNEL((AttendShape<kHeadDim, kTiles, kMapped>::kMaxWarps * kWarp), 1)
 attend(FQ_PARAM AttendArgs args) {
-  using Shape = AttendShape<kHeadDim, kTiles>;
+  using Shape = AttendShape<kHeadDim, kTiles, kMapped>;
   constexpr int kSteps = Shape::kSteps;
   const FqCudaAttend& a = args.call;
   const int kv_head = cta_idx().y, split = cta_idx().z;
@@ -110,10 +111,12 @@ attend(FQ_PARAM AttendArgs args) {
   const int oldest = b.context + b.first_row / group;
   const int newest = b.context + (b.first_row + b.num_rows - 1) / group;
   int begin = a.window > 0 ? oldest - a.window + 1 : 0;
-  if (begin < 0) begin = 0;
-  const int end = a.raw_o ? b.context : newest + 1;
+  const int least = kMapped ? args.map.num_plain : 0;  // those before it are in the raw state
+  if (begin < least) begin = least;
+  const int end = args.has_raw ? b.context : newest + 1;
   // Those that every row sees, [all_begin, all_end): their tiles need no mask.
-  const int all_begin = a.window > 0 ? newest - a.window + 1 : 0;
+  int all_begin = a.window > 0 ? newest - a.window + 1 : 0;
+  if (all_begin < least) all_begin = least;
   const int all_end = oldest < end ? oldest + 1 : end;
   const int first_tile = begin / kTokens;
   const int last_tile = end > begin ? (end + kTokens - 1) / kTokens : first_tile;
@@ -146,18 +149,29 @@ attend(FQ_PARAM AttendArgs args) {
   int32_t* positions = reinterpret_cast<int32_t*>(factors + Shape::kColumns);
   uint8_t* rings = tables + Shape::kFixedBytes;
   uint8_t* ring = rings + warp_idx() * (kStages * kTokens * record_bytes);
-  fill_table(tables, 0, args.codec.key.table, args.codec.key.subvec_dim);
+  const auto mapped = MappedRows<kHeadDim, kTiles>::at(rings - Shape::kTurnBytes);
+  const bool is_product =
+      kKeyKind == kProduct || (kMapped && kKeyKind == kAnyKind && args.is_product);
+  if (is_product) {
+    fill_product(tables, args.map, args.product);
+  } else {
+    fill_table(tables, 0, args.codec.key.table, args.codec.key.subvec_dim);
+  }
   fill_table(tables, 1, args.codec.value.table, args.codec.value.subvec_dim);
-  load_queries<kHeadDim, kTiles>(args, b, group, kv_head, fragments, factors, positions,
-                                 reinterpret_cast<float*>(ring));
+  if constexpr (kMapped) {
+    mapped.load(args, b, group, kv_head, fragments, factors, positions);
+  } else {
+    load_queries<kHeadDim, kTiles>(args, b, group, kv_head, fragments, factors, positions,
+                                   reinterpret_cast<float*>(ring));
+  }
   sync_cta();
 
   const int lane = lane_idx(), g = lane / 4, t = lane % 4;
   const int key_bytes = token_of(args.order, g) * record_bytes;
   const int value_bytes =
       token_of(args.order, 2 * t) * record_bytes + args.layout.value_index_offset;
-  Pair held[kTiles == 1 ? kSteps : 1];
-  if constexpr (kTiles == 1) {
+  Pair held[kTiles == 1 && kKeyKind != kProduct ? kSteps : 1];
+  if constexpr (kTiles == 1 && kKeyKind != kProduct) {
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) held[i] = load_pair(fragments + (i * kWarp + lane) * 8);
   }
@@ -223,9 +237,14 @@ attend(FQ_PARAM AttendArgs args) {
 
     // ---- scores of rows g and g + 8
     float acc[kTiles][4] = {};
-    with_kind<kKeyKind>(args.key_kind,
-                        ScoreTile<kHeadDim, kTiles>{tables, records + key_bytes, args.bytes_8,
-                                                    fragments, held, acc});
+    if (is_product) {
+      score_product(tables, records + key_bytes, args.bytes_8, fragments, kSteps, args.product,
+                    acc);
+    } else if constexpr (kKeyKind != kProduct) {
+      with_kind<kKeyKind>(args.key_kind,
+                          ScoreTile<kHeadDim, kTiles>{tables, records + key_bytes, args.bytes_8,
+                                                      fragments, held, acc});
+    }
     const int first = tile * kTokens;
     const auto token_of_row = [&](int r) {
       return first + token_of(args.order, only_here(g) + 8 * r);
@@ -251,6 +270,20 @@ attend(FQ_PARAM AttendArgs args) {
     for (int i = 0; i < kTiles; ++i) {
 #pragma unroll
       for (int c = 0; c < 4; ++c) acc[i][c] *= factor[i][c % 2] * key_norm[c / 2];
+    }
+    if constexpr (kMapped) {
+      mapped.turn(args, tile, acc);
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          const int column = 8 * i + 2 * t + c % 2;
+          acc[i][c] = acc[i][c] * mapped.turn_scale[column] + mapped.bias[column];
+        }
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
       if (a.soft_cap > 0.0f) {  // cap * tanh(score / cap)
 #pragma unroll
         for (int c = 0; c < 4; ++c) {

@@ -4,6 +4,7 @@
 #include "cuda/encode.h"
 #include "cuda/launch.h"
 #include "cuda/merge.h"
+#include "cuda/prepare.h"
 
 namespace fq {
 
@@ -28,9 +29,9 @@ struct TokenOrders {
   }
 };
 
-template <int kKeyKind, int kValueKind, int kTiles>
+template <int kKeyKind, int kValueKind, int kTiles, int kMapped = 0>
 int launch_split(AttendArgs args, SharedLimits limits, void* stream) {
-  using Shape = AttendShape<FQ_HEAD_DIM, kTiles>;
+  using Shape = AttendShape<FQ_HEAD_DIM, kTiles, kMapped>;
   const FqCudaAttend& a = args.call;
   const int group = a.num_q_heads / args.pages.num_kv_heads;
   const int row_blocks = (int)(a.num_tokens * group / Shape::kColumns) + a.num_reqs;
@@ -41,11 +42,49 @@ int launch_split(AttendArgs args, SharedLimits limits, void* stream) {
   args.order = Kernels<FQ_HEAD_DIM>::token_order(args.key_kind, args.value_kind);
   args.bytes_1 = token_of(args.order, 1) * args.codec.record_bytes;
   args.bytes_8 = token_of(args.order, 8) * args.codec.record_bytes;
-  args.cap_in = a.soft_cap > 0 ? 2 / a.soft_cap : 0;
-  args.cap_out = a.soft_cap * kLog2e;
   const Grid grid = {row_blocks, args.pages.num_kv_heads, a.num_splits, fill.warps * kWarp,
                      fill.shared_bytes};
-  return launch<&attend<FQ_HEAD_DIM, kKeyKind, kValueKind, kTiles>>(grid, stream, args);
+  return launch<&attend<FQ_HEAD_DIM, kKeyKind, kValueKind, kTiles, kMapped>>(grid, stream, args);
+}
+
+// Rows of queries made ready, and the first tokens attended; what is left then takes their state
+// for one of raw new tokens.
+int launch_prepare(AttendArgs& args, void* stream) {
+  FqCudaAttend& a = args.call;
+  const int64_t rows = a.num_tokens * (a.num_q_heads / args.pages.num_kv_heads);
+  const Grid grid = {(int)((rows + kPrepareWarps - 1) / kPrepareWarps), args.pages.num_kv_heads, 1,
+                     kPrepareWarps * kWarp, prepare_shared_bytes(FQ_HEAD_DIM)};
+  const int error = launch<&prepare<FQ_HEAD_DIM>>(grid, stream, args);
+  a.raw_o = args.prepared.first_o;
+  a.raw_m = args.prepared.first_m;
+  a.raw_l = args.prepared.first_l;
+  return error;
+}
+
+int launch_mapped(const AttendArgs& args, SharedLimits limits, void* stream) {
+  if (args.call.wide) {
+    constexpr int kTiles = wide_columns(FQ_HEAD_DIM) / 8;
+    return launch_split<kAnyKind, kAnyKind, kTiles, 1>(args, limits, stream);
+  }
+#define FQ_LAUNCH(v)                           \
+  if (args.is_product && args.value_kind == v) \
+    return launch_split<kProduct, v, 1, 1>(args, limits, stream);
+  FQ_PRODUCT_VALUES(FQ_LAUNCH)
+#undef FQ_LAUNCH
+  return launch_split<kAnyKind, kAnyKind, 1, 1>(args, limits, stream);
+}
+
+int launch_plain(const AttendArgs& args, SharedLimits limits, void* stream) {
+  if (args.call.wide) {
+    constexpr int kTiles = wide_columns(FQ_HEAD_DIM) / 8;
+    return launch_split<kAnyKind, kAnyKind, kTiles>(args, limits, stream);
+  }
+#define FQ_LAUNCH(k, v)                           \
+  if (args.key_kind == k && args.value_kind == v) \
+    return launch_split<k, v, 1>(args, limits, stream);
+  FQ_PAIRS(FQ_LAUNCH)
+#undef FQ_LAUNCH
+  return launch_split<kAnyKind, kAnyKind, 1>(args, limits, stream);
 }
 
 }  // namespace
@@ -57,26 +96,25 @@ TokenOrder Kernels<FQ_HEAD_DIM>::token_order(int key_kind, int value_kind) {
 }
 
 template <>
-int Kernels<FQ_HEAD_DIM>::encode(const EncodeArgs& args, void* stream) {
+int Kernels<FQ_HEAD_DIM>::encode(const EncodeArgs& args, bool is_mapped, void* stream) {
   const int64_t num_vectors = args.call.num_tokens * args.pages.num_kv_heads;
   const int64_t wanted = (num_vectors + kEncodeWarps - 1) / kEncodeWarps;
   const int ctas = wanted < args.call.max_ctas ? (int)wanted : args.call.max_ctas;
-  const Grid grid = {ctas, 2, 1, kEncodeWarps * kWarp, encode_shared_bytes(FQ_HEAD_DIM)};
-  return launch<&fq::encode<FQ_HEAD_DIM>>(grid, stream, args);
+  const Grid grid = {ctas, 2, 1, kEncodeWarps * kWarp, encode_shared_bytes(FQ_HEAD_DIM, is_mapped)};
+  if (is_mapped) return launch<&fq::encode<FQ_HEAD_DIM, 1>>(grid, stream, args);
+  return launch<&fq::encode<FQ_HEAD_DIM, 0>>(grid, stream, args);
 }
 
 template <>
-int Kernels<FQ_HEAD_DIM>::attend(const AttendArgs& args, SharedLimits limits, void* stream) {
-  int error = -1;
-  if (args.call.wide) {
-    error = launch_split<kAnyKind, kAnyKind, wide_columns(FQ_HEAD_DIM) / 8>(args, limits, stream);
-  }
-#define FQ_LAUNCH(k, v)                                        \
-  if (error < 0 && args.key_kind == k && args.value_kind == v) \
-    error = launch_split<k, v, 1>(args, limits, stream);
-  FQ_PAIRS(FQ_LAUNCH)
-#undef FQ_LAUNCH
-  if (error < 0) error = launch_split<kAnyKind, kAnyKind, 1>(args, limits, stream);
+int Kernels<FQ_HEAD_DIM>::attend(AttendArgs args, bool is_mapped, SharedLimits limits,
+                                 void* stream) {
+  const float soft_cap = args.call.soft_cap;
+  args.cap_in = soft_cap > 0 ? 2 / soft_cap : 0;
+  args.cap_out = soft_cap * kLog2e;
+  args.has_raw = args.call.raw_o != nullptr;
+  int error = is_mapped ? launch_prepare(args, stream) : 0;
+  if (error) return error;
+  error = is_mapped ? launch_mapped(args, limits, stream) : launch_plain(args, limits, stream);
   if (error || args.call.num_splits == 1) return error;
   const int64_t rows = args.call.num_tokens * args.call.num_q_heads;
   const Grid grid = {(int)((rows + kMergeWarps - 1) / kMergeWarps), 1, 1, kMergeWarps * kWarp,

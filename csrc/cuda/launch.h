@@ -76,8 +76,8 @@ int launch(Grid grid, void*, const Args& args) {
 template <int kHeadDim>
 struct Kernels {
   static TokenOrder token_order(int key_kind, int value_kind);
-  static int encode(const EncodeArgs& args, void* stream);
-  static int attend(const AttendArgs& args, SharedLimits limits, void* stream);
+  static int encode(const EncodeArgs& args, bool is_mapped, void* stream);
+  static int attend(AttendArgs args, bool is_mapped, SharedLimits limits, void* stream);
   static int usable();  // 0 if the current device can run them
 };
 

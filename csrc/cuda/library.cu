@@ -9,14 +9,14 @@
 
 namespace fq {
 
-#define FQ_EXTERN(dim, columns)                                                        \
-  template <>                                                                          \
-  TokenOrder Kernels<dim>::token_order(int key_kind, int value_kind);                  \
-  template <>                                                                          \
-  int Kernels<dim>::encode(const EncodeArgs& args, void* stream);                      \
-  template <>                                                                          \
-  int Kernels<dim>::attend(const AttendArgs& args, SharedLimits limits, void* stream); \
-  template <>                                                                          \
+#define FQ_EXTERN(dim, columns)                                                            \
+  template <>                                                                              \
+  TokenOrder Kernels<dim>::token_order(int key_kind, int value_kind);                      \
+  template <>                                                                              \
+  int Kernels<dim>::encode(const EncodeArgs& args, bool is_mapped, void* stream);          \
+  template <>                                                                              \
+  int Kernels<dim>::attend(AttendArgs args, bool is_mapped, SharedLimits limits, void* s); \
+  template <>                                                                              \
   int Kernels<dim>::usable();
 FQ_HEAD_DIMS(FQ_EXTERN)
 #undef FQ_EXTERN
@@ -24,7 +24,7 @@ FQ_HEAD_DIMS(FQ_EXTERN)
 namespace {
 
 // What the structs must be for a kernel to exist; fq_cuda_error names them.
-enum Refusal { kBadHeadDim = -1, kBadCode = -2, kBadRecord = -3, kBadPages = -4 };
+enum Refusal { kBadHeadDim = -1, kBadCode = -2, kBadRecord = -3, kBadPages = -4, kBadMap = -5 };
 
 int check(const FqCudaCodec& codec, const FqPages& pages, RecordLayout* layout) {
   for (const FqCudaCode* code : {&codec.key, &codec.value}) {
@@ -37,6 +37,24 @@ int check(const FqCudaCodec& codec, const FqPages& pages, RecordLayout* layout) 
   if (layout->record_bytes != codec.record_bytes) return kBadRecord;
   const int64_t bits = (int64_t)(uintptr_t)pages.base | pages.stride_block | pages.stride_head;
   return bits % 16 || pages.block_size % kTokens ? kBadPages : 0;
+}
+
+// 0, or kBadMap if there is no kernel for this map of keys.
+int check_map(const FqCudaCodec& codec, const FqPages& pages, const RecordLayout& layout,
+              const FqCudaKeyMap& map) {
+  const bool turns = map.num_turning > 0;
+  bool fits = map.num_plain >= 0 && map.num_plain <= kMaxPlain && map.num_first <= map.num_plain &&
+              map.num_plain <= pages.block_size && map.num_turning % 8 == 0 &&
+              map.num_turning <= 8 * turn_steps(codec.head_dim) && (!turns || map.num_steps > 0);
+  if (!map.key_matrix_t) return fits && map.num_coded == codec.head_dim ? 0 : kBadMap;
+  int bytes = 0;
+  for (int i = 0; i < 3; ++i) {
+    bytes += map.num_subvecs[i];
+    fits &= map.codes[i].subvec_dim == 2 << i && map.codes[i].index_bits == 8 &&
+            !map.codes[i].folded && map.codes[i].num_rows == kRows;
+  }
+  fits &= Product::fits(map) && map.num_coded <= codec.head_dim;
+  return fits && bytes == layout.value_index_offset ? 0 : kBadMap;
 }
 
 SharedLimits shared_limits = {0, 0};
@@ -83,16 +101,25 @@ static fq::AbiText describe_abi() {
                         FQ_FIELD(value)});
   }
   {
+    using S = FqCudaKeyMap;
+    abi.add(sizeof(S),
+            {FQ_FIELD(mean), FQ_FIELD(key_matrix_t), FQ_FIELD(query_matrix_t), FQ_FIELD(weight),
+             FQ_FIELD(codes), FQ_FIELD(first_key), FQ_FIELD(first_value), FQ_FIELD(turn_pairs),
+             FQ_FIELD(turn_mean), FQ_FIELD(turn_fine), FQ_FIELD(turn_coarse), FQ_FIELD(num_coded),
+             FQ_FIELD(num_subvecs), FQ_FIELD(num_plain), FQ_FIELD(num_first), FQ_FIELD(num_turning),
+             FQ_FIELD(num_pairs), FQ_FIELD(num_steps), FQ_FIELD(source_scale)});
+  }
+  {
     using S = FqPages;
     abi.add(sizeof(S), {FQ_FIELD(base), FQ_FIELD(num_blocks), FQ_FIELD(stride_block),
                         FQ_FIELD(stride_head), FQ_FIELD(num_kv_heads), FQ_FIELD(block_size)});
   }
   {
     using S = FqCudaEncode;
-    abi.add(sizeof(S), {FQ_FIELD(key), FQ_FIELD(value), FQ_FIELD(slot_mapping), FQ_FIELD(counters),
-                        FQ_FIELD(num_tokens), FQ_FIELD(stride_key_token), FQ_FIELD(stride_key_head),
-                        FQ_FIELD(stride_value_token), FQ_FIELD(stride_value_head), FQ_FIELD(dtype),
-                        FQ_FIELD(max_ctas)});
+    abi.add(sizeof(S), {FQ_FIELD(key), FQ_FIELD(value), FQ_FIELD(slot_mapping), FQ_FIELD(positions),
+                        FQ_FIELD(counters), FQ_FIELD(num_tokens), FQ_FIELD(stride_key_token),
+                        FQ_FIELD(stride_key_head), FQ_FIELD(stride_value_token),
+                        FQ_FIELD(stride_value_head), FQ_FIELD(dtype), FQ_FIELD(max_ctas)});
   }
   {
     using S = FqCudaAttend;
@@ -107,6 +134,7 @@ static fq::AbiText describe_abi() {
                         FQ_FIELD(raw_l),
                         FQ_FIELD(state_o),
                         FQ_FIELD(state_ml),
+                        FQ_FIELD(prepared),
                         FQ_FIELD(stride_block_table),
                         FQ_FIELD(stride_query_token),
                         FQ_FIELD(stride_query_head),
@@ -148,16 +176,21 @@ FQ_EXPORT const char* fq_cuda_support() {
                   ;
 }
 
-// How decode attention (wide: of many rows) fills a multiprocessor that has so much shared memory:
-// {CTAs, warps of each, bytes of each}; zeros where there is no kernel.
-FQ_EXPORT void fq_cuda_occupancy(int head_dim, int record_bytes, int wide, int per_cta, int per_sm,
-                                 int32_t out[3]) {
+// How decode attention (wide: of many rows; mapped: of mapped keys) fills a multiprocessor that has
+// so much shared memory: {CTAs, warps of each, bytes of each}; zeros where there is no kernel.
+FQ_EXPORT void fq_cuda_occupancy(int head_dim, int record_bytes, int wide, int mapped, int per_cta,
+                                 int per_sm, int32_t out[3]) {
   fq::Occupancy found = {0, 0, 0};
-#define FQ_FIND(dim, columns)                                                              \
-  if (head_dim == dim && wide)                                                             \
-    found = fq::AttendShape<dim, columns / 8>::occupancy(record_bytes, {per_cta, per_sm}); \
-  if (head_dim == dim && !wide)                                                            \
-    found = fq::AttendShape<dim, 1>::occupancy(record_bytes, {per_cta, per_sm});
+  const fq::SharedLimits limits = {per_cta, per_sm};
+#define FQ_FIND(dim, columns)                                                                 \
+  if (head_dim == dim) {                                                                      \
+    if (wide && mapped)                                                                       \
+      found = fq::AttendShape<dim, columns / 8, 1>::occupancy(record_bytes, limits);          \
+    if (wide && !mapped)                                                                      \
+      found = fq::AttendShape<dim, columns / 8>::occupancy(record_bytes, limits);             \
+    if (!wide && mapped) found = fq::AttendShape<dim, 1, 1>::occupancy(record_bytes, limits); \
+    if (!wide && !mapped) found = fq::AttendShape<dim, 1>::occupancy(record_bytes, limits);   \
+  }
   FQ_HEAD_DIMS(FQ_FIND)
 #undef FQ_FIND
   out[0] = found.ctas;
@@ -180,6 +213,11 @@ FQ_EXPORT uint64_t fq_cuda_token_order(int head_dim, const FqCudaCode* key,
   return found.tokens;
 }
 
+// float32 elements of FqCudaAttend.prepared for each row, with this map of keys.
+FQ_EXPORT int64_t fq_cuda_prepared_floats(int head_dim, const FqCudaKeyMap* map) {
+  return fq::Prepared::floats(head_dim, map->num_turning);
+}
+
 // 0 if the current device can run the kernels of this build.
 FQ_EXPORT int fq_cuda_usable() { return fq::Kernels<128>::usable(); }
 
@@ -195,6 +233,8 @@ FQ_EXPORT const char* fq_cuda_error(int error) {
       return "record_bytes differs from the library's layout";
     case fq::kBadPages:
       return "pages must be 16-byte aligned with blocks of 16 tokens or a multiple";
+    case fq::kBadMap:
+      return "no kernel for this map of keys";
 #ifdef __CUDACC__
     default:
       return cudaGetErrorString(static_cast<cudaError_t>(error));
@@ -205,16 +245,18 @@ FQ_EXPORT const char* fq_cuda_error(int error) {
   }
 }
 
-// Both return 0, a Refusal or a cudaError_t; the work is queued on `stream`.
+// Both return 0, a Refusal or a cudaError_t; the work is queued on `stream`. map: null if keys are
+// coded as they are.
 FQ_EXPORT int fq_cuda_encode_kv(const FqCudaCodec* codec, const FqPages* pages,
-                                const FqCudaEncode* call, void* stream) {
-  fq::EncodeArgs args = {*codec, *pages, *call, {}};
-  const int refusal = fq::check(*codec, *pages, &args.layout);
+                                const FqCudaKeyMap* map, const FqCudaEncode* call, void* stream) {
+  fq::EncodeArgs args = {*codec, *pages, *call, {}, {}};
+  int refusal = fq::check(*codec, *pages, &args.layout);
+  if (map && !refusal) refusal = fq::check_map(*codec, *pages, args.layout, args.map = *map);
   if (refusal || call->num_tokens == 0) return refusal;
   switch (codec->head_dim) {
 #define FQ_CASE(dim, columns) \
   case dim:                   \
-    return fq::Kernels<dim>::encode(args, stream);
+    return fq::Kernels<dim>::encode(args, map != nullptr, stream);
     FQ_HEAD_DIMS(FQ_CASE)
 #undef FQ_CASE
     default:
@@ -223,7 +265,8 @@ FQ_EXPORT int fq_cuda_encode_kv(const FqCudaCodec* codec, const FqPages* pages,
 }
 
 FQ_EXPORT int fq_cuda_paged_attention(const FqCudaCodec* codec, const FqPages* pages,
-                                      const FqCudaAttend* call, void* stream) {
+                                      const FqCudaKeyMap* map, const FqCudaAttend* call,
+                                      void* stream) {
   const FqCudaCode &k = codec->key, &v = codec->value;
   fq::AttendArgs args = {};
   args.codec = *codec;
@@ -231,13 +274,20 @@ FQ_EXPORT int fq_cuda_paged_attention(const FqCudaCodec* codec, const FqPages* p
   args.call = *call;
   args.key_kind = fq::find_kind(k.subvec_dim, k.index_bits, k.folded);
   args.value_kind = fq::find_kind(v.subvec_dim, v.index_bits, v.folded);
-  const int refusal = fq::check(*codec, *pages, &args.layout);
+  int refusal = fq::check(*codec, *pages, &args.layout);
+  if (map && !refusal) {
+    refusal = fq::check_map(*codec, *pages, args.layout, args.map = *map);
+    const int64_t rows = call->num_tokens * call->num_q_heads;
+    args.prepared = fq::Prepared::at(call->prepared, rows, codec->head_dim, map->num_turning);
+    args.product = fq::Product::of(*map);
+    args.is_product = map->query_matrix_t != nullptr;
+  }
   if (refusal || call->num_tokens == 0 || call->num_reqs == 0) return refusal;
   const fq::SharedLimits limits = fq::find_limits();
   switch (codec->head_dim) {
 #define FQ_CASE(dim, columns) \
   case dim:                   \
-    return fq::Kernels<dim>::attend(args, limits, stream);
+    return fq::Kernels<dim>::attend(args, map != nullptr, limits, stream);
     FQ_HEAD_DIMS(FQ_CASE)
 #undef FQ_CASE
     default:

@@ -33,10 +33,39 @@ struct FqCudaCodec {
   FqCudaCode value;
 };
 
+// How keys are coded where they have a map (vllm_fibquant/keys/key_map.py).
+struct FqCudaKeyMap {
+  const float* mean;  // [num_kv_heads, head_dim]
+  // Of a transform, or null. Columns of query_matrix_t hold the table_scale of their code as well.
+  const float* key_matrix_t;    // [num_kv_heads, head_dim, num_coded], z = M k
+  const float* query_matrix_t;  // [num_kv_heads, head_dim, num_coded], w = M q
+  const float* weight;          // [num_kv_heads, num_coded]
+  FqCudaCode codes[3];          // of 2, 4 and 8 coordinates; 8 index bits, not folded
+  // Means at a request's first positions, or null.
+  const float* first_key;    // [num_kv_heads, num_first, head_dim]
+  const float* first_value;  // [num_kv_heads, num_first, head_dim]
+  // The part of the mean that turns, or null: R_p c. The angle of pair j at position p is that of
+  // row p / 16 of turn_coarse and that of row p % 16 of turn_fine together.
+  const int32_t* turn_pairs;  // [num_kv_heads, num_turning, 4]: two coordinates (-1: no pair), the
+                              // pair's column in the tables, 0
+  const float* turn_mean;     // [num_kv_heads, num_turning, 2], c
+  const float* turn_fine;     // [16, num_pairs, 2], cosine and sine
+  const float* turn_coarse;   // [num_steps, num_pairs, 2]
+  int32_t num_coded;          // head_dim without a transform
+  int32_t num_subvecs[3];     // of each of codes
+  int32_t num_plain;          // first tokens of a request, coded by the codec's own codes
+  int32_t num_first;          // of them, those that have means
+  int32_t num_turning;        // a multiple of 8
+  int32_t num_pairs;
+  int32_t num_steps;
+  float source_scale;  // length that codes expect of a transformed direction
+};
+
 struct FqCudaEncode {
   const void* key;              // [num_tokens, num_kv_heads, head_dim]
   const void* value;            // [num_tokens, num_kv_heads, head_dim]
   const int64_t* slot_mapping;  // [num_tokens]; -1 = skip
+  const int64_t* positions;     // [num_tokens], in their requests; read with a key map alone
   int32_t* counters;            // [2], added to: vectors with a NaN or infinity, slots outside
   int64_t num_tokens;
   int64_t stride_key_token, stride_key_head;      // elements
@@ -59,8 +88,10 @@ struct FqCudaAttend {
   const float* raw_l;  // [num_tokens * num_q_heads] or null
   // Scratch that the launch fills and reads again: states of splits. Null with one split, whose
   // outputs are written directly.
-  float* state_o;              // [num_tokens * num_q_heads, num_splits, head_dim], 16-byte aligned
-  float* state_ml;             // [num_tokens * num_q_heads, num_splits, 2], 8-byte aligned
+  float* state_o;   // [num_tokens * num_q_heads, num_splits, head_dim], 16-byte aligned
+  float* state_ml;  // [num_tokens * num_q_heads, num_splits, 2], 8-byte aligned
+  // Scratch of a key map: fq_cuda_prepared_floats for each row. Null without a map.
+  float* prepared;
   int64_t stride_block_table;  // elements
   int64_t stride_query_token, stride_query_head;
   int64_t stride_out_token, stride_out_head;

@@ -32,12 +32,16 @@ namespace fq {
   X(kK4Folded, kK8)       \
   X(kK4, kK4Folded)
 
+// X(value kind): codes of values beside which transformed keys have a decode kernel of their own.
+#define FQ_PRODUCT_VALUES(X) X(kK4) X(kK4Folded)
+
 enum CodeKind : int32_t {
 #define FQ_KIND(kind, dim, bits, folded, name) kind,
   FQ_CODES(FQ_KIND)
 #undef FQ_KIND
       kNumKinds,
-  kAnyKind = kNumKinds
+  kAnyKind = kNumKinds,
+  kProduct  // of transformed keys: subvectors of 2, 4 and 8 coordinates in one record (key_map.h)
 };
 
 constexpr int kRows = 256;

@@ -194,6 +194,12 @@ def test_dense_attention_is_the_oracles(window, soft_cap):
     ops.reference.paged_attention(query, out, pages, batch, attend, ops.Fresh(key, value))
     got = attend_dense(query, key, value, 0.125, window, soft_cap, sinks)
     assert torch.allclose(got, out, atol=1e-5)
+    # Two sequences one after the other, as keys are measured on a GPU.
+    twice = [torch.cat((x, x.flip(0))) for x in (query, key, value)]
+    found = measure.attend_sequences(*twice, torch.empty(40, 6, 64), 20, attend)
+    backwards = (x.flip(0) for x in (query, key, value))
+    other = attend_dense(*backwards, 0.125, window, soft_cap, sinks)
+    assert torch.equal(found, torch.cat((got, other)))
 
 
 def test_reading_ends_in_time(model_folder, tmp_path, monkeypatch, short_text):

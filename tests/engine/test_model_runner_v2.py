@@ -27,18 +27,24 @@ STALE = 2**30
 """A block number that another request may have left behind: nobody may follow it."""
 
 
-def builder(threshold: int | None) -> FibQuantMetadataBuilder:
+def builder(threshold: int | None, has_maps: bool = False) -> FibQuantMetadataBuilder:
     """Our builder as a GPU has it, of no layers."""
     made = FibQuantMetadataBuilder.__new__(FibQuantMetadataBuilder)
     made.reorder_batch_threshold = threshold
     made.retain = made._pool = made._monitor = made._device_reader = None
-    made._needs_positions = made._counts_steps = False
+    made._needs_positions, made._counts_steps = has_maps, False
+    made._positions = torch.full((64,), -7) if has_maps else None
     made._with_sinks = []
     return made
 
 
 def metadata_of_v2(
-    query_lens: list[int], paged, num_reqs: int, num_tokens: int, threshold: int | None = 1
+    query_lens: list[int],
+    paged,
+    num_reqs: int,
+    num_tokens: int,
+    threshold: int | None = 1,
+    made: FibQuantMetadataBuilder | None = None,
 ) -> FibQuantMetadata:
     """The metadata of a batch padded to num_reqs requests and num_tokens tokens."""
     from vllm.v1.worker.gpu.attn_utils import build_attn_metadata
@@ -61,7 +67,7 @@ def metadata_of_v2(
         used = -(-seq_len // 16)
         table[req, :used] = paged.block_table[req, :used]
     group = AttentionGroup(None, ["layer"], None, 0)
-    group.metadata_builders = [builder(threshold)]
+    group.metadata_builders = [made or builder(threshold)]
     config = SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=None)])
     found = build_attn_metadata(
         attn_groups=[[group]], num_reqs=num_reqs, num_tokens=num_tokens,
@@ -119,6 +125,20 @@ def test_decodes_beside_a_chunk_have_a_launch_of_their_own() -> None:
     whole = metadata_of_v2([1, 1, 20], paged, 3, 22, threshold=None)
     assert [(end, batch.num_reqs) for end, batch in whole.parts] == [(22, 3)]
     assert len(metadata_of_v2([1, 1], paged_of_two(), 2, 2).parts) == 1
+
+
+def test_positions_stay_in_one_place_for_captured_graphs() -> None:
+    made = builder(1, has_maps=True)
+    first = metadata_of_v2([1, 1], paged_of_two(), 2, 2, made=made).positions
+    assert first[:2].tolist() == [39, 16] and first[2:].unique().tolist() == [-7]
+    codec = KVCodec.from_preset(PRESETS["fibquant_2bit"], 64)
+    with ops.use_reference():
+        paged = make_paged(codec, [40, 30], [3, 3], dtype=torch.float16)
+    second = metadata_of_v2([3, 3], paged, 4, 12, made=made).positions
+    assert second is first and first[:6].tolist() == [37, 38, 39, 27, 28, 29]
+    made._positions = first[:3]
+    with pytest.raises(ValueError, match="num_actual_tokens must be at most 3, got 12"):
+        metadata_of_v2([3, 3], paged, 4, 12, made=made)
 
 
 def paged_of_two():

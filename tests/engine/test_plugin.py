@@ -194,6 +194,15 @@ def test_what_gpu_kernels_cannot_do_is_refused_at_the_start():
         gpu_config(unproven_gpu=True, monitor=True, calibrate="means")
     )
     assert [p.split(":")[0] for p in problems] == ["monitor", "calibrate"]
+    assert "the CUDA library is not built (`make cuda`); leave it out" in problems[1]
+
+
+def test_the_cuda_librarys_keys_are_calibrated(monkeypatch):
+    monkeypatch.setattr(support.gpu, "why_no_maps", lambda head_dim: None)
+    config = gpu_config(unproven_gpu=True, calibrate="means")
+    assert support.config_problems(config) == []
+    (problem,) = support.config_problems(gpu_config(unproven_gpu=True, first_tokens=17))
+    assert problem.startswith("first_tokens: must be at most 16 on a GPU, got 17")
 
 
 def test_float32_and_amd_are_refused_on_a_gpu(monkeypatch):

@@ -47,13 +47,19 @@ def test_a_default_is_the_best_that_can_be_had(settings, expected, told):
     assert len(support.told_defaults(config)) == len(told)
 
 
+def test_a_gpu_with_the_cuda_library_calibrates(monkeypatch):
+    monkeypatch.setattr(support.gpu, "why_no_maps", lambda head_dim: None)
+    assert mode_of(run("cuda")) == ("codes", 0, "auto")
+    (told,) = support.told_defaults(run("cuda"))
+    assert 'mode is "exact"' in told
+
+
 def test_what_is_asked_for_by_name_is_not_replaced_nor_told():
     config = run("cuda", mode="quality", calibrate="means")
     assert mode_of(config) == ("raw", 128, "means")
     assert support.told_defaults(config) == []
-    assert support.told_defaults(run("cuda", mode="exact")) == [
-        "keys are not calibrated: kernels of cuda devices have it not yet"
-    ]
+    (told,) = support.told_defaults(run("cuda", mode="exact"))
+    assert "keys are not calibrated: the CUDA library is not built" in told
 
 
 def test_a_shared_file_calibrates_pages_that_move(tmp_path):

@@ -28,6 +28,9 @@ IN_THE_GATE = [*((128, arch) for arch in ARCHS), (256, "90a")]
 MAX_REGISTERS = 255
 NARROW_REGISTERS = 128
 """Of a decode kernel up to head_dim 128, of which 16 warps share a multiprocessor."""
+NARROW = ("pair", "any", "product", "any_mapped")
+NUM_KERNELS = 20
+"""Of one head_dim."""
 MIN_WARPS = 2
 """On a multiprocessor."""
 
@@ -36,10 +39,14 @@ needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is no
 
 def check_budgets(rows: list[dict]) -> None:
     kernels = [row["kernel"] for row in rows]
-    # The presets' ten pairs, any other pair, and wide row blocks of any pair.
-    assert sorted(kernels) == sorted(["pair"] * 10 + ["any", "wide", "merge", "encode"])
+    # The presets' ten pairs, any other pair, and wide row blocks of any pair; of mapped keys two
+    # codes of values, any pair, and wide row blocks.
+    expected = ["pair"] * 10 + ["product"] * 2 + ["prepare", "merge"]
+    for kind in ("", "_mapped"):
+        expected += [f"any{kind}", f"wide{kind}", f"encode{kind}"]
+    assert len(expected) == NUM_KERNELS and sorted(kernels) == sorted(expected)
     for row in rows:
-        narrow = row["kernel"] in ("pair", "any") and row["head_dim"] <= 128
+        narrow = row["kernel"] in NARROW and row["head_dim"] <= 128
         assert row["registers"] <= (NARROW_REGISTERS if narrow else MAX_REGISTERS), row
         assert row["spills"] == 0 and row["stack"] == 0, row
         assert row["static_shared"] <= 1024, f"shared memory must be dynamic: {row}"
@@ -49,7 +56,7 @@ def check_budgets(rows: list[dict]) -> None:
 @pytest.mark.long
 def test_every_architecture_compiles_within_budgets() -> None:
     rows = machine_code.compile_all(IN_THE_GATE)
-    assert len(rows) == 14 * len(IN_THE_GATE)
+    assert len(rows) == NUM_KERNELS * len(IN_THE_GATE)
     for case in IN_THE_GATE:
         check_budgets([row for row in rows if (row["head_dim"], row["arch"]) == case])
     written = machine_code.read_rows()
@@ -137,7 +144,7 @@ def test_shared_memory_fits_every_architecture(emulated, kib: tuple[int, int]) -
 
 def test_the_documents_tables_are_those_of_the_results(emulated) -> None:
     rows = machine_code.read_rows()
-    assert len(rows) == 14 * len(ARCHS) * len(HEAD_DIMS)
+    assert len(rows) == NUM_KERNELS * len(ARCHS) * len(HEAD_DIMS)
     shown = machine_code.between(machine_code.DOCUMENT.read_text(), "machine code")
     assert shown == machine_code.section(rows, emulated)
 

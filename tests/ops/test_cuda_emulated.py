@@ -373,9 +373,9 @@ def launches(library, gpu_door, monkeypatch) -> list[tuple[bool, int]]:
     number of splits)."""
     calls: list[tuple[bool, int]] = []
 
-    def launch(codec, pages, args, stream) -> int:
+    def launch(codec, pages, key_map, args, stream) -> int:
         calls.append((bool(args._obj.wide), args._obj.num_splits))
-        return real(codec, pages, args, stream)
+        return real(codec, pages, key_map, args, stream)
 
     real = library.lib.fq_cuda_paged_attention
     monkeypatch.setattr(splits, "num_sms", lambda device: 132)
@@ -397,11 +397,11 @@ def test_the_start_up_check_runs_what_a_gpu_serves(launches, dtype: torch.dtype)
 def test_the_start_up_check_sees_each_kernel(library, launches, monkeypatch, broken) -> None:
     launch = library.lib.fq_cuda_paged_attention
 
-    def no_values(codec, pages, args, stream) -> int:
+    def no_values(codec, pages, key_map, args, stream) -> int:
         kind = bool(args._obj.wide), args._obj.num_splits > 1
         if kind == broken:
             args._obj.scale *= 1.2
-        return launch(codec, pages, args, stream)
+        return launch(codec, pages, key_map, args, stream)
 
     monkeypatch.setattr(library.lib, "fq_cuda_paged_attention", no_values)
     with pytest.raises(RuntimeError, match="kernel cuda must equal the oracle"):

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from tests import emulated as emu
+from tests.ops import test_cuda_mapped
 from tests.ops.test_cuda_emulated import check, codec_of, encode_both, paged_of
 from tests.paged import check_records
 from vllm_fibquant.ops import cuda
@@ -27,7 +28,9 @@ pytestmark = [
 
 NARROW, WIDE, WINDOW, ENCODE = "narrow", "wide", "window", "encode"
 DIRECT = "direct"
+MAPPED, MAPPED_WIDE, MAPPED_ENCODE = "mapped", "mapped wide", "mapped encode"
 BOTH = (NARROW, WIDE)
+BOTH_MAPPED = (MAPPED, MAPPED_WIDE)
 MUTATIONS = {
     "a key register": (
         "attend.h", "a[j].x, b[j].x, a[j].y, b[j].y", "a[j].x, a[j].y, b[j].x, b[j].y", BOTH,
@@ -62,11 +65,35 @@ MUTATIONS = {
     "a stored word": ("encode.h", "index[i] >> -shift", "index[i] >> 1 - shift", (ENCODE,)),
     "a stored lane": ("encode.h", "subvec < num_subvecs; subvec += kWarp",
                       "subvec < num_subvecs - 1; subvec += kWarp", (ENCODE,)),
-    "no wait in encode": ("encode.h", "y[first + i] = v[i];\n    sync_warp();",
-                          "y[first + i] = v[i];", (ENCODE,)),
+    "no wait in encode": ("encode.h", "y[first + i] = v[i];\n    }\n    sync_warp();",
+                          "y[first + i] = v[i];\n    }", (ENCODE,)),
+    "a turned cosine": ("mapped.h", "w[1] * x.cosine - w[0] * x.sine",
+                        "w[1] * x.cosine + w[0] * x.sine", BOTH_MAPPED),
+    "a turned pair": ("mapped.h", "row + columns[8 * step + 4 + t]", "row + columns[8 * step + t]",
+                      BOTH_MAPPED),
+    "a tile's angle": ("mapped.h", "lane / 4 + r % 2 * 8", "lane / 4", BOTH_MAPPED),
+    "a pair's place": ("mapped.h", "to[j / 4 % 2 * 2]", "to[0]", BOTH_MAPPED),
+    "a score's scale": ("mapped.h", "unit * kLog2e * inverse", "unit * kLog2e", BOTH_MAPPED),
+    "a mean's score": ("prepare.h", "bias += x[i]", "bias -= x[i]", BOTH_MAPPED),
+    "a product's second codeword": ("key_map.h", "permute_bytes(y, copy_2, 0x5514)",
+                                    "permute_bytes(y, copy_2, 0x5504)", BOTH_MAPPED),
+    "a product's step": ("key_map.h", "step < p.end_4; ++step, field += 4",
+                         "step < p.end_4; ++step, field += 3", BOTH_MAPPED),
+    "a product's table": ("key_map.h", "p.at_2 = bytes_8 + bytes_4", "p.at_2 = bytes_8",
+                          BOTH_MAPPED),
+    "a first token's value": ("prepare.h", "weight * value[i]", "value[i]", BOTH_MAPPED),
+    "a first token's mean": ("prepare.h", "o[i] += means[i]", "o[i] += 0", BOTH_MAPPED),
+    "first tokens twice": ("attend_kernel.h", "kMapped ? args.map.num_plain : 0", "0",
+                           BOTH_MAPPED),
+    "a key's turning mean": ("encode.h", "pair.c1 * angle.cosine + pair.c0",
+                             "pair.c1 * angle.cosine - pair.c0", (MAPPED_ENCODE,)),
+    "a first value's mean": ("encode.h", "is_value ? map.first_value : map.first_key",
+                             "map.first_key", (MAPPED_ENCODE,)),
+    "a weighted gain": ("encode.h", "weight + 2 * n2, y", "weight, y", (MAPPED_ENCODE,)),
+    "a run's place": ("encode.h", "n4, index + n2", "n4, index + n4", (MAPPED_ENCODE,)),
 }  # fmt: skip
-IN_THE_GATE = {"a key register", "no transpose", "a stored sign"}
-"""One of keys, one of values, one of encode; the others are slow."""
+IN_THE_GATE = {"a key register", "no transpose", "a stored sign", "a turned cosine"}
+"""One of keys, one of values, one of encode, one of mapped keys; the others are slow."""
 
 
 def build_mutant(folder: Path, header: str, old: str, new: str) -> cuda.Library:
@@ -97,6 +124,13 @@ def build_mutant(folder: Path, header: str, old: str, new: str) -> cuda.Library:
 
 def check_case(library, case: str) -> None:
     codec = codec_of("fibquant_3bit", 64)
+    if case in (MAPPED, MAPPED_WIDE):
+        paged = test_cuda_mapped.mapped_of("fibquant_3bit", 64, [70, 32], [1, 2], group_size=3)
+        check(library, paged, wide=case == MAPPED_WIDE)
+        return
+    if case == MAPPED_ENCODE:
+        test_cuda_mapped.test_records_equal_the_oracles(library, "fibquant_3bit", 64, "all")
+        return
     if case == ENCODE:
         key, value = torch.randn(2, 16, 2, 64, generator=torch.Generator().manual_seed(2))
         got, expected, _ = encode_both(library, codec, key, value, torch.arange(16) + 20)

@@ -31,6 +31,7 @@ from vllm_fibquant.keys.calibration import (
     parse_calibration,
 )
 from vllm_fibquant.keys.key_map import Turns
+from vllm_fibquant.ops.cuda_tables import unsupported_transform
 from vllm_fibquant.options import Options
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ def _calibrate(subject: _Subject, vllm_config: VllmConfig, options: Options) -> 
     num_positions = subject.config.max_model_len
     for name, impl in subject.layers.items():
         begin = part * impl.num_kv_heads
-        is_transformed = impl.options.transforms_keys
+        is_transformed = _can_be_transformed(impl, vllm_config)
         impl.key_map = known.key_map(
             name,
             begin,
@@ -142,6 +143,17 @@ def _calibrate(subject: _Subject, vllm_config: VllmConfig, options: Options) -> 
         )
         impl.calibration = known.digest
     logger.info("FibQuant codes keys by calibration %s of %s", known.digest[:8], source)
+
+
+def _can_be_transformed(impl: FibQuantImpl, vllm_config: VllmConfig) -> bool:
+    """Whether a layer's keys are to be transformed, and the kernels can read them so, which is as
+    much as "auto" asks for."""
+    if not impl.options.transforms_keys or vllm_config.device_config.device_type != "cuda":
+        return impl.options.transforms_keys
+    reason = unsupported_transform(impl.codec.layout.key_index_bytes, impl.head_size)
+    if reason:
+        logger.info_once("FibQuant subtracts keys' means alone: %s", reason)
+    return reason is None
 
 
 def _covers(calibration: Calibration, shapes: list[tuple[str, tuple[int, int]]]) -> bool:

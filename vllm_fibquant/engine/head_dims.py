@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether vectors of a head_dim can be stored: by the model's layers, and by its draft's."""
+"""Whether vectors of a head_dim can be stored, by the model's layers and by its draft's, and what
+kernels can do with them."""
 
 from __future__ import annotations
 
@@ -9,12 +10,27 @@ from vllm_fibquant import ops
 from vllm_fibquant.codec.codebook import load_codebook
 from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.codec.config import PRESETS, Preset
+from vllm_fibquant.ops import gpu
 from vllm_fibquant.ops.cpu import unsupported_head_dim
+from vllm_fibquant.ops.kernels import features_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
     from vllm_fibquant.options import Options
+
+
+def features_on(vllm_config: VllmConfig) -> frozenset[str]:
+    """The features (`ops.kernels.FEATURES`) of the kernels that would serve this run."""
+    if vllm_config.device_config.device_type == "cpu":
+        return features_of("cpu")
+    return gpu.features(head_dim_of(vllm_config))
+
+
+def head_dim_of(vllm_config: VllmConfig) -> int:
+    """The model's head_dim, 0 where there is none to be told."""
+    model = vllm_config.model_config
+    return 0 if model is None or model.use_mla else model.get_head_size()
 
 
 def head_dim_problem(preset: Preset, head_dim: int, device_type: str = "cpu") -> str | None:

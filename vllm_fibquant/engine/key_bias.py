@@ -129,8 +129,10 @@ def _keys_of_nothing(
         raise ValueError(
             f"bias_statistics: {type(parent).__name__} must have a projection, got none"
         )
+    device = next(parent.parameters()).device
+    positions = positions.to(device)
     given: dict[str, torch.Tensor] = {
-        "hidden_states": torch.zeros(len(positions), size, dtype=dtype)
+        "hidden_states": torch.zeros(len(positions), size, dtype=dtype, device=device)
     }
     if "positions" in parameters:
         three_axes = vllm_config.model_config.uses_mrope
@@ -138,7 +140,7 @@ def _keys_of_nothing(
     seen: list[torch.Tensor] = []
 
     def attend(query: Any, key: torch.Tensor, value: Any, output: torch.Tensor) -> torch.Tensor:
-        seen.append(key.view(len(positions), impl.num_kv_heads, impl.head_size).clone())
+        seen.append(key.view(len(positions), impl.num_kv_heads, impl.head_size).clone().cpu())
         return output.zero_()
 
     try:

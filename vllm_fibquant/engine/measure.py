@@ -22,7 +22,7 @@ from vllm.distributed import get_tp_group, get_world_group
 
 from vllm_fibquant import ops
 from vllm_fibquant.engine import compat
-from vllm_fibquant.engine.reading import attending, read, tokenizer_of
+from vllm_fibquant.engine.reading import attend_dense, attending, read, tokenizer_of
 from vllm_fibquant.files import PACKAGE_DIR
 from vllm_fibquant.keys.calibration import (
     KeyStatistics,
@@ -30,7 +30,7 @@ from vllm_fibquant.keys.calibration import (
     join_heads,
 )
 from vllm_fibquant.keys.key_map import Turns
-from vllm_fibquant.ops import Batch, Fresh
+from vllm_fibquant.ops import Attend, Batch, Fresh, Pages
 from vllm_fibquant.options import DEFAULT_FIRST
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def measure(
         name: LayerCollector(impl, turns_of(impl, num_positions)) for name, impl in layers.items()
     }
     stand_ins = {impl: collectors[name] for name, impl in layers.items()}
-    num_seqs = 1
+    num_seqs, device = 1, next(model.parameters()).device
     with (
         attending(model, vllm_config, stand_ins, lambda: num_seqs),
         torch.inference_mode(),
@@ -106,7 +106,7 @@ def measure(
             num_seqs = len(batch)
             for collector in collectors.values():
                 collector.num_seqs = num_seqs
-            read(model, vllm_config, model_config, torch.tensor(batch))
+            read(model, vllm_config, model_config, torch.tensor(batch, device=device))
             progress.update(len(batch) * len(batch[0]))
             num_read = number
             spent = time.perf_counter() - began
@@ -136,7 +136,7 @@ def model_fingerprint(model: torch.nn.Module, model_config: ModelConfig) -> str:
     }
     own = {
         name: hashlib.sha256(
-            weight.detach().to(torch.bfloat16).view(torch.int16).numpy().tobytes()
+            weight.detach().to(torch.bfloat16).view(torch.int16).cpu().numpy().tobytes()
         ).hexdigest()
         for name, weight in model.named_parameters()
         if weight.dim() == 1 and re.search(r"norm|ln_", name)
@@ -239,8 +239,7 @@ class LayerCollector:
         self.statistics = StatisticsCollector(
             impl.num_kv_heads, impl.head_size, turns, DEFAULT_FIRST
         )
-        shape = (1, impl.num_kv_heads, BLOCK_SIZE, impl.codec.layout.record_bytes)
-        self._pages = ops.pages_of(torch.zeros(shape, dtype=torch.uint8), impl.codec)
+        self._pages: Pages | None = None
 
     def __call__(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor
@@ -250,10 +249,17 @@ class LayerCollector:
         lens = torch.full((self.num_seqs,), length, dtype=torch.int32)
         bounds = torch.arange(self.num_seqs + 1, dtype=torch.int32) * length
         rest = slice(DEFAULT_FIRST, None)
-        for q, k, v in zip(*(x.split(length) for x in (query, key, value)), strict=True):
+        on_host = (x.cpu().split(length) for x in (query, key, value))
+        for q, k, v in zip(*on_host, strict=True):
             self.statistics.add_start(k[:DEFAULT_FIRST], v[:DEFAULT_FIRST])
             if length > DEFAULT_FIRST:
                 self._add(q[rest].float(), k[rest].float(), torch.arange(length)[rest])
+        if not query.is_cpu:  # raw attention of few tokens needs no kernel
+            return attend_sequences(query, key, value, output, length, self._impl.attend)
+        if self._pages is None:
+            shape = (1, self._impl.num_kv_heads, BLOCK_SIZE, self._impl.codec.layout.record_bytes)
+            cache = torch.zeros(shape, dtype=torch.uint8)
+            self._pages = ops.pages_of(cache, self._impl.codec)
         table = torch.zeros(self.num_seqs, length // BLOCK_SIZE + 1, dtype=torch.int32)
         batch, attend = Batch(bounds, lens, table), replace(self._impl.attend, keep_first=0)
         ops.paged_attention(query, output, self._pages, batch, attend, Fresh(key, value))
@@ -267,6 +273,22 @@ class LayerCollector:
                 q, k = self._turns.shift(query, distance), self._turns.shift(key, distance)
             self.statistics.add(q, k, positions + distance)
         self._num_read += 1
+
+
+def attend_sequences(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    length: int,
+    attend: Attend,
+) -> torch.Tensor:
+    """Attention of sequences of `length` tokens, one after the other, in plain PyTorch."""
+    parts = [
+        attend_dense(q, k, v, attend.scale, attend.window, attend.soft_cap, attend.sinks)
+        for q, k, v in zip(*(x.split(length) for x in (query, key, value)), strict=True)
+    ]
+    return output.copy_(torch.cat(parts))
 
 
 def distances(number: int) -> tuple[int, ...]:

@@ -40,8 +40,8 @@ class FibQuantMetadata(AttentionMetadata):
         num_gone: int64 [num_tokens], how many tokens between a query and the first ones are kept
             no more; None if none of any query.
         probe: what the fidelity monitor compares in this step, or None.
-        positions: int64 [num_tokens], where new tokens stand in their requests; None if no layer
-            has a map of keys.
+        positions: int64 [at least num_tokens], where new tokens stand in their requests; None if no
+            layer has a map of keys.
         num_decodes, num_decode_tokens: requests at the beginning with few new tokens, and those
             tokens, on a GPU: beside a long chunk they would be cut as the chunk is, and one CTA
             would read a request's whole context. 0 elsewhere.
@@ -95,6 +95,11 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         impls = {name: layer.impl for name, layer in layers.items()}
         self._needs_positions = any(impl.key_map is not None for impl in impls.values())
+        # Captured CUDA graphs read positions where they were.
+        self._positions: torch.Tensor | None = None
+        if self._needs_positions and device.type == "cuda":
+            most = vllm_config.scheduler_config.max_num_batched_tokens
+            self._positions = torch.zeros(most, dtype=torch.int64, device=device)
         self._with_sinks = [impl for impl in impls.values() if impl.has_sinks]
         is_loss_accepted = outcome_of(vllm_config).state == "accepted"
         self._monitor = monitor_of(vllm_config, impls, kv_cache_spec.block_size, is_loss_accepted)
@@ -149,10 +154,24 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
             ),
             num_gone=self._num_gone(common),
             probe=self._monitor.plan(*_as_numpy(common)) if self._monitor else None,
-            positions=_positions(common).long() if self._needs_positions else None,
+            positions=self._keep_positions(common) if self._needs_positions else None,
             num_decodes=num_decodes,
             num_decode_tokens=num_decode_tokens,
         )
+
+    def _keep_positions(self, common: CommonAttentionMetadata) -> torch.Tensor:
+        """Where new tokens stand, on a GPU in one place for all steps, behind which are positions
+        of other steps: nobody is encoded there."""
+        positions = _positions(common).long()
+        if self._positions is None:
+            return positions
+        if len(positions) > len(self._positions):
+            raise ValueError(
+                f"build: num_actual_tokens must be at most {len(self._positions)}, got "
+                f"{len(positions)}; report this model and command line"
+            )
+        self._positions[: len(positions)] = positions
+        return self._positions
 
     def _num_gone(self, common: CommonAttentionMetadata) -> torch.Tensor | None:
         if self.retain is None or common.max_seq_len <= self.retain.total:

@@ -123,19 +123,22 @@ def _prepare(worker: Any, available_bytes: int) -> int:
         return available_bytes
     from vllm.logger import init_logger
 
-    from vllm_fibquant.engine import calibrate, capacity, gate, key_bias
+    from vllm_fibquant.engine import calibrate, capacity, gate, head_dims, key_bias
     from vllm_fibquant.engine import layers as loaded
+    from vllm_fibquant.ops import gpu
 
     loaded.check_layers(vllm_config)
     layers = loaded.our_layers(vllm_config)
-    if vllm_config.device_config.device_type == "cuda":
+    has_maps = "means" in head_dims.features_on(vllm_config)
+    if not has_maps:
         biased = key_bias.biased_layers(worker.model_runner.get_model(), layers)
         if biased:
             name = vllm_config.cache_config.cache_dtype
-            raise ValueError(support.refusal(name, [support.key_bias_problem(biased)]))
+            why = gpu.why_no_maps(head_dims.head_dim_of(vllm_config))
+            raise ValueError(support.refusal(name, [support.key_bias_problem(biased, why)]))
     # Settings first: ranks calibrate together, or not at all.
     _compare_ranks(vllm_config, list(layers.values()))
-    if vllm_config.device_config.device_type != "cuda":
+    if has_maps:
         calibrate.calibrate_layers(worker.model_runner, vllm_config, layers)
     gather = functools.partial(compat.gather_from_ranks, timeout_s=RANKS_TIMEOUT_S)
     model, options = worker.model_runner.get_model(), support.run_options(vllm_config)

@@ -176,7 +176,7 @@ def attend_dense(
     scores = torch.einsum("qhd,shd->hqs", query.float(), keys) * scale
     if soft_cap:
         scores = soft_cap * torch.tanh(scores / soft_cap)
-    at = torch.arange(len(query))
+    at = torch.arange(len(query), device=query.device)
     hidden = at > at[:, None]
     if window > 0:
         hidden |= at <= at[:, None] - window

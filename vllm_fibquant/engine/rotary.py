@@ -102,9 +102,12 @@ def _remember_parent(parent: torch.nn.Module, name: str, child: Any) -> None:
 
 
 def _rotate(rotary: Any, query: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """What the module makes of queries [num_tokens, heads, head_dim] in its dtype."""
-    rotated = rotary(positions.long(), query.flatten(1).contiguous(), None)[0]
-    return rotated.view(query.shape)
+    """What the module makes of queries [num_tokens, heads, head_dim] in its dtype, on theirs or, if
+    they are elsewhere, on its own device."""
+    device = getattr(rotary, "cos_sin_cache", query).device
+    flat = query.flatten(1).contiguous().to(device)
+    rotated = rotary(positions.long().to(device), flat, None)[0]
+    return rotated.view(query.shape).to(query.device)
 
 
 def _probes(num_positions: int, head_dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -206,7 +209,7 @@ _turns: weakref.WeakKeyDictionary[Any, dict[int, Turns]] = weakref.WeakKeyDictio
 
 def _read_turns(rotary: Any, num_positions: int) -> Turns:
     """From the module's table [positions, cosines and sines], which may be rounded to 8 bits."""
-    table = rotary.cos_sin_cache.double()
+    table = rotary.cos_sin_cache.cpu().double()
     cos, sin = table.chunk(2, -1)
     length = float((cos.square() + sin.square()).mean().sqrt())
     # An angle is known up to whole turns. Position 1 turns by less than half of one; from there on

@@ -37,7 +37,7 @@ def check_kernels(
             shape = dtype, impl.num_heads, impl.num_kv_heads, block_size, device
             _check(impl.codec, *shape, None, impl.attends_raw)
             if impl.key_map is not None and not has_checked_map:
-                _check(impl.codec, *shape, impl.key_map, False)
+                _check(impl.codec, *shape, impl.key_map, impl.attends_raw)
                 has_checked_map = True
 
 

@@ -15,10 +15,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vllm_fibquant.codec.config import PRESETS
-from vllm_fibquant.engine.head_dims import draft_problems, head_dim_problem
+from vllm_fibquant.engine.head_dims import (
+    draft_problems,
+    features_on,
+    head_dim_of,
+    head_dim_problem,
+)
 from vllm_fibquant.keys.transform import transform_problem
+from vllm_fibquant.ops import cuda_tables, gpu
 from vllm_fibquant.ops.checks import DTYPES
-from vllm_fibquant.ops.kernels import features_on
 from vllm_fibquant.options import Options, Part, given_options, misplaced_options, parse_options
 
 if TYPE_CHECKING:
@@ -85,8 +90,11 @@ def lacking_parts(vllm_config: VllmConfig) -> dict[Part, str]:
     given = given if isinstance(given, dict) else {}
     found: list[tuple[bool, Part, str]] = []
     for part, feature in NEEDED_BY_DEFAULTS.items():
-        has_it = feature in features_on(device)
-        found.append((not has_it, part, f"kernels of {device} devices have it not yet"))
+        has_it = feature in features_on(vllm_config)
+        why = f"kernels of {device} devices have it not yet"
+        if part == "calibration" and device == "cuda":
+            why = gpu.why_no_maps(head_dim_of(vllm_config)) or why
+        found.append((not has_it, part, why))
         found.append((given.get("retain") is not None, part, "retain bounds what is kept"))
         found.append((_moves_pages(vllm_config), part, UNMOVED[part]))
     is_hybrid = model is not None and model.is_hybrid
@@ -183,8 +191,17 @@ def config_problems(vllm_config: VllmConfig) -> list[str]:
             hint = 'use "mode": "exact" without it'
             if name == "recent_window":
                 hint = 'give "prefill": "raw", which GPUs have, in the place of "mode": "quality"'
-            is_met = not asked or feature in features_on(device)
+            if name == "calibrate" and (why := gpu.why_no_maps(head_dim_of(vllm_config))):
+                hint = f"{why}; leave it out"
+            is_met = not asked or feature in features_on(vllm_config)
             require(is_met, name, "left out on a GPU", asked, hint)
+        require(
+            options.first_tokens <= cuda_tables.TILE,
+            "first_tokens",
+            f"at most {cuda_tables.TILE} on a GPU",
+            options.first_tokens,
+            "give fewer",
+        )
 
     require(
         not cache.user_specified_block_size or cache.block_size % BLOCK_MULTIPLE == 0,
@@ -266,12 +283,16 @@ def _is_rocm() -> bool:
     return current_platform.is_rocm()
 
 
-def key_bias_problem(biased: list[str]) -> str:
-    """Why a model whose layers `biased` have a bias on keys is not served on a GPU."""
+def key_bias_problem(biased: list[str], why: str | None) -> str:
+    """Why a model whose layers `biased` have a bias on keys is not served on a GPU.
+
+    Args:
+        why: what there is instead of kernels that read such keys.
+    """
     return (
         f"model: must have no bias on keys on a GPU, got one in {len(biased)} layers, the first "
-        f"{biased[0]}; codes lose such keys without a calibration, which GPUs do not have yet: "
-        "use --kv-cache-dtype auto for this model"
+        f"{biased[0]}; codes lose such keys unless their mean is subtracted, as the CUDA library "
+        f"does, and {why}; or use --kv-cache-dtype auto for this model"
     )
 
 
@@ -302,7 +323,12 @@ def calibrate_problems(vllm_config: VllmConfig, options: Options) -> list[str]:
             "calibrate out for this model"
         )
     if model is not None and options.calibrate == "transform" and not model.use_mla:
-        found = (transform_problem(p.key, model.get_head_size()) for p in options.presets)
+        head_dim = model.get_head_size()
+        found = [transform_problem(p.key, head_dim) for p in options.presets]
+        if vllm_config.device_config.device_type == "cuda":
+            sizes = (p.key.index_bytes(head_dim) for p in options.presets)
+            told = (cuda_tables.unsupported_transform(size, head_dim) for size in sizes)
+            found += [problem and f'{problem}; use "calibrate": "means"' for problem in told]
         problems += [problem for problem in found if problem]
     moves_pages = _moves_pages(vllm_config)
     if moves_pages and options.transforms_keys:

@@ -54,6 +54,8 @@ class Pages:
         if self.key_map is not None:
             asked += ["means"] if self.key_map.transform is None else ["means", "transform"]
         require_features("pages_of", self.kernels, asked)
+        if self.key_map is not None and (reason := self.kernels.refuses_key_map(self.key_map)):
+            raise ValueError(f'pages_of: {reason}; give "calibrate": "means" or "none"')
         self.num_kv_heads, self.block_size = self.cache.shape[1:3]
         at = self.num_kv_heads, self.codec.head_dim, self.cache.device
         self.kind = (*at, self.kernels, self.key_map is None)

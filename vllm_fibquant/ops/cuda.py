@@ -24,7 +24,6 @@ from ctypes import (
     c_uint64,
     c_void_p,
 )
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +31,23 @@ import torch
 
 from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.files import PACKAGE_DIR
+from vllm_fibquant.keys.key_map import KeyMap
 from vllm_fibquant.ops import splits
 from vllm_fibquant.ops.abi import DTYPES, FqPages, load_library, pages_of
 from vllm_fibquant.ops.call import Attend, Batch, Fresh, Pages
 from vllm_fibquant.ops.checks import check_pair
-from vllm_fibquant.ops.cuda_tables import FqCudaCode, FqCudaCodec, codec_struct
+from vllm_fibquant.ops.cuda_support import NARROW_COLUMNS, Support
+from vllm_fibquant.ops.cuda_tables import (
+    FqCudaCode,
+    FqCudaCodec,
+    FqCudaKeyMap,
+    codec_struct,
+    key_map_struct,
+    unsupported_key_map,
+)
 from vllm_fibquant.ops.kernels import GpuKernels, device_counters
 
 LIBRARY_PATH = PACKAGE_DIR / "lib" / "libfibquant_cuda.so"
-NARROW_COLUMNS = 8
 MIN_SPLIT = 512
 """Tokens below which another split costs more in merging than it saves."""
 ENCODE_CTAS_PER_SM = 8
@@ -48,7 +55,7 @@ ENCODE_CTAS_PER_SM = 8
 
 class FqCudaEncode(Structure):
     _fields_ = [
-        *((name, c_void_p) for name in ("key", "value", "slot_mapping", "counters")),
+        *((name, c_void_p) for name in ("key", "value", "slot_mapping", "positions", "counters")),
         ("num_tokens", c_int64),
         *((f"stride_key_{name}", c_int64) for name in ("token", "head")),
         *((f"stride_value_{name}", c_int64) for name in ("token", "head")),
@@ -60,7 +67,7 @@ class FqCudaAttend(Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("query", "out", "query_start_loc", "seq_lens")),
         *((name, c_void_p) for name in ("block_table", "sinks", "raw_o", "raw_m", "raw_l")),
-        *((name, c_void_p) for name in ("state_o", "state_ml")),
+        *((name, c_void_p) for name in ("state_o", "state_ml", "prepared")),
         ("stride_block_table", c_int64),
         *((f"stride_query_{name}", c_int64) for name in ("token", "head")),
         *((f"stride_out_{name}", c_int64) for name in ("token", "head")),
@@ -69,59 +76,6 @@ class FqCudaAttend(Structure):
         *((name, c_int32) for name in ("window", "num_splits", "wide")),
         *((name, c_float) for name in ("scale", "soft_cap")),
     ]
-
-
-@dataclass(frozen=True)
-class Support:
-    """What a library has kernels for, as csrc/cuda/supported.h says.
-
-    Attributes:
-        wide_columns: by head_dim, the query rows that share a decoded token in a wide row block.
-        codes: name by (subvec_dim, index_bits, folded).
-        pairs: (key code, value code) with decode kernels of their own; any other pair of codes
-            takes one that finds out at run time.
-    """
-
-    wide_columns: dict[int, int]
-    codes: dict[tuple[int, int, bool], str]
-    pairs: frozenset[tuple[str, str]]
-
-    @classmethod
-    def parse(cls, text: str) -> Support:
-        rows = [line.split() for line in text.splitlines()]
-        codes = [row[1:] for row in rows if row[0] == "code"]
-        name_of = {kind: name for kind, name, *_ in codes}
-        return cls(
-            {int(row[1]): int(row[2]) for row in rows if row[0] == "head_dim"},
-            {(int(dim), int(bits), folded == "1"): name for _, name, dim, bits, folded in codes},
-            frozenset((name_of[row[1]], name_of[row[2]]) for row in rows if row[0] == "pair"),
-        )
-
-    def markdown(self) -> str:
-        """The table of docs/gpu.md."""
-        lines = ["| code | coordinates | index bits | sign-folded |", "|---|---|---|---|"]
-        for (dim, bits, folded), name in self.codes.items():
-            lines.append(f"| `{name}` | {dim} | {bits} | {'yes' if folded else 'no'} |")
-        lines += ["", "| head_dim | rows of a narrow row block | of a wide one |", "|---|---|---|"]
-        for dim, columns in self.wide_columns.items():
-            lines.append(f"| {dim} | {NARROW_COLUMNS} | {columns} |")
-        pairs = ", ".join(f"`{key}`/`{value}`" for key, value in sorted(self.pairs))
-        lines += ["", f"Key/value pairs with a decode kernel of their own: {pairs}."]
-        return "\n".join(lines)
-
-    def unsupported(self, codec: KVCodec) -> str | None:
-        """Why there is no kernel for this codec, or None when there is one."""
-        if codec.head_dim not in self.wide_columns:
-            known = ", ".join(map(str, self.wide_columns))
-            return f"head_dim must be one of {known} for the CUDA library, got {codec.head_dim}"
-        for side, code in (("key", codec.key), ("value", codec.value)):
-            spec = code.spec
-            if (spec.subvec_dim, spec.index_bits, spec.folded) not in self.codes:
-                known = ", ".join(self.codes.values())
-                return (
-                    f"the {side} code must be one of {known} for the CUDA library, got {spec.name}"
-                )
-        return None
 
 
 class Library:
@@ -136,14 +90,16 @@ class Library:
             "cuda.Library",
             path,
             "fq_cuda_abi",
-            (FqCudaCode, FqCudaCodec, FqPages, FqCudaEncode, FqCudaAttend),
+            (FqCudaCode, FqCudaCodec, FqCudaKeyMap, FqPages, FqCudaEncode, FqCudaAttend),
             "build it with `make cuda`",
         )
         for name in ("fq_cuda_support", "fq_cuda_error"):
             getattr(self.lib, name).restype = c_char_p
-        codec, pages = POINTER(FqCudaCodec), POINTER(FqPages)
-        self.lib.fq_cuda_encode_kv.argtypes = [codec, pages, POINTER(FqCudaEncode), c_void_p]
-        self.lib.fq_cuda_paged_attention.argtypes = [codec, pages, POINTER(FqCudaAttend), c_void_p]
+        layer = [POINTER(struct) for struct in (FqCudaCodec, FqPages, FqCudaKeyMap)]
+        self.lib.fq_cuda_encode_kv.argtypes = [*layer, POINTER(FqCudaEncode), c_void_p]
+        self.lib.fq_cuda_paged_attention.argtypes = [*layer, POINTER(FqCudaAttend), c_void_p]
+        self.lib.fq_cuda_prepared_floats.argtypes = [c_int32, POINTER(FqCudaKeyMap)]
+        self.lib.fq_cuda_prepared_floats.restype = c_int64
         self.lib.fq_cuda_token_order.argtypes = [c_int32, POINTER(FqCudaCode), POINTER(FqCudaCode)]
         self.lib.fq_cuda_token_order.restype = c_uint64
         self.support = Support.parse(self.lib.fq_cuda_support().decode())
@@ -160,9 +116,15 @@ class Library:
         return [packed >> 4 * row & 15 for row in range(16)]
 
     def occupancy(
-        self, head_dim: int, record_bytes: int, wide: bool, per_cta: int, per_sm: int
+        self,
+        head_dim: int,
+        record_bytes: int,
+        wide: bool,
+        per_cta: int,
+        per_sm: int,
+        mapped: bool = False,
     ) -> tuple[int, int, int]:
-        """How decode attention (wide: of many rows) fills a multiprocessor.
+        """How decode attention (wide: of many rows; mapped: of mapped keys) fills a multiprocessor.
 
         Args:
             per_cta, per_sm: bytes of shared memory that a CTA may have, and a multiprocessor has.
@@ -171,7 +133,8 @@ class Library:
             CTAs side by side, warps of each, and bytes of shared memory of each.
         """
         out = (c_int32 * 3)()
-        self.lib.fq_cuda_occupancy(head_dim, record_bytes, int(wide), per_cta, per_sm, out)
+        kind = int(wide), int(mapped)
+        self.lib.fq_cuda_occupancy(head_dim, record_bytes, *kind, per_cta, per_sm, out)
         return out[0], out[1], out[2]
 
     def check(self, function: str, error: int) -> None:
@@ -185,7 +148,9 @@ class _Layer:
     """What calls on the pages of one layer have in common; `Pages.kept`.
 
     Attributes:
-        codec, pages: references to the structs, as the library takes them.
+        codec, pages, key_map: references to the structs, as the library takes them; key_map is
+            None if keys have none.
+        prepared_floats: of scratch memory for each row of queries to mapped keys.
         device: of the pages.
         num_kv_heads: as the pages say.
         encode_ctas: CTAs of an encode launch, at most.
@@ -196,13 +161,19 @@ class _Layer:
         self.device = cache.device
         self.codec = byref(codec_struct(codec, self.device))
         self.pages = byref(pages_of(cache))
+        self.key_map, self.prepared_floats = None, 0
+        if pages.key_map is not None:
+            key_map = key_map_struct(pages.key_map, self.device)
+            self.key_map = byref(key_map)
+            self.prepared_floats = library.lib.fq_cuda_prepared_floats(codec.head_dim, key_map)
         self.num_kv_heads, self._block_size = pages.num_kv_heads, pages.block_size
         num_sms = splits.num_sms(self.device)
         self.encode_ctas = ENCODE_CTAS_PER_SM * num_sms
         self._columns = (NARROW_COLUMNS, library.support.wide_columns.get(codec.head_dim, 0))
         per_cta, per_sm = _shared_memory(self.device)
+        at, mapped = (per_cta, per_sm), pages.key_map is not None
         self._slots = [
-            num_sms * library.occupancy(codec.head_dim, cache.shape[3], wide, per_cta, per_sm)[0]
+            num_sms * library.occupancy(codec.head_dim, cache.shape[3], wide, *at, mapped)[0]
             for wide in (False, True)
         ]
 
@@ -262,6 +233,9 @@ class Cuda(GpuKernels):
         reason = super().refuses(codec, cache) or self.library.support.unsupported(codec)
         return reason if reason or cache is None else unsupported_cache(cache)
 
+    def refuses_key_map(self, key_map: KeyMap) -> str | None:
+        return unsupported_key_map(key_map)
+
     def encode_kv(
         self,
         key: torch.Tensor,
@@ -276,12 +250,13 @@ class Cuda(GpuKernels):
             layer = pages.kept = _Layer(self.library, pages)
         args = FqCudaEncode(
             key.data_ptr(), value.data_ptr(), slot_mapping.data_ptr(),
+            None if positions is None else positions.data_ptr(),
             device_counters(layer.device).data_ptr(), slot_mapping.shape[0], *key.stride()[:2],
             *value.stride()[:2], DTYPES[key.dtype], layer.encode_ctas,
         )  # fmt: skip
         with current(layer.device):
             error = self.library.lib.fq_cuda_encode_kv(
-                layer.codec, layer.pages, byref(args), _stream(layer.device)
+                layer.codec, layer.pages, layer.key_map, byref(args), _stream(layer.device)
             )
         self.library.check("encode_kv", error)
         return 0
@@ -309,17 +284,20 @@ class Cuda(GpuKernels):
             raw = (self._raw_states or _raw_states())(query, batch, attend, fresh)
             args.raw_o, args.raw_m, args.raw_l = (x.data_ptr() for x in raw)
         num_rows, num_splits = args.num_tokens * args.num_q_heads, args.num_splits
-        args.state_o = args.state_ml = None
-        if num_splits > 1:
-            head_dim = pages.codec.head_dim
-            workspace = self._allocate(
-                workspace_floats(num_rows, head_dim, num_splits), layer.device
-            )
-            args.state_o = at = workspace.data_ptr()
-            args.state_ml = at + 4 * num_rows * num_splits * head_dim
+        args.state_o = args.state_ml = args.prepared = None
+        states = workspace_floats(num_rows, pages.codec.head_dim, num_splits)
+        floats = states + num_rows * layer.prepared_floats
+        if floats:
+            workspace = self._allocate(floats, layer.device)
+            at = workspace.data_ptr()
+            if states:
+                args.state_o = at
+                args.state_ml = at + 4 * num_rows * num_splits * pages.codec.head_dim
+            if layer.prepared_floats:
+                args.prepared = at + 4 * states
         with current(layer.device):
             error = self.library.lib.fq_cuda_paged_attention(
-                layer.codec, layer.pages, kept.args, _stream(layer.device)
+                layer.codec, layer.pages, layer.key_map, kept.args, _stream(layer.device)
             )
         self.library.check("paged_attention", error)
 
@@ -398,6 +376,13 @@ def workspace_floats(num_rows: int, head_dim: int, num_splits: int) -> int:
     One split has none: its outputs are written directly.
     """
     return 0 if num_splits == 1 else num_rows * num_splits * (head_dim + 2)
+
+
+def most_prepared_floats(head_dim: int) -> int:
+    """float32 elements of scratch memory that a row of queries needs with any map of keys."""
+    most = FqCudaKeyMap(num_turning=head_dim // 4)
+    floats: int = library().lib.fq_cuda_prepared_floats(head_dim, most)
+    return floats
 
 
 def unsupported_cache(cache: torch.Tensor) -> str | None:

@@ -16,7 +16,7 @@ from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.ops import cuda
 from vllm_fibquant.ops.call import Attend, Batch, Fresh, Pages
 from vllm_fibquant.ops.checks import check_pair
-from vllm_fibquant.ops.kernels import GpuKernels, Kernels
+from vllm_fibquant.ops.kernels import GpuKernels, Kernels, features_of
 
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM's tree; this layer works without vLLM
 
@@ -104,6 +104,28 @@ def why_not_cuda(codec: KVCodec, cache: torch.Tensor) -> str | None:
     return cuda.kernels().refuses(codec, cache)
 
 
+def why_no_maps(head_dim: int) -> str | None:
+    """Why keys of this head_dim cannot be mapped on a GPU, or None; asks no device.
+
+    The CUDA library has maps of keys, Triton has none.
+    """
+    if not cuda.is_built():
+        return "the CUDA library is not built (`make cuda`)"
+    try:
+        known = cuda.library().support.wide_columns
+    except RuntimeError as error:
+        return str(error)
+    if head_dim in known:
+        return None
+    return f"the CUDA library has head_dim {', '.join(map(str, known))}, not {head_dim}"
+
+
+def features(head_dim: int) -> frozenset[str]:
+    """The features that a GPU has for vectors of this head_dim."""
+    both = features_of("cuda") & features_of("triton")
+    return both if why_no_maps(head_dim) else features_of("cuda")
+
+
 @functools.cache
 def _why_not_on(device: torch.device) -> str | None:
     if device.type != "cuda":
@@ -121,6 +143,11 @@ def reserve(query: torch.Tensor, raw: bool) -> None:
     """
     from vllm_fibquant.kernels.attention import workspace_floats
 
+    num_rows, head_dim = query.shape[0] * query.shape[1], query.shape[2]
     # A step of many rows has enough row blocks to need no splits.
-    floats = workspace_floats(query.shape[0] * query.shape[1], query.shape[2], 1, raw)
+    floats = workspace_floats(num_rows, head_dim, 1, raw)
+    if not why_no_maps(head_dim):
+        floats = max(
+            floats, num_rows * (cuda.most_prepared_floats(head_dim) + raw * (head_dim + 2))
+        )
     torch.empty(floats, dtype=torch.float32, device=query.device)

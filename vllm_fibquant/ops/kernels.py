@@ -17,6 +17,7 @@ import torch
 from vllm_fibquant.codec.codec import KVCodec
 
 if TYPE_CHECKING:
+    from vllm_fibquant.keys.key_map import KeyMap
     from vllm_fibquant.ops.call import Attend, Batch, Fresh, Pages
 
 IMPLEMENTATIONS = ("reference", "cpu", "cuda", "triton")
@@ -37,6 +38,7 @@ class Feature(NamedTuple):
 
 
 _ALL, _ON_CPUS = IMPLEMENTATIONS, ("reference", "cpu")
+_NOT_TRITON = ("reference", "cpu", "cuda")
 
 FEATURES = {
     "window": Feature("sliding window", "the model", _ALL),
@@ -44,11 +46,11 @@ FEATURES = {
     "sinks": Feature("attention sinks", "the model", _ALL),
     "raw": Feature("a step's new tokens read as computed", '`"prefill": "raw"`', _ALL),
     "copies": Feature("newest and first tokens kept in 16 bits", '`"mode": "quality"`', _ON_CPUS),
-    "means": Feature("keys coded without their means", '`"calibrate": "means"`', _ON_CPUS),
-    "transform": Feature("keys transformed", '`"calibrate": "transform"`', _ON_CPUS),
+    "means": Feature("keys coded without their means", '`"calibrate": "means"`', _NOT_TRITON),
+    "transform": Feature("keys transformed", '`"calibrate": "transform"`', _NOT_TRITON),
     "keep_first": Feature("first tokens seen outside a window", "`retain`", _ON_CPUS),
     "lists": Feature("codewords searched through lists", "`num_lists`", _ON_CPUS),
-    "layers": Feature("other presets for some layers", "`layers`", _ON_CPUS),
+    "layers": Feature("other presets for some layers", "`layers`", _ALL),
     "monitor": Feature("fidelity compared while serving", "`monitor`", _ON_CPUS),
 }
 """What may be asked, by name. Refusals, tests and the documents' table follow from it; head dims,
@@ -58,13 +60,6 @@ codes and block sizes are answered by `Kernels.refuses`."""
 def features_of(implementation: str) -> frozenset[str]:
     """The features one implementation has."""
     return frozenset(name for name, row in FEATURES.items() if implementation in row.had_by)
-
-
-def features_on(device_type: str) -> frozenset[str]:
-    """The features that every implementation for a type of device has: ``cpu`` or ``cuda``."""
-    if device_type == "cpu":
-        return features_of("cpu")
-    return features_of("cuda") & features_of("triton")
 
 
 def features_markdown() -> str:
@@ -110,6 +105,10 @@ class Kernels(ABC):
     @abstractmethod
     def refuses(self, codec: KVCodec, cache: torch.Tensor | None = None) -> str | None:
         """Why it cannot serve a codec, or a codec in these pages; None when it can."""
+
+    def refuses_key_map(self, key_map: KeyMap) -> str | None:
+        """Why it cannot code keys through a map, although it has maps; None when it can."""
+        return None
 
     @abstractmethod
     def encode_kv(
