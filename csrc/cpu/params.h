@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The C ABI of the CPU library: plain structs, mirrored by vllm_fibquant/ops/cpu.py and
+// The C ABI of the CPU library: plain structs, mirrored by vllm_fibquant/ops/cpu_structs.py and
 // cpu_tables.py, which compare their fields at load time. Nothing here depends on Python or torch.
 #pragma once
 
