@@ -67,8 +67,11 @@ def calls(monkeypatch) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_an_engine_answers_as_with_the_cpu_kernels(name, model_folder, calls, monkeypatch):
+def test_an_engine_answers_as_with_the_cpu_kernels(
+    name, model_folder, calls, monkeypatch, tmp_path
+):
     shape, preset, options = CASES[name]
+    monkeypatch.setenv("FIBQUANT_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(measure, "text_sequences", random_text)
     # The self-check refuses float32, which shows more of what differs.
     unchecked = {"fidelity_gate": False, "self_check": False}
