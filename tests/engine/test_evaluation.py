@@ -78,6 +78,34 @@ def test_the_suite(tmp_path, words, monkeypatch):
     assert not suite.Suite(model, sizes, path, **given, any_code=True).missing
 
 
+def test_long_retrieval_through_the_engine(tmp_path, words):
+    """The uncompressed row finds what the plain model finds; a row of ours answers as many, and a
+    dtype other than float32 is another result without simulated rows."""
+    from dataclasses import replace
+
+    from vllm_fibquant.evaluation import measure, suite, texts
+    from vllm_fibquant.evaluation.formats import Format
+    from vllm_fibquant.evaluation.rows import all_rows
+    from vllm_fibquant.evaluation.simulate import Simulator
+
+    model, path = make_model("llama", tmp_path), tmp_path / "results.jsonl"
+    sizes = replace(texts.SMOKE, retrieval=(900,), num_retrieval=1)
+    rows = [r for r in all_rows(sizes.step) if r.name in ("uncompressed", "2bit, quality", "q4_0")]
+    given = {"rows": rows, "kinds": ["retrieval"], "haystack": words, "sources": ["prose"]}
+    plan = suite.Suite(model, sizes, path, **given)
+    assert [job.row.name for job in plan.jobs] == ["uncompressed", "2bit, quality"]
+    plan.prepare()
+    plan.run()
+    simulator, unit = Simulator(model), plan.jobs[0].unit
+    states = simulator.hidden(list(unit.tokens), Format())
+    found = {row: result for (row, _), result in plan.results.items()}
+    want = measure.measure_spans(simulator.logits, unit, states)
+    assert {name: found["uncompressed"][name] for name in want} == want
+    assert len(found["2bit, quality"]["right"]) == len(unit.spans) == 12
+    other = suite.Suite(model, sizes, path, **given, dtype="bfloat16")
+    assert len(other.missing) == 2 and all(row.engine for row in other.rows)
+
+
 def test_texts_read_together_are_read_as_alone(tmp_path):
     """Of different lengths, two with one beginning, in mode quality: windows are each one's."""
     from vllm_fibquant.evaluation.engine import Engine

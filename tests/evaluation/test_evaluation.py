@@ -242,7 +242,9 @@ def test_passkeys_are_hidden_and_asked_for():
 
 
 def test_many_facts_are_hidden_in_a_long_text_and_some_asked_for():
-    unit = retrieval.retrieval_unit(Letters, 6000)
+    unit, other, longer = retrieval.retrieval_units(Letters, (6000,), 3)
+    assert other.name != unit.name and other.tokens[-600:] != unit.tokens[-600:]
+    assert not set(map(len, (other.tokens, longer.tokens))) - {6000}
     assert len(unit.tokens) == 6000 and unit.tokens[0] == 1
     assert len(unit.spans) == len(unit.depths) == retrieval.NUM_ASKED + retrieval.NUM_VALUES
     read_back = "".join(map(chr, unit.tokens))
@@ -256,7 +258,9 @@ def test_many_facts_are_hidden_in_a_long_text_and_some_asked_for():
     of_several = [int(read_back[a:b]) for a, b in unit.spans[-retrieval.NUM_VALUES :]]
     assert [hay.index(str(n)) for n in of_several] == sorted(hay.index(str(n)) for n in of_several)
     with pytest.raises(ValueError, match="give a longer text"):
-        retrieval.retrieval_unit(Letters, 10_000_000)
+        list(retrieval.retrieval_units(Letters, (10_000_000,), 1))
+    with pytest.raises(ValueError, match="length must leave 384 tokens"):
+        list(retrieval.retrieval_units(Letters, (2000,), 1))
 
 
 def test_paragraphs_of_question_files(tmp_path):

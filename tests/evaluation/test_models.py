@@ -31,7 +31,7 @@ def folder(tmp_path):
             for row in rows
             for unit in ("prose", "code")
         ]
-        lines.append({"row": "3bit, quality", "unit": "retrieval:x:4096", "kind": "retrieval",
+        lines.append({"row": "3bit, quality", "unit": "retrieval:x:4096:1", "kind": "retrieval",
                       "right": [True, False]})  # fmt: skip
         (home / "evaluation.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
     return tmp_path

@@ -39,6 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--haystack", type=Path, metavar="FILE",
                         help="text, SQuAD or HotpotQA file that long retrieval hides keys "
                         "in")  # fmt: skip
+    parser.add_argument("--lengths", type=int, nargs="+", metavar="N",
+                        help="tokens of long retrieval's texts; default: 4096 and 8192")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("evaluation"), metavar="DIR",
                         help="results and tables, in a folder for each model; a stopped run goes "
                         "on there")  # fmt: skip
@@ -53,7 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         "results for")  # fmt: skip
     parser.add_argument("--any-code", action="store_true",
                         help="take results that other versions of the code measured")  # fmt: skip
-    parser.add_argument("--dtype", default="float32", help="of the model, with --row")
+    parser.add_argument("--dtype", default="float32", help="of the model in the engine; another "
+                        "than float32 leaves simulated rows out")  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="append results of --row here")
     parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -114,6 +117,8 @@ def _suite(model: Path, options: argparse.Namespace, folder: Path) -> Suite:
         sizes, chunk=options.tokens or sizes.chunk, num_chunks=options.chunks or sizes.num_chunks
     )
     sizes = replace(sizes, far=min(sizes.far, sizes.chunk // 2))
+    if options.lengths:
+        sizes = replace(sizes, retrieval=tuple(options.lengths))
     unknown = set(options.kinds or ()) - set(ALL_KINDS)
     if unknown:
         raise ValueError(f"--kinds must be of {', '.join(ALL_KINDS)}, got {unknown}; leave it out")
@@ -127,6 +132,7 @@ def _suite(model: Path, options: argparse.Namespace, folder: Path) -> Suite:
         str(model), sizes, options.out / model.name / f"{name}.jsonl", rows=rows,
         quick=options.quick, any_code=options.any_code or options.report, sources=options.text,
         kinds=options.kinds or ALL_KINDS, haystack=options.haystack or EVALUATION, folder=folder,
+        dtype=options.dtype,
     )  # fmt: skip
 
 

@@ -101,7 +101,7 @@ def summarise(row: Row, head_dim: int, results: Iterable[dict[str, Any]]) -> Sum
         }
     for kind, found in (("passkey", summary.passkey), ("retrieval", summary.retrieval)):
         for line in lines[kind]:
-            size = len(line["right"]) if kind == "passkey" else int(line["unit"].split(":")[-1])
+            size = len(line["right"]) if kind == "passkey" else int(line["unit"].split(":")[2])
             right, asked = found.get(size, (0, 0))
             found[size] = right + sum(line["right"]), asked + len(line["right"])
     if lines["greedy"]:

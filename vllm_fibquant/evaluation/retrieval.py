@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from vllm_fibquant.evaluation.texts import EVALUATION, Tokenizer, Unit
@@ -62,14 +62,52 @@ def paragraphs(path: Path) -> list[str]:
     return list(dict.fromkeys(" ".join(p.split()) for p in found))
 
 
-def retrieval_unit(tokenizer: Tokenizer, length: int, path: Path = EVALUATION) -> Unit:
-    """A text of about `length` tokens with its questions, the same for every format.
+def retrieval_units(
+    tokenizer: Tokenizer, lengths: Sequence[int], count: int, path: Path = EVALUATION
+) -> Iterator[Unit]:
+    """`count` texts of each length with their questions, the same for every format.
+
+    Each has other keys and numbers, and those of one length have other parts of the file.
 
     Raises:
         ValueError: the file is too short.
     """
+    hay = Hay(tokenizer, path)
+    for length in lengths:
+        for index in range(count):
+            yield _unit(tokenizer, hay, length, index)
+
+
+class Hay:
+    """A file's paragraphs as tokens, made as far as they are asked for."""
+
+    def __init__(self, tokenizer: Tokenizer, path: Path) -> None:
+        self.path = path
+        self._encode = tokenizer.encode
+        self._paragraphs = iter(paragraphs(path))
+        self._tokens: list[int] = []
+
+    def tokens(self, begin: int, count: int) -> list[int]:
+        """The `count` tokens from number `begin` on.
+
+        Raises:
+            ValueError: there are not so many.
+        """
+        end = begin + max(count, 1)
+        while len(self._tokens) < end:
+            paragraph = next(self._paragraphs, None)
+            if paragraph is None:
+                raise ValueError(
+                    f"retrieval: {self.path.name} must have {end} tokens, got "
+                    f"{len(self._tokens)}; give a longer text, or ask for fewer or shorter ones"
+                )
+            self._tokens += self._encode(paragraph + "\n")
+        return self._tokens[begin:end]
+
+
+def _unit(tokenizer: Tokenizer, hay: Hay, length: int, index: int) -> Unit:
     encode = tokenizer.encode
-    draw = random.Random(f"retrieval/{length}")
+    draw = random.Random(f"retrieval/{length}/{index}")
     num_facts = NUM_KEYS + NUM_VALUES
     names = zip(draw.sample(FIRST, NUM_KEYS + 1), draw.sample(SECOND, NUM_KEYS + 1), strict=True)
     keys = [" ".join(pair) for pair in names]
@@ -81,22 +119,25 @@ def retrieval_unit(tokenizer: Tokenizer, length: int, path: Path = EVALUATION) -
     asked = draw.sample(keys[1:], NUM_ASKED)
     tail, spans = _questions(tokenizer, dict(facts), asked, keys[0], facts)
     room = length - len(tokenizer.begin) - sum(map(len, sentences)) - len(tail)
-    hay = _hay(tokenizer, path, room)
+    if room < NEAREST:
+        raise ValueError(
+            f"retrieval: length must leave {NEAREST} tokens beside facts and questions, got "
+            f"{length}; ask for {length - room + NEAREST} or more"
+        )
+    straw = hay.tokens(index * length, room)
     # Facts are spread evenly over the text but for its end.
-    places = [
-        int((i + 0.5) * (room - min(NEAREST, room // 4)) / num_facts) for i in range(num_facts)
-    ]
+    places = [int((i + 0.5) * (room - NEAREST) / num_facts) for i in range(num_facts)]
     tokens, begin = list(tokenizer.begin), 0
     for place, sentence in zip(places, sentences, strict=True):
-        tokens += hay[begin:place] + sentence
+        tokens += straw[begin:place] + sentence
         begin = place
-    tokens += hay[begin:]
+    tokens += straw[begin:]
     shifted = tuple((len(tokens) + a, len(tokens) + b) for a, b in spans)
     depth = {fact: round(place / room, 3) for fact, place in zip(facts, places, strict=True)}
     of_asked = [next(f for f in facts if f[0] == key) for key in asked]
     order = of_asked + [f for f in facts if f[0] == keys[0]]
     return Unit(
-        "retrieval", f"retrieval:{path.stem}:{length}", (*tokens, *tail), shifted,
+        "retrieval", f"retrieval:{hay.path.stem}:{length}:{index}", (*tokens, *tail), shifted,
         tuple(depth[fact] for fact in order),
     )  # fmt: skip
 
@@ -122,25 +163,3 @@ def _questions(
     for number in (number for key, number in facts if key == several):
         answer(number, ",")
     return tokens, spans
-
-
-def _hay(tokenizer: Tokenizer, path: Path, room: int) -> list[int]:
-    """Whole paragraphs and the beginning of the last one: `room` tokens."""
-    tokens: list[int] = []
-    for paragraph in _beginning(path, room):
-        tokens += tokenizer.encode(paragraph + "\n")
-        if len(tokens) >= room > 0:
-            return tokens[:room]
-    raise ValueError(
-        f"retrieval: {path.name} must have {max(room, 1)} tokens, got {len(tokens)}; give a longer "
-        "text, or ask for a length that has room for the facts"
-    )
-
-
-def _beginning(path: Path, room: int) -> Iterator[str]:
-    num_letters = 0
-    for paragraph in paragraphs(path):
-        yield paragraph
-        num_letters += len(paragraph)
-        if num_letters > 40 * max(room, 1):  # no tokenizer needs as many letters for a token
-            return

@@ -24,7 +24,7 @@ import torch
 from vllm_fibquant.evaluation.digests import code_digest, model_digest
 from vllm_fibquant.evaluation.engine import UNCOMPRESSED, Engine
 from vllm_fibquant.evaluation.measure import measure_fidelity, measure_spans, measure_text
-from vllm_fibquant.evaluation.retrieval import retrieval_unit
+from vllm_fibquant.evaluation.retrieval import retrieval_units
 from vllm_fibquant.evaluation.rivals import KVQuant
 from vllm_fibquant.evaluation.rows import EXACT_STEP, Row, all_rows
 from vllm_fibquant.evaluation.simulate import Simulator
@@ -47,6 +47,8 @@ TOGETHER = 4
 
 ALL_KINDS = ("fidelity", "text", "passkey", "greedy", "retrieval")
 SOURCES = ("prose", "code")
+SIMULATED = "float32"
+"""The dtype of the model in simulations; in another one they are left out."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ class Suite:
 
     Attributes:
         rows: what is measured.
+        dtype: of the model in the engine, of the uncompressed one too.
         results: by (row name, unit name), the lines of the file that belong to this plan.
         folder: holds what one run shares: what the uncompressed model makes of the units, and the
             calibration; the processes of a run are given one.
@@ -95,16 +98,23 @@ class Suite:
         self, model: str, sizes: Sizes, path: Path, *, rows: Sequence[Row] | None = None,
         quick: bool = False, any_code: bool = False, sources: Sequence[str] = SOURCES,
         kinds: Sequence[str] = ALL_KINDS, haystack: Path = EVALUATION, folder: Path | None = None,
+        dtype: str = "float32",
     ) -> None:  # fmt: skip
-        self.model, self.sizes, self.path = model, sizes, path
+        self.model, self.sizes, self.path, self.dtype = model, sizes, path, dtype
         self.shape = Shape.of(model)
         given = all_rows(sizes.step) if rows is None else list(rows)
-        self.rows = [row for row in given if row.quick or not quick]
+        self.rows = [
+            row
+            for row in given
+            if (row.quick or not quick) and (row.engine or dtype == SIMULATED)
+        ]
         self._tokenizer = tokenizer = Tokenizer(model)
         self._calibration = chunks_of(
             CALIBRATION, tokenizer.encode, sizes.calibration, 1, tokenizer.begin
         )[0]
         self._base = repr((model_digest(Path(model)), self._calibration, sizes.far))
+        if dtype != SIMULATED:
+            self._base += dtype
         units = [unit for unit in self._units(sources, haystack) if unit.kind in kinds]
         self._early = [unit.name for unit in units if unit.kind == "text"][: sizes.num_other]
         self.jobs = [
@@ -127,9 +137,8 @@ class Suite:
         yield from texts
         yield from passkey_units(tokenizer, sizes)
         yield from greedy_units(tokenizer, sizes)
-        for length in sizes.retrieval:
-            if length <= self.shape.num_positions:
-                yield retrieval_unit(tokenizer, length, haystack)
+        lengths = [n for n in sizes.retrieval if n <= self.shape.num_positions]
+        yield from retrieval_units(tokenizer, lengths, sizes.num_retrieval, haystack)
 
     def read(self) -> None:
         """Takes from the file what belongs to this plan."""
@@ -179,7 +188,9 @@ class Suite:
             [len(unit.tokens) for unit in texts]
             + [len(unit.tokens) + self.sizes.answer_length for unit in prompts]
         )
-        engine = Engine(self.model, UNCOMPRESSED, {}, EXACT_STEP, longest, TOGETHER)
+        engine = Engine(
+            self.model, UNCOMPRESSED, {}, EXACT_STEP, longest, TOGETHER, self.dtype
+        )
         try:
             for begin in range(0, len(texts), TOGETHER):
                 some = texts[begin : begin + TOGETHER]
@@ -284,7 +295,7 @@ class Suite:
         step, together = (EXACT_STEP, 1) if is_long else (row.step, min(TOGETHER, len(jobs)))
         units = [self._asked(job.unit) for job in jobs]
         longest = max(len(unit.tokens) for unit in units)
-        engine = Engine(self.model, preset, options, step, longest, together)
+        engine = Engine(self.model, preset, options, step, longest, together, self.dtype)
         try:
             for begin in range(0, len(jobs), together):
                 begun = time.process_time()
@@ -315,6 +326,8 @@ class Suite:
             **metrics, "cpu_seconds": round(seconds, 1), "what": job.what,
             "code": code_digest(job.row.is_calibrated),
         }  # fmt: skip
+        if self.dtype != SIMULATED:
+            result["dtype"] = self.dtype
         if job.unit.depths:
             result["depths"] = job.unit.depths
         with self.path.open("a") as file:

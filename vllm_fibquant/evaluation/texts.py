@@ -97,7 +97,7 @@ class Sizes:
         passkeys: (number of keys, number of texts).
         passkey_length: tokens of such a text, before the questions.
         greedy: number of prompts; prompt_length: tokens of one; answer_length: of its continuation.
-        retrieval: tokens of long texts with many keys.
+        retrieval: tokens of long texts with many keys; num_retrieval: texts of each length.
     """
 
     chunk: int = 2048
@@ -113,6 +113,7 @@ class Sizes:
     prompt_length: int = 128
     answer_length: int = 128
     retrieval: tuple[int, ...] = (4096, 8192)
+    num_retrieval: int = 4
 
 
 QUICK = Sizes(
