@@ -89,9 +89,9 @@ def test_defaults_are_what_a_run_can_have() -> None:
     [
         ("fibquant", {}, True),
         ("fibquant_1bit", {}, True),
-        ("fibquant_4bit", {}, False),
+        ("fibquant_4bit", {}, True),
+        ("fibquant_4bit", {"calibrate": "means"}, False),
         ("fibquant_k5v3", {}, False),
-        ("fibquant_4bit", {"calibrate": "transform"}, True),
         ("fibquant", {"calibrate": "means"}, False),
         ("fibquant", {"calibrate": "none"}, False),
     ],

@@ -52,9 +52,8 @@ Part = Literal["copies", "calibration"]
 """What the defaults are made of that some runs cannot have: tokens kept in 16 bits as well (mode
 "quality"), and a measurement of the model's keys."""
 
-MAX_AUTO_TRANSFORM_RATE = 3.0
-"""Bits per coordinate of keys up to which "auto" transforms them. Above, means alone are better:
-docs/calibration.md."""
+MAX_AUTO_TRANSFORM_RATE = 4.0
+"""Bits per coordinate of keys up to which "auto" transforms them, and up to which keys can be."""
 MAX_RECENT_WINDOW = 4096
 MAX_FIRST_TOKENS = 64
 MAX_MONITOR_BUDGET = 0.1

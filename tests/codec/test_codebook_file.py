@@ -29,7 +29,7 @@ from vllm_fibquant.codec.codebook_build import (
     build_codebook,
     measure_mse,
 )
-from vllm_fibquant.codec.config import CodeSpec
+from vllm_fibquant.codec.config import PRESETS, CodeSpec
 from vllm_fibquant.codec.source_law import (
     distortion_bound,
     scalar_mse,
@@ -240,3 +240,10 @@ def test_cli_shows_every_shipped_book(capsys):
     assert main(["codebook", "show"]) == 0
     out = capsys.readouterr().out.splitlines()
     assert len(out) == 1 + len(shipped_codes()) and out[1].startswith("d32-k2n256-float16.fqcb")
+
+
+def test_one_file_is_one_book():
+    """Layers share it, and with it the tables that kernels search."""
+    spec = PRESETS["fibquant_4bit"].key
+    assert load_codebook(spec, 64) is load_codebook(spec, 64)
+    assert load_codebook(spec, 64) is not load_codebook(spec, 128)

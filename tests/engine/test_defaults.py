@@ -54,7 +54,7 @@ def test_the_default_is_quality_and_measured(model_folder, tmp_path, short_text)
 
 
 def test_higher_rates_have_means_by_default(model_folder, short_text):
-    with engine(make_model("llama", model_folder), "fibquant_4bit", fibquant=DEFAULTS) as llm:
+    with engine(make_model("llama", model_folder), "fibquant_k5v3", fibquant=DEFAULTS) as llm:
         for impl in impls_of(llm).values():
             assert impl.key_map.transform is None and impl.key_map.mean.any()
 

@@ -18,6 +18,7 @@ q from 0 to 127, so that a kernel negates a coordinate by XOR 0xFF.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from dataclasses import dataclass, replace
@@ -106,8 +107,11 @@ def make_codebook(
     return parse_codebook(content, "make_codebook"), content
 
 
+@functools.lru_cache(maxsize=64)
 def parse_codebook(content: bytes, name: str) -> Codebook:
     """Read a codebook from the bytes of its file, checking all of them.
+
+    The same bytes are the same object, whose tables for kernels are then made once.
 
     Args:
         content: the whole file.

@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="text, SQuAD or HotpotQA file that long retrieval hides keys "
                         "in")  # fmt: skip
     parser.add_argument("--lengths", type=int, nargs="+", metavar="N",
-                        help="tokens of long retrieval's texts; default: 4096 and 8192")  # fmt: skip
+                        help="tokens of long retrieval's texts; default: 4096 8192")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("evaluation"), metavar="DIR",
                         help="results and tables, in a folder for each model; a stopped run goes "
                         "on there")  # fmt: skip

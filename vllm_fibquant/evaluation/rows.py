@@ -141,7 +141,12 @@ def _uncalibrated(step: int) -> list[Row]:
 
 def _ablation(step: int) -> list[Row]:
     """What each repair does that is not in the rows above."""
-    rows = []
+    rows = [
+        engine_row("4bit, exact, means", "ablation", "fibquant_4bit",
+                   {**EXACT, "calibrate": "means"}, step),
+        engine_row("2bit, quality, window 256", "ablation", "fibquant_2bit",
+                   {"recent_window": 256}, step),
+    ]  # fmt: skip
     for preset in LADDER[:3]:
         for kind in ("means", "transform"):
             rows.append(engine_row(f"{_short(preset)}, quality, {kind}", "ablation", preset,

@@ -104,9 +104,7 @@ class Suite:
         self.shape = Shape.of(model)
         given = all_rows(sizes.step) if rows is None else list(rows)
         self.rows = [
-            row
-            for row in given
-            if (row.quick or not quick) and (row.engine or dtype == SIMULATED)
+            row for row in given if (row.quick or not quick) and (row.engine or dtype == SIMULATED)
         ]
         self._tokenizer = tokenizer = Tokenizer(model)
         self._calibration = chunks_of(
@@ -188,9 +186,7 @@ class Suite:
             [len(unit.tokens) for unit in texts]
             + [len(unit.tokens) + self.sizes.answer_length for unit in prompts]
         )
-        engine = Engine(
-            self.model, UNCOMPRESSED, {}, EXACT_STEP, longest, TOGETHER, self.dtype
-        )
+        engine = Engine(self.model, UNCOMPRESSED, {}, EXACT_STEP, longest, TOGETHER, self.dtype)
         try:
             for begin in range(0, len(texts), TOGETHER):
                 some = texts[begin : begin + TOGETHER]
