@@ -10,13 +10,16 @@ import re
 import shutil
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 
 from tests import emulated as emu
+from tests.ops.test_cuda_banks import per_token
 from tests.ops.test_cuda_emulated import check, codec_of, encode_both, paged_of
 from tests.paged import check_records
 from tests.ptx import device
+from tests.ptx.memory import Shared
 from tests.ptx.parse import Fault
 from vllm_fibquant.ops import cuda
 
@@ -80,6 +83,46 @@ def test_encode(library, name: str) -> None:
     check_records(codec, got, expected)
 
 
+# ---- wavefronts ---------------------------------------------------------------------------------
+
+
+def wavefronts(lanes: np.ndarray, at: np.ndarray, size: int) -> int:
+    """Of one read by whole warps: the most different words in a bank, for each part of a warp that
+    is served at once."""
+    part = lanes // (128 // size)
+    words = (at[:, None] + np.arange(0, size, 4)) // 4
+    pairs = np.stack([np.broadcast_to(part[:, None], words.shape), words], -1).reshape(-1, 2)
+    read = np.unique(pairs, axis=0)
+    read[:, 1] %= 32
+    banks, counts = np.unique(read, axis=0, return_counts=True)
+    most = np.zeros(part.max() + 1, np.int64)
+    np.maximum.at(most, banks[:, 0], counts)
+    return int(most.sum())
+
+
+@pytest.mark.parametrize("name", ["fibquant_k5v3", "fibquant_1bit"])
+def test_the_documents_wavefronts_are_those_of_the_ptx(monkeypatch, name: str) -> None:
+    """What tests/ops/test_cuda_banks.py counts by formulas, counted from every address read."""
+    codec, total, load = codec_of(name, 128), [0], Shared.load
+
+    def counted(self, where, lanes, at, size: int, count: int):
+        total[0] += wavefronts(lanes, at, max(4, size * count))
+        return load(self, where, lanes, at, size, count)
+
+    monkeypatch.setattr(Shared, "load", counted)
+    found = {}
+    for tokens in (256, 512):
+        total[0] = 0
+        with device.running(emu.emulated()):
+            paged = paged_of(codec, [tokens], [1], num_kv_heads=1, group_size=4)
+            emu.attend(emu.emulated(), paged, num_splits=1)
+        found[tokens] = total[0]
+    expected = per_token(emu.emulated(), codec)
+    assert (found[512] - found[256]) / 256 == pytest.approx(
+        expected["tables"] + expected["indices"] + expected["norms"]
+    )
+
+
 # ---- changes of the PTX -------------------------------------------------------------------------
 
 NARROW, WIDE = "attendILi64ELi3ELi3ELi1E", "attendILi64ELi5ELi5ELi4E"
@@ -136,7 +179,7 @@ SPARE = Counter({"cp.async.wait_group 0": 1, "bar.sync 0": 2})
     [
         (ENCODE, Counter({"bar.warp.sync -1": 1})),
         (MERGE, Counter()),
-        (NARROW, SPARE),
+        pytest.param(NARROW, SPARE, marks=pytest.mark.long),
         pytest.param(WIDE, SPARE, marks=pytest.mark.slow),
     ],
 )
