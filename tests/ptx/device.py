@@ -127,7 +127,9 @@ def regions_of(args: bytes) -> list[tuple[int, int]]:
     words = np.unique(np.frombuffer(args, np.uint64))
     found = set()
     for tensor in gc.get_objects():
-        if not issubclass(type(tensor), torch.Tensor) or tensor.device.type != "cpu":
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter):  # fake ones have no storage
+            continue
+        if tensor.device.type != "cpu" or tensor.layout != torch.strided:
             continue
         storage = tensor.untyped_storage()
         begin, size = storage.data_ptr(), storage.nbytes()
