@@ -110,6 +110,7 @@ FUNCTIONS: dict[str, tuple[str, str, Callable]] = {
     "fma.rn": ("t", "ttt", _fma),
     "div": ("t", "tt", _divide),
     "div.rn": ("t", "tt", np.divide),
+    "rem": ("t", "tt", lambda a, b: a - _divide(a, b) * b),
     "neg": ("t", "t", np.negative),
     "abs": ("t", "t", np.abs),
     "min": ("t", "tt", np.fmin),

@@ -10,6 +10,9 @@ import pytest
 from tests import emulated as emu
 from tests.ops.test_cuda_emulated import *  # noqa: F403
 from tests.ptx import device
+from tests.ptx.machine import Machine
+from tests.ptx.memory import Global, Shared, Where
+from tests.ptx.parse import kernel_text, parse
 
 pytestmark = [
     pytest.mark.slow,
@@ -26,3 +29,19 @@ def library(request):
     unwritten = "block_outside" in request.node.name
     with device.running(emu.emulated(), request.param, allow_unwritten=unwritten):
         yield emu.emulated()
+
+
+@pytest.mark.parametrize("arch", ["80", "90", "100", "120"])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+def test_every_instruction_of_every_kernel_is_known(head_dim: int, arch: str) -> None:
+    """Also those of kernels and branches that no case runs."""
+    source = emu.ROOT / "csrc" / "cuda" / "kernels.cu"
+    text = device.compile_ptx(source, arch, f"-DFQ_HEAD_DIM={head_dim}")
+    names = device.kernel_names(text)
+    assert len(names) >= 14
+    for name in names:
+        kernel, where = parse(kernel_text(text, name)), Where(32, [(0, 0, 0)])
+        machine = Machine(kernel, (1, 1, 1), where, Shared(where, 16, False), Global([]), b"")
+        for instruction in kernel.body:
+            if instruction.op[0] not in ("bra", "ret"):
+                machine.lowering.lower(instruction)

@@ -230,6 +230,7 @@ def test_division_and_shifts_follow_ptx() -> None:
 
     a, b = np.array([-7, 7, -7, 7], np.int32), np.array([2, -2, -2, 0], np.int32)
     assert FUNCTIONS["div"][2](a, b).tolist() == [-3, -3, 3, -1]
+    assert FUNCTIONS["rem"][2](a[:3], b[:3]).tolist() == [-1, 1, -1]
     u, shift = np.array([0x80000001] * 3, np.uint32), np.array([1, 31, 40], np.uint32)
     assert FUNCTIONS["shl"][2](u, shift).tolist() == [2, 1 << 31, 0]
     assert FUNCTIONS["shr"][2](u, shift).tolist() == [0x40000000, 1, 0]
