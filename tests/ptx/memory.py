@@ -118,7 +118,7 @@ class Shared:
         ctas = len(where.ctas)
         self.stride = -(-size // 16) * 16
         memory = np.full(ctas * self.stride, 0xFF, np.uint8)
-        self.views = {width: memory.view(f"u{width}") for width in (2, 4, 8)}
+        self.views = {width: memory.view(f"u{width}") for width in (1, 2, 4, 8)}
         granules, lanes = len(memory) // GRANULE, ctas * where.threads
         self.written, self.writer = (np.full(granules, NEVER, t) for t in (np.int64, np.int32))
         self.read, self.reader = (np.full(granules, NEVER, t) for t in (np.int64, np.int32))
@@ -162,8 +162,6 @@ class Shared:
 
     def _granules(self, lanes, at, size: int):
         """Threads and granules [threads, size / 2] of accesses, after all checks of place."""
-        if size < GRANULE:
-            raise Fault("accesses to single bytes of shared memory are not checked")
         check_alignment(self.where, lanes, at, size)
         if (bad := at + size > self.size).any():
             raise self.where.fault(
@@ -171,7 +169,7 @@ class Shared:
                 f"shared address {int(at[bad][0])} + {size} is beyond {self.size}",
             )
         first = (lanes // self.where.threads * self.stride + at) // GRANULE
-        granules = first[:, None] + np.arange(size // GRANULE)
+        granules = first[:, None] + np.arange(-(-size // GRANULE))
         if self.copies and (bad := self.in_flight[granules]).any():
             raise self.where.fault(
                 int(lanes[bad.any(1)][0]), "an asynchronous copy to here has not been waited for"
@@ -214,10 +212,13 @@ class Shared:
             )  # fmt: skip
         self._race("a write and a read", wide, g, time, self.writer[g])
         self._note_reads(wide, g)
-        return self.views[size][g[:, :1] * GRANULE // size + np.arange(count)]
+        at = lanes // where.threads * self.stride + at
+        return self.views[size][at[:, None] // size + np.arange(count)]
 
     def store(self, where: Where, lanes, at, values) -> None:
         size, count = values.dtype.itemsize, values.shape[1]
+        if size * count < GRANULE:  # two threads could share a granule without a race
+            raise Fault("stores of single bytes to shared memory are not checked")
         wide, g = self._granules(lanes, at, size * count)
         self._note_writes(wide, g)
         self.views[size][g[:, :1] * GRANULE // size + np.arange(count)] = values
