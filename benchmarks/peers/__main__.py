@@ -13,6 +13,7 @@ peers in an environment of their own, and is left out with a sentence where it i
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shutil
 import statistics
@@ -73,22 +74,29 @@ def work(python: str, engine: str, kind: str, folder: Path, *what: Any) -> dict[
 def quality(
     python: str, engine: str, kinds: list[str], folder: Path, texts: dict[str, list[int]]
 ) -> Iterator[dict[str, Any]]:
-    """Every kind against the first of the engine's kinds, over all texts."""
+    """Every kind against the first of the engine's kinds, over all texts. What that says is kept
+    beside the model: 400 MB for 2,048 tokens and 49,152 words."""
     import numpy as np
     import torch
 
     from vllm_fibquant.evaluation.measure import measure_text, quantile_of_worst
 
     widest = ENGINES[engine].KINDS[0]
+    digest = hashlib.sha256(repr(texts).encode()).hexdigest()[:8]
     with tempfile.TemporaryDirectory(dir="build") as scratch:
-        given = Path(scratch) / "texts.json"
+        given, target = Path(scratch) / "texts.json", Path(scratch) / "logits.npy"
         given.write_text(json.dumps(list(texts.values())))
-        truth = None
-        for kind in [widest, *(kind for kind in kinds if kind != widest)]:
-            target = Path(scratch) / f"{len(list(Path(scratch).iterdir()))}.npy"
-            about = work(python, engine, kind, folder, "quality", given, target)
-            logits = torch.from_numpy(np.load(target, mmap_mode="c"))
-            truth = logits if truth is None else truth
+        for kind in kinds:
+            kept = folder / f"{engine}-{digest}.npy"
+            if kind == widest or not kept.exists():
+                about = work(python, engine, widest, folder, "quality", given, target)
+                shutil.move(target, kept)
+            if kind != widest:
+                about = work(python, engine, kind, folder, "quality", given, target)
+            truth, logits = (
+                torch.from_numpy(np.load(path, mmap_mode="c"))
+                for path in (kept, kept if kind == widest else target)
+            )
             results = [
                 measure_text(lambda rows: rows, tokens, truth[i], logits[i], len(tokens) // 2)
                 for i, tokens in enumerate(texts.values())
@@ -102,8 +110,6 @@ def quality(
                 "kl_texts": [r["kl"] for r in results], "kl_999": quantile_of_worst(results),
                 "same": statistics.fmean(r["same"] for r in results),
             }  # fmt: skip
-            if kind != widest:
-                target.unlink()
 
 
 def main() -> None:

@@ -126,7 +126,7 @@ FAMILIES: dict[str, Callable[[], Made]] = {
         altup_num_inputs=2,
         altup_active_idx=0,
         intermediate_size=384,
-        activation_sparsity_pattern=0.0,
+        activation_sparsity_pattern=[0.0] * 6,
     ),
     "gemma4": gemma4(),
     "gemma4-shared": gemma4(num_kv_shared_layers=3),

@@ -6,7 +6,6 @@ from __future__ import annotations
 import pytest
 
 from vllm_fibquant.cli import plan
-from vllm_fibquant.cli.shape import load_shape
 from vllm_fibquant.codec.config import PRESETS
 from vllm_fibquant.engine import capacity, compat_pages
 from vllm_fibquant.engine.planned import planned
@@ -169,15 +168,3 @@ def test_fitting_pages_saves_padding_and_changes_nothing_else(
     assert capacity.padding_advice(fits, "fibquant_2bit") is None
     told = capacity.padding_advice(padded, "fibquant_2bit")
     assert "of the cache holds nothing; least is wasted with fibquant_1bit" in told
-
-
-def test_plan_refuses_what_the_engine_refuses(model_folder):
-    """Layers that share another layer's cache are refused when they are built."""
-    model = make_model("gemma4-shared", model_folder)
-    with pytest.raises(ValueError, match="must each have a KV cache, got 3"):
-        load_shape(model)
-    with (
-        pytest.raises(ValueError, match="must each have a KV cache, got one that shares"),
-        engine(model, "fibquant_4bit"),
-    ):
-        pass

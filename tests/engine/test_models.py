@@ -50,7 +50,7 @@ def test_raw_prefill_is_stock_attention(model_folder, shape):
     assert (other_tokens, largest < bound) == (0, True), largest
 
 
-@pytest.mark.parametrize("shape", ["llama-mqa128", "gemma3"])
+@pytest.mark.parametrize("shape", ["llama-mqa128", "gemma3", "gemma4-shared"])
 def test_kernels_equal_the_oracle_through_the_engine(model_folder, shape, monkeypatch):
     """The same engine on the plain PyTorch oracle: same tokens, nearly the same bits."""
     prompts = varied_prompts(6, VOCAB_SIZE, longest=150)
@@ -66,6 +66,23 @@ def test_kernels_equal_the_oracle_through_the_engine(model_folder, shape, monkey
     # A codeword on the border between two may flip with the last bit of its input.
     assert other_tokens == 0
     assert largest < 0.05
+
+
+@pytest.mark.parametrize("shape", quickly(["gemma3n", "gemma4-shared"]))
+def test_copies_serve_layers_that_read_anothers_pages(model_folder, shape):
+    """Tokens within the window are read from copies in 16 bits by every layer, those that write
+    no pages too: what is left is their rounding, where codes of 2 bits would change the text."""
+    prompts = varied_prompts(6, VOCAB_SIZE, longest=100)
+    model = make_model(shape, model_folder)
+    answers = []
+    options = {"mode": "quality", "calibrate": "auto", "recent_window": 128}
+    for name, given in (("auto", None), ("fibquant_2bit", options), ("fibquant_2bit", {})):
+        with engine(model, name, fibquant=given, max_num_batched_tokens=64) as llm:
+            answers.append(generate(llm, prompts, 6))
+    auto, copied, coded = answers
+    other_tokens, _, largest = largest_difference(auto, copied)
+    assert (other_tokens, largest < 0.1) == (0, True), largest
+    assert largest_difference(auto, coded)[2] > 5 * largest
 
 
 def test_sinks_follow_weights_that_are_updated(model_folder):

@@ -230,7 +230,8 @@ def plan_capacities(
         dense_bytes = DENSE_BYTES["bf16"]
         coded = [x for x in layers if x.token_bytes < x.num_coordinates * dense_bytes]
         stored = sum(layer.token_bytes for layer in coded or layers)
-        row_bytes = sum(layer.num_coordinates for layer in coded) * dense_bytes
+        copying = coded + [layers[i] for i in shape.readers if layers[i] in coded]
+        row_bytes = sum(layer.num_coordinates for layer in copying) * dense_bytes
         copied = num_copies if name in PRESETS and coded else 0
         copy_bytes = 0
         if copied:

@@ -22,6 +22,7 @@ class ModelShape:
         windows: per layer that has a cache of its own, its sliding window, or 0 for full attention.
         heads: per layer its KV heads and head_dim, where they differ; else empty.
         num_states: layers that keep a state of one size beside these.
+        readers: of each layer that has no cache of its own, the number of the layer whose it reads.
     """
 
     name: str
@@ -31,6 +32,7 @@ class ModelShape:
     max_context: int
     heads: tuple[tuple[int, int], ...] = ()
     num_states: int = 0
+    readers: tuple[int, ...] = ()
 
     def layer_heads(self, index: int) -> tuple[int, int]:
         """KV heads and head_dim of a layer."""
@@ -121,25 +123,33 @@ def shape_of(name: str, config: dict[str, Any]) -> ModelShape:
         windows = [window if kind == "sliding_attention" else 0 for kind in layer_types]
     else:
         windows = [window] * num_layers
+    windows, readers = _caches(windows[:num_layers], config.get("num_kv_shared_layers") or 0)
     return ModelShape(
         name=name,
         head_dim=config.get("head_dim") or config["hidden_size"] // num_q_heads,
         num_kv_heads=_num_kv_heads(config),
-        windows=tuple(windows[:num_layers]),
+        windows=tuple(windows),
         max_context=max_context(config),
         heads=_layer_heads(config, windows),
+        readers=readers,
     )
+
+
+def _caches(windows: list[int], num_shared: int) -> tuple[list[int], tuple[int, ...]]:
+    """Windows of the layers that have a cache, and whose cache each of the last `num_shared` reads:
+    that of the last layer before them with the same window."""
+    owners, readers = windows[: len(windows) - num_shared], windows[len(windows) - num_shared :]
+    last = {window: index for index, window in enumerate(owners)}
+    return owners, tuple(last[window] for window in readers if window in last)
 
 
 def _refusals(config: dict[str, Any]) -> list[str | bool]:
     """What the engine refuses, as far as a configuration shows it."""
     head_dim, value_dim = config.get("head_dim"), config.get("v_head_dim")
-    num_shared, chunk = config.get("num_kv_shared_layers"), config.get("attention_chunk_size")
+    chunk = config.get("attention_chunk_size")
     return [
         bool(config.get("kv_lora_rank"))
         and "its cache must be keys and values, got multi-head latent attention (MLA)",
-        bool(num_shared)
-        and f"its layers must each have a KV cache, got {num_shared} that share another's",
         bool(head_dim and value_dim and head_dim != value_dim)
         and f"its values must be as long as its keys, got {value_dim} and {head_dim}",
         bool(chunk) and f"attention must be full or sliding-window, got chunks of {chunk} tokens",
