@@ -7,7 +7,9 @@ import json
 
 from vllm_fibquant.cli import info
 from vllm_fibquant.cli.main import main
+from vllm_fibquant.engine import gate, last_fidelity
 
+from .harness import DEFAULTS, engine
 from .models import make_model
 
 
@@ -24,6 +26,33 @@ def test_a_model_that_is_served(model_folder, capsys):
     assert main(arguments) == 0
     text = capsys.readouterr().out
     assert info.kernel() in text and f"{rows['fibquant']['num_tokens']:,} tokens" in text
+
+
+def test_the_loss_of_the_last_start_is_told(model_folder, tmp_path, monkeypatch, capsys):
+    """Of this preset and these options; of others nothing is known."""
+    monkeypatch.setenv("FIBQUANT_CACHE_DIR", str(tmp_path))
+    model = make_model("llama", model_folder)
+    asked = ["doctor", model, "--kv-cache-dtype", "fibquant_4bit", "--memory", "64MiB", "--json"]
+
+    def found() -> dict:
+        assert main(asked) == 0
+        return json.loads(capsys.readouterr().out)["last_fidelity"]
+
+    assert found() is None
+    monkeypatch.setattr(gate, "text_tokens", lambda _: list(range(2, 130)))
+    with engine(model, "fibquant_4bit", fibquant=DEFAULTS, max_model_len=2048) as llm:
+        measured = gate.outcome_of(llm.llm_engine.vllm_config).facts()
+    assert measured["kl"] is not None
+    told = found()
+    assert {name: told[name] for name in last_fidelity.KEPT} == {
+        name: measured[name] for name in last_fidelity.KEPT
+    }
+    asked.remove("--json")
+    assert main(asked) == 0
+    assert f"KL {measured['kl']:.4f}" in capsys.readouterr().out
+    asked[3] = "fibquant_2bit"
+    assert main([*asked, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["last_fidelity"] is None
 
 
 def test_a_model_that_is_refused(model_folder, capsys):

@@ -154,3 +154,41 @@ def test_non_finite_keys_are_counted_and_do_not_spread(model_folder, monkeypatch
         assert non_finite.non_finite_vectors() > before
         monkeypatch.undo()
         assert bits(generate(llm, prompts[:1], 4)) == bits(expected)
+
+
+def test_structured_output(model_folder):
+    """Masks are of tokens, after attention: the answer keeps to them."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    model, prompts = make_model("llama", model_folder), varied_prompts(4, VOCAB_SIZE)
+    params = SamplingParams(
+        temperature=0, max_tokens=3,
+        structured_outputs=StructuredOutputsParams(choice=["w5w7w11", "w300w301w302"]),
+    )  # fmt: skip
+    with engine(model, "fibquant_2bit", skip_tokenizer_init=False) as llm:
+        given = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        answers = [list(o.outputs[0].token_ids) for o in llm.generate(given, params)]
+    assert all(answer in ([5, 7, 11], [300, 301, 302]) for answer in answers), answers
+
+
+def test_kv_events_are_stock_vllms(model_folder):
+    """Which blocks are stored and removed follows from tokens alone."""
+    from vllm.config import KVEventsConfig
+
+    model, prompts = make_model("llama", model_folder), varied_prompts(6, VOCAB_SIZE)
+    told = {}
+    for name in ("auto", "fibquant_2bit"):
+        events: list = []
+        with engine(
+            model, name, enable_prefix_caching=True,
+            kv_events_config=KVEventsConfig(enable_kv_cache_events=True, publisher="null"),
+        ) as llm:  # fmt: skip
+            scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+            scheduler.kv_event_publisher.publish = lambda batch, to=events: to.extend(batch.events)
+            generate(llm, prompts, 1)
+            llm.reset_prefix_cache()
+            generate(llm, prompts[:1], 1)
+        told[name] = [(type(e).__name__, getattr(e, "token_ids", None)) for e in events]
+    assert told["auto"] == told["fibquant_2bit"]
+    assert {kind for kind, _ in told["auto"]} == {"BlockStored", "AllBlocksCleared"}

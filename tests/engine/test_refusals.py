@@ -81,7 +81,10 @@ def test_unknown_preset(model_folder):
 def test_latent_attention(model_folder):
     told = refusal_of(make_config_only("mla", MLA_MODEL, model_folder))
     assert "--kv-cache-dtype fibquant_2bit cannot be used here" in told
-    assert "multi-head latent attention (MLA); use --kv-cache-dtype auto" in told
+    assert (
+        "multi-head latent attention (MLA), whose cache is one latent vector (docs/mla.md); use --kv"
+        in told
+    )
 
 
 def test_embedding_model(model_folder):

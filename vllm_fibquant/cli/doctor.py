@@ -34,6 +34,7 @@ def examine(
         refused: every reason why the model is not served; [] if it is.
         without: defaults that this run goes without, and why.
         options: those it gets.
+        last_fidelity: what codes cost it at its last start with these, as measured then, or None.
         capacity: what fits beside bf16 and fp8; None with the reason in "no_capacity".
     """
     machine = serve.this_machine()
@@ -83,18 +84,20 @@ def _asked_of_vllm(model: str, kv_cache_dtype: str) -> dict[str, Any]:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm.engine.arg_utils import EngineArgs
 
-    from vllm_fibquant.engine import support
+    from vllm_fibquant.engine import last_fidelity, support
 
     try:
         config = EngineArgs(
             model=model, kv_cache_dtype=kv_cache_dtype, skip_tokenizer_init=True
         ).create_engine_config()
     except (ValueError, OSError, RuntimeError) as error:
-        return {"refused": reasons(str(error)), "without": [], "options": None}
+        return {"refused": reasons(str(error)), "without": [], "options": None,
+                "last_fidelity": None}  # fmt: skip
     return {
         "refused": [],
         "without": list(support.told_defaults(config)),
         "options": _options(support.run_options(config)),
+        "last_fidelity": last_fidelity.read(config),
     }
 
 
@@ -105,6 +108,20 @@ def _options(options: Options) -> dict[str, Any]:
         "num_copies": options.num_copies,
         "calibrate": options.calibrate,
     }
+
+
+def _loss(found: dict[str, Any] | None) -> str:
+    """What codes cost the model, in words."""
+    if found is None:
+        return (
+            "not known before the first start, which measures it (GET /fibquant/info); "
+            "of models measured: docs/evaluation.md"
+        )
+    return (
+        f"{found['state']} at its last start ({found['date']}): KL {found['kl']:.4f}, perplexity "
+        f"{found['perplexity_increase']:+.1%} on {found['num_tokens']} tokens; worst layer "
+        f"{found['worst_layer']} with cosine {found['worst_layer_cosine']:.4f}"
+    )
 
 
 def render(report: dict[str, Any]) -> str:
@@ -132,7 +149,7 @@ def render(report: dict[str, Any]) -> str:
         f"{copies if options['recent_window'] else 'no copies in 16 bits'}, "
         f"calibrate {options['calibrate']}",
         *(f"without      {told}" for told in report["without"]),
-        "what codes cost this model is measured at start: GET /fibquant/info has it then",
+        f"loss         {_loss(report['last_fidelity'])}",
         "",
     ]
     if report["capacity"] is None:

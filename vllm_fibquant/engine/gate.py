@@ -21,7 +21,7 @@ import torch
 from vllm.config import ModelConfig, VllmConfig
 from vllm.logger import init_logger
 
-from vllm_fibquant.engine import reading, support
+from vllm_fibquant.engine import last_fidelity, reading, support
 from vllm_fibquant.files import PACKAGE_DIR
 from vllm_fibquant.observe.loss import LayerReading, Loss, NextTokens, Outcome, RankLoss, refusal_of
 from vllm_fibquant.options import Options
@@ -79,6 +79,8 @@ def check_fidelity(
         return
     loss = Loss.of_ranks(ranks)
     state = loss.state
+    if torch.distributed.get_rank() == 0:
+        last_fidelity.keep(vllm_config, Outcome(state, loss))
     if state == "refused":
         if not options.accept_loss:
             cache_dtype = vllm_config.cache_config.cache_dtype

@@ -142,7 +142,8 @@ def config_problems(vllm_config: VllmConfig) -> list[str]:
         chunk = getattr(model.hf_text_config, "attention_chunk_size", None)
         for is_met, what, must, got, remedy in (
             (not model.use_mla, "attention", "standard multi-head or grouped-query attention",
-             "multi-head latent attention (MLA)", other_dtype),
+             "multi-head latent attention (MLA), whose cache is one latent vector (docs/mla.md)",
+             other_dtype),
             (not model.is_encoder_decoder, "model", "decoder-only", "an encoder-decoder model",
              other_dtype),
             (model.runner_type != "pooling", "runner", "generate", model.runner_type,
