@@ -156,24 +156,17 @@ def measure(args: argparse.Namespace) -> None:
                 told = f"{row['delta_ppl']:8.2%} {row['kl']:.5f} {row['kl_999']:.4f}"
                 print(f"{name:10} {row['kind']:34} {told}", flush=True)
     if "speed" in args.what:
-        for context in args.contexts:
-            for name, python in found:
-                for kind in args.kinds or ENGINES[name].KINDS:
-                    row = work(python, name, kind, folder, "speed", context, args.steps)
-                    row["tokens_per_second"] = 1 / statistics.median(row["seconds"])
-                    append(
-                        args.out,
-                        bench="speed",
-                        engine=name,
-                        kind=kind,
-                        context=context,
-                        **common,
-                        **row,
-                    )
-                    print(
-                        f"{name:10} {kind:34} {context:6} {row['tokens_per_second']:8.1f} tokens/s",
-                        flush=True,
-                    )
+        contexts = ",".join(map(str, sorted(args.contexts)))
+        for name, python in found:
+            for kind in args.kinds or ENGINES[name].KINDS:
+                about = work(python, name, kind, folder, "speed", contexts, args.steps)
+                told = f"{name:10} {kind:34}"
+                for context, seconds in about.pop("seconds").items():
+                    row = {"context": int(context), "seconds": seconds, **about}
+                    row["tokens_per_second"] = 1 / statistics.median(seconds)
+                    append(args.out, bench="speed", engine=name, kind=kind, **common, **row)
+                    told += f" {row['tokens_per_second']:8.1f} tokens/s at {context}"
+                print(told, flush=True)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ class LlamaCpp:
             str(folder / "model.gguf").encode(), params
         )
         context = llama_cpp.llama_context_default_params()
-        context.n_ctx, context.n_batch, context.n_ubatch = room, 512, 512
+        context.n_ctx, context.n_batch, context.n_ubatch = room, BATCH, BATCH
         context.n_threads = context.n_threads_batch = threads
         context.type_k = context.type_v = getattr(llama_cpp, f"GGML_TYPE_{kind.upper()}")
         context.flash_attn_type = 1  # values below 16 bits need it
@@ -48,7 +48,7 @@ class LlamaCpp:
             raise RuntimeError(f"llama.cpp: no context with a cache of {kind}")
         vocabulary = llama_cpp.llama_model_get_vocab(self._model)
         self._num_words = llama_cpp.llama_vocab_n_tokens(vocabulary)
-        self._batch = llama_cpp.llama_batch_init(512, 0, 1)
+        self._batch = llama_cpp.llama_batch_init(BATCH, 0, 1)
         self._length = 0
 
     def read(self, tokens: list[int], last_only: bool = False) -> np.ndarray:
@@ -173,6 +173,7 @@ class Vllm:
     def _open(self, folder: Path, preset: str, room: int) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         os.environ["VLLM_ALLOW_LONG_MAX_MODEL_LEN"] = "1"
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
         from vllm import LLM
@@ -183,8 +184,8 @@ class Vllm:
         self._llm = LLM(
             str(folder), dtype=self._dtype, enforce_eager=True, kv_cache_dtype=preset,
             additional_config=ours if is_fibquant(preset) else {}, max_model_len=room,
-            max_num_batched_tokens=512, max_num_seqs=1, kv_cache_memory_bytes=2 << 30,
-            enable_prefix_caching=False, skip_tokenizer_init=True, seed=0,
+            max_num_batched_tokens=BATCH, max_num_seqs=1, kv_cache_memory_bytes=2 << 30,
+            enable_prefix_caching=True, skip_tokenizer_init=True, seed=0,
         )  # fmt: skip
 
     def steps(self, context: int, count: int) -> list[float]:
@@ -218,6 +219,8 @@ class Vllm:
 
 STEP = 16
 """Tokens of a text that are read at once."""
+BATCH = 512
+"""Tokens of a context that are read at once where speed is measured."""
 
 
 def random_tokens(count: int) -> list[int]:

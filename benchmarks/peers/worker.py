@@ -2,7 +2,7 @@
 """One engine with one kind of cache, in a process of its own; prints one line of JSON.
 
 python -m benchmarks.peers.worker ENGINE KIND FOLDER quality TEXTS.json LOGITS.npy
-python -m benchmarks.peers.worker ENGINE KIND FOLDER speed CONTEXT STEPS
+python -m benchmarks.peers.worker ENGINE KIND FOLDER speed CONTEXTS STEPS
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.peers.engines import ENGINES, STEP, Vllm, random_tokens
+from benchmarks.peers.engines import BATCH, ENGINES, STEP, Vllm, random_tokens
 
 
 def quality(engine: Any, texts: list[list[int]], target: Path) -> None:
@@ -35,19 +35,24 @@ def quality(engine: Any, texts: list[list[int]], target: Path) -> None:
         logits[number] = rows
 
 
-def speed(engine: Any, context: int, count: int) -> list[float]:
-    """Seconds of each decode step of one request, greedy, after a context of random tokens."""
+def speed(engine: Any, contexts: list[int], count: int) -> dict[int, list[float]]:
+    """Seconds of each decode step of one request, greedy, after contexts of random tokens."""
     if isinstance(engine, Vllm):
-        return engine.steps(context, count)
-    tokens = random_tokens(context)
-    for i in range(0, context, 512):
-        row = engine.read(tokens[i : i + 512], last_only=True)
-    seconds = []
-    for _ in range(count):
-        begin = time.perf_counter()
-        row = engine.read([int(row[-1].argmax())], last_only=True)
-        seconds.append(time.perf_counter() - begin)
-    return seconds[2:]
+        return {context: engine.steps(context, count) for context in contexts}
+    found, tokens, done = {}, random_tokens(max(contexts)), 0
+    for context in sorted(contexts):
+        while done < context:
+            piece = tokens[done : min(done + BATCH, context)]
+            row = engine.read(piece, last_only=True)
+            done += len(piece)
+        seconds = []
+        for _ in range(count):
+            begin = time.perf_counter()
+            row = engine.read([int(row[-1].argmax())], last_only=True)
+            seconds.append(time.perf_counter() - begin)
+        found[context] = seconds[2:]
+        done += count
+    return found
 
 
 def main() -> None:
@@ -59,10 +64,10 @@ def main() -> None:
         quality(engine, texts, Path(rest[1]))
         result: dict[str, Any] = {}
     else:
-        context, count = map(int, rest)
-        room = (context + count + 255) // 256 * 256
+        contexts, count = [int(n) for n in rest[0].split(",")], int(rest[1])
+        room = (max(contexts) + 2 * count + 255) // 256 * 256
         engine = ENGINES[name](Path(folder), kind, room, threads, False)
-        result = {"seconds": speed(engine, context, count), "threads": threads}
+        result = {"seconds": speed(engine, contexts, count), "threads": threads}
     print("RESULT " + json.dumps(result | engine.about()), flush=True)
     os._exit(0)  # engines' own threads are not waited for
 
