@@ -116,17 +116,22 @@ def test_quantised_weights(model_folder, method):
 
 def test_scales_of_an_fp8_cache_are_left_alone(model_folder):
     """They are of another format: with them and without, the same bits."""
-    plain = Path(make_model("llama", model_folder))
+    plain = Path(checkpoint("compressed-tensors", model_folder))
     path = model_folder / "llama-kv-scales"
     path.mkdir(exist_ok=True)
     tensors = load_file(plain / "model.safetensors")
     for name in [n for n in tensors if n.endswith("k_proj.weight")]:
-        stem = name.removesuffix("k_proj.weight")
-        tensors |= {stem + "k_scale": torch.tensor([0.5]), stem + "v_scale": torch.tensor([0.25])}
+        for scale in ("k_proj.k_scale", "v_proj.v_scale"):
+            tensors[name.replace("k_proj.weight", scale)] = torch.tensor(0.25)
     save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    (path / "config.json").write_text((plain / "config.json").read_text())
+    config = json.loads((plain / "config.json").read_text())
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True}
+    config["quantization_config"]["kv_cache_scheme"] = {**scheme, "dynamic": False}
+    (path / "config.json").write_text(json.dumps(config))
     prompts, answers = varied_prompts(6, VOCAB_SIZE), []
     for model in (plain, path):
-        with engine(str(model), "fibquant_2bit") as llm:
+        with engine(str(model), "fibquant_2bit", dtype="bfloat16") as llm:
             answers.append([answer.bits for answer in generate(llm, prompts, 4)])
+            layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
+    assert {float(layer._k_scale) for layer in layers} == {0.25}  # they were read
     assert answers[0] == answers[1]
