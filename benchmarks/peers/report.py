@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from benchmarks.peers.engines import ENGINES
 from vllm_fibquant.codec.config import is_fibquant
 from vllm_fibquant.codec.layout import preset_layout
 from vllm_fibquant.options import parse_options
@@ -65,7 +66,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     head += [f"tokens/s at {context:,}" for context in contexts]
     lines = ["| " + " | ".join(head) + " |", "| --- | --- |" + " ---: |" * (len(head) - 2)]
     kinds = dict.fromkeys((engine, kind) for _, engine, kind, _ in found)
-    for engine, kind in sorted(kinds, key=lambda pair: list(COLOURS).index(pair[0])):
+    order = [(name, kind) for name, engine in ENGINES.items() for kind in engine.KINDS]
+    for engine, kind in sorted(kinds, key=order.index):
         quality = found.get(("quality", engine, kind, None))
         speeds = [found.get(("speed", engine, kind, context)) for context in contexts]
         any_row = quality or next(row for row in speeds if row)
