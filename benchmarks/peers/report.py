@@ -129,7 +129,11 @@ def draw(rows: list[dict[str, Any]], image: Path) -> None:
             for at_x, at_y, kind in points:
                 short = kind.split(" ")[0].removeprefix("fibquant_")
                 axis.annotate(
-                    short, (at_x, at_y), textcoords="offset points", xytext=(5, 4), fontsize=7
+                    short,
+                    (at_x, at_y),
+                    textcoords="offset points",
+                    xytext=(5, 4 if owner != "OpenVINO" else -10),
+                    fontsize=7,
                 )
         axis.set_xscale("log", base=2)
         axis.set_xticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
