@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints whose weights are quantised, and those that bring scales for an fp8 cache.
+"""Checkpoints whose weights are quantised.
 
 Weights are random, so what they stand for does not matter: with the same ones, a fresh prompt whose
 tokens are read as computed must give what vLLM's own cache gives.
@@ -112,26 +112,3 @@ def test_quantised_weights(model_folder, method):
             answers.append(generate(llm, prompts, 1))
     other_tokens, _, largest = largest_difference(*answers)
     assert (other_tokens, largest < 0.1) == (0, True), largest
-
-
-def test_scales_of_an_fp8_cache_are_left_alone(model_folder):
-    """They are of another format: with them and without, the same bits."""
-    plain = Path(checkpoint("compressed-tensors", model_folder))
-    path = model_folder / "llama-kv-scales"
-    path.mkdir(exist_ok=True)
-    tensors = load_file(plain / "model.safetensors")
-    for name in [n for n in tensors if n.endswith("k_proj.weight")]:
-        for scale in ("k_proj.k_scale", "v_proj.v_scale"):
-            tensors[name.replace("k_proj.weight", scale)] = torch.tensor(0.25)
-    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((plain / "config.json").read_text())
-    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True}
-    config["quantization_config"]["kv_cache_scheme"] = {**scheme, "dynamic": False}
-    (path / "config.json").write_text(json.dumps(config))
-    prompts, answers = varied_prompts(6, VOCAB_SIZE), []
-    for model in (plain, path):
-        with engine(str(model), "fibquant_2bit", dtype="bfloat16") as llm:
-            answers.append([answer.bits for answer in generate(llm, prompts, 4)])
-            layers = llm.llm_engine.vllm_config.compilation_config.static_forward_context.values()
-    assert {float(layer._k_scale) for layer in layers} == {0.25}  # they were read
-    assert answers[0] == answers[1]
