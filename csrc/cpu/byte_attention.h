@@ -366,16 +366,14 @@ static void attend_split_bytes(Call& call, const RowBlock& b, int begin, int end
   const float* hidden = nullptr;
   const int context = context_len(call, b.req);
   if (a.batch->copy_table && (begin < a.num_first || end > context - num_recent(a))) {
-    int num_hidden = 0;
+    // The newest tokens are hidden together: their codes need not be read.
+    while (end > begin && copy_row(call, b.req, end - 1) >= 0) --end;
+    if (end == begin) return;
     for (int t = begin / kGroup * kGroup; t < round_up(end, kGroup); ++t) {
       const bool hide = t >= begin && t < end && copy_row(call, b.req, t) >= 0;
       s.bytes.hidden[t - start] = hide ? kMinusInf : 0.0f;
-      num_hidden += hide;
+      if (hide) hidden = s.bytes.hidden;
     }
-    if (num_hidden == end - begin) return;
-    if (num_hidden > 0) hidden = s.bytes.hidden;
-    // The newest tokens are hidden together: their codes need not be read.
-    while (s.bytes.hidden[end - 1 - start] < 0.0f) --end;
   }
   const SplitRange range = {start, begin, end, begin / kGroup * kGroup, round_up(end, kGroup)};
   // Half of the next split's records are asked for with the keys, half with the values. Those of

@@ -62,6 +62,19 @@ struct BFloatTile {
   vf at(const uint16_t* word, int c) const { return load_bfloats(word + c * kLanes); }
 };
 
+// Asks for a token to be in the cache soon.
+static inline void prefetch(const Dense& dense, int kv_head, int head_dim, int64_t row) {
+  const int64_t size = dense.dtype == kFqFloat32 ? 4 : 2;
+  const char* key = static_cast<const char*>(dense.key) +
+                    (row * dense.stride_key_token + kv_head * dense.stride_key_head) * size;
+  const char* value = static_cast<const char*>(dense.value) +
+                      (row * dense.stride_value_token + kv_head * dense.stride_value_head) * size;
+  for (int64_t i = 0; i < head_dim * size; i += 64) {
+    __builtin_prefetch(key + i);
+    __builtin_prefetch(value + i);
+  }
+}
+
 // Adds tokens at positions [begin, end) to s.raw. Token i of them is row table[i] of `dense`, a
 // negative one being left out, or row first_row + i where table is null.
 static void attend_dense(const Call& call, const RowBlock& b, const Dense& dense, int begin,
@@ -71,11 +84,15 @@ static void attend_dense(const Call& call, const RowBlock& b, const Dense& dense
   const int first_position = context_len(call, b.req) + b.token;
   for (int t0 = begin; t0 < end; t0 += tile) {
     const int count = end - t0 < tile ? end - t0 : tile, rounded = (count + 7) & ~7;
+    const auto row_of = [&](int t) { return table ? table[t - begin] : first_row + t - begin; };
+    // The next tile's copies lie scattered: one after the other they would be waited for.
+    for (int t = t0 + tile; table && t < t0 + 2 * tile && t < end; ++t) {
+      if (row_of(t) >= 0) prefetch(dense, b.kv_head, head_dim, row_of(t));
+    }
     int64_t row[kMaxTile];
     bool any = false;
     for (int t = 0; t < tile; ++t) {
-      const int i = t0 - begin + t;
-      row[t] = t >= count ? -1 : table ? table[i] : first_row + i;
+      row[t] = t >= count ? -1 : row_of(t0 + t);
       any |= row[t] >= 0;
       s.key_factor[t] = row[t] >= 0 ? a.scale : 0.0f;
       s.value_factor[t] = row[t] >= 0 ? 1.0f : 0.0f;
@@ -120,22 +137,19 @@ static void attend_dense(const Call& call, const RowBlock& b, const Dense& dense
   }
 }
 
-// Asks for the copies of a request's tokens to be in the cache by the time that attend_raw reads
-// them: their rows lie scattered, and one after the other they would be waited for.
+static inline Dense copies_of(const FqAttend& a) {
+  return {a.copy_key,        a.copy_value,       a.stride_copy_row, a.stride_copy_head,
+          a.stride_copy_row, a.stride_copy_head, a.copy_dtype};
+}
+
+// Asks for the copies that attend_raw reads first.
 static inline void prefetch_copies(const Call& call, const RowBlock& b) {
   const FqAttend& a = call.args;
   if (!a.batch->copy_table) return;
-  const int num_columns = a.num_first + num_recent(a);
+  const int num_columns = a.num_first + num_recent(a), head_dim = call.codec.head_dim;
   const int32_t* table = a.batch->copy_table + b.req * (int64_t)num_columns;
-  const int64_t size = a.copy_dtype == kFqFloat32 ? 4 : 2;
-  const int64_t head = b.kv_head * a.stride_copy_head * size;
-  for (int i = 0; i < num_columns; ++i) {
-    if (table[i] < 0) continue;
-    const int64_t at = table[i] * a.stride_copy_row * size + head;
-    for (int64_t j = 0; j < call.codec.head_dim * size; j += 64) {
-      __builtin_prefetch(static_cast<const char*>(a.copy_key) + at + j, 0, 2);
-      __builtin_prefetch(static_cast<const char*>(a.copy_value) + at + j, 0, 2);
-    }
+  for (int i = 0; i < num_columns && i < a.num_first + tile_tokens(head_dim); ++i) {
+    if (table[i] >= 0) prefetch(copies_of(a), b.kv_head, head_dim, table[i]);
   }
 }
 
@@ -147,9 +161,7 @@ static void attend_raw(const Call& call, const RowBlock& b, const Scratch& s) {
   const int oldest = b.window_begin;
   clear(s.raw, rows_of(call, b), call.codec.head_dim);
   if (a.batch->copy_table) {
-    const Dense copies = {a.copy_key,         a.copy_value,      a.stride_copy_row,
-                          a.stride_copy_head, a.stride_copy_row, a.stride_copy_head,
-                          a.copy_dtype};
+    const Dense copies = copies_of(a);
     const int32_t* table = a.batch->copy_table + b.req * (int64_t)(a.num_first + num_recent(a));
     const int first = a.num_first < context ? a.num_first : context;
     if (oldest < first) attend_dense(call, b, copies, 0, first, table, 0, s);

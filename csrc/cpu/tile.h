@@ -202,6 +202,11 @@ static inline void axpy(const float* p, const float* alpha, const Tile& v, int h
   for (; i + kUnits * kUnit <= columns; i += kUnits * kUnit) {
     axpy_block<kRows, kUnits>(p, alpha, v, head_dim, num_tokens, i, o);
   }
+  // One unit alone would wait for its own sums.
+  constexpr int kHalf = kUnits > 1 ? kUnits / 2 : 1;
+  for (; i + kHalf * kUnit <= columns; i += kHalf * kUnit) {
+    axpy_block<kRows, kHalf>(p, alpha, v, head_dim, num_tokens, i, o);
+  }
   for (; i < columns; i += kUnit) axpy_block<kRows, 1>(p, alpha, v, head_dim, num_tokens, i, o);
 }
 

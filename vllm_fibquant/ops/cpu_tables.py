@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from ctypes import Structure, c_float, c_int32, c_int64, c_void_p, pointer
 from dataclasses import dataclass
@@ -75,9 +76,15 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
     return view.copy_(x)
 
 
+@functools.lru_cache(maxsize=64)
 def _code(
-    spec: CodeSpec, codebook: Codebook, lists: CodewordLists | None, keep: list[torch.Tensor]
-) -> FqCode:
+    spec: CodeSpec, codebook: Codebook, lists: CodewordLists | None = None
+) -> tuple[FqCode, list[torch.Tensor]]:
+    """A code, and the tables it points to, which whoever uses it must keep.
+
+    Layers share them: 14 KiB that one layer has read are then in a cache for the next one.
+    """
+    keep: list[torch.Tensor] = []
     rows = codebook.rows.float()  # [num_rows, subvec_dim]
     num_rows, dim = rows.shape
     padded = -(-num_rows // 16) * 16
@@ -100,7 +107,7 @@ def _code(
         keep += [squares.rows, squares.planes]
         code.squares, code.square_planes = (x.data_ptr() for x in keep[-2:])
         code.square_low, code.square_scale = squares.low, 1 / squares.size
-    return code
+    return code, keep
 
 
 def _planes(codebook: Codebook, keep: list[torch.Tensor]) -> tuple[int | None, float]:
@@ -170,9 +177,11 @@ def codec_struct(codec: KVCodec) -> FqCodec:
             keep += [_aligned(rotation.matrix), _aligned(rotation.matrix.T)]
             pointers = [None, *(t.data_ptr() for t in keep)]
         struct = FqCodec(codec.head_dim, codec.layout.record_bytes, *pointers)
-        struct.key, struct.value = (
-            _code(side.spec, side.codebook, side.lists, keep) for side in (codec.key, codec.value)
+        struct.key, key_tables = _code(codec.key.spec, codec.key.codebook, codec.key.lists)
+        struct.value, value_tables = _code(
+            codec.value.spec, codec.value.codebook, codec.value.lists
         )
+        keep += key_tables + value_tables
         _codecs[codec] = (struct, keep)
     return _codecs[codec][0]
 
@@ -197,7 +206,9 @@ def key_map_pointer(key_map: KeyMap | None) -> Any:
             )
             struct.source_scale, struct.num_coded = transform.source_scale, transform.num_coded
             struct.num_subvecs[:] = transform.lengths
-            struct.codes[:] = [_code(b.spec, b, None, keep) for b in transform.codebooks]
+            for i, book in enumerate(transform.codebooks):
+                struct.codes[i], tables = _code(book.spec, book)
+                keep += tables
         if (turning := key_map.turning) is not None:
             turns, chosen = turning.turns, turning.chosen
             tables = _turn_tables(turns)
