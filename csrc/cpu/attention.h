@@ -40,11 +40,45 @@ static void set_first_biases(const FqKeyMap& map, int t0, int count, int rows, c
   }
 }
 
+// Finds the indices and norms of the tokens [t0 + lead, t1) of a tile that begins at t0, and asks
+// for the next tile. Tokens that nobody may see borrow a neighbour's indices, which are harmless:
+// their scores are masked and their factors are zero. Returns false for a bad block.
+static bool find_tile(Call& call, const RowBlock& b, int t0, int lead, int t1,
+                      const uint8_t** key_fields, const uint8_t** value_fields, const Scratch& s) {
+  const RecordLayout& layout = call.layout;
+  const int tile = tile_tokens(call.codec.head_dim), count = t1 - t0;
+  if (t1 < b.end) {
+    const Run next = find_run(call, b, t1, t1 + tile < b.end ? t1 + tile : b.end);
+    for (int64_t i = 0; next.record && i < (int64_t)next.count * layout.record_bytes; i += 64) {
+      __builtin_prefetch(next.record + i);
+    }
+  }
+  for (int t = t0 + lead; t < t1;) {
+    const Run run = find_run(call, b, t, t1);
+    if (!run.record) return false;
+    const uint8_t* record = run.record;
+    for (const int end = t + run.count; t < end; ++t, record += layout.record_bytes) {
+      const uint8_t* norms = record + layout.key_norm_offset;
+      key_fields[t - t0] = record + layout.key_index_offset;
+      value_fields[t - t0] = record + layout.value_index_offset;
+      s.key_factor[t - t0] = load_norm(norms) * call.args.scale;
+      s.value_factor[t - t0] = load_norm(norms + kNormBytes);
+    }
+  }
+  for (int j = 0; j < tile; ++j) {
+    if (j == lead) j = count;
+    if (j == tile) break;
+    key_fields[j] = key_fields[lead];
+    value_fields[j] = value_fields[lead];
+    s.key_factor[j] = s.value_factor[j] = 0.0f;
+  }
+  return true;
+}
+
 // Attends positions [begin, end) of one split from codes into `state`, which it clears first.
 static void attend_split(Call& call, const RowBlock& b, int begin, int end, int first_position,
                          [[maybe_unused]] bool is_first, const Scratch& s, const State& state) {
   const FqCodec& codec = call.codec;
-  const RecordLayout& layout = call.layout;
   const int head_dim = codec.head_dim, rows = rows_of(call, b), tile = tile_tokens(head_dim);
   const int context = context_len(call, b.req);
   const bool is_leading = end <= num_leading(call.args);
@@ -79,41 +113,8 @@ static void attend_split(Call& call, const RowBlock& b, int begin, int end, int 
       if (num_hidden == count) continue;
       if (num_hidden > 0) hidden = s.hidden;
     }
-    Run runs[kMaxTile];
-    int num_runs = 0;
-    for (int t = t0 + lead; t < t1;) {
-      runs[num_runs] = find_run(call, b, t, t1);
-      if (!runs[num_runs].record) return;
-      t += runs[num_runs++].count;
-    }
-    if (t1 < b.end) {
-      const Run next = find_run(call, b, t1, t1 + tile < b.end ? t1 + tile : b.end);
-      for (int64_t i = 0; next.record && i < (int64_t)next.count * layout.record_bytes; i += 64) {
-        __builtin_prefetch(next.record + i);
-      }
-    }
-
-    // Indices and norms of every token. Those nobody may see borrow a neighbour's indices, which
-    // are harmless: their scores are masked and their factors are zero.
     const uint8_t *key_fields[kMaxTile], *value_fields[kMaxTile];
-    int t = lead;
-    for (int i = 0; i < num_runs; ++i) {
-      const uint8_t* record = runs[i].record;
-      for (int j = 0; j < runs[i].count; ++j, ++t, record += layout.record_bytes) {
-        const uint8_t* norms = record + layout.key_norm_offset;
-        key_fields[t] = record + layout.key_index_offset;
-        value_fields[t] = record + layout.value_index_offset;
-        s.key_factor[t] = load_norm(norms) * call.args.scale;
-        s.value_factor[t] = load_norm(norms + kNormBytes);
-      }
-    }
-    for (int j = 0; j < tile; ++j) {
-      if (j == lead) j = count;
-      if (j == tile) break;
-      key_fields[j] = key_fields[lead];
-      value_fields[j] = value_fields[lead];
-      s.key_factor[j] = s.value_factor[j] = 0.0f;
-    }
+    if (!find_tile(call, b, t0, lead, t1, key_fields, value_fields, s)) return;
     if (num_coded > 0) {
       dot_mapped(*map, key_fields, s.query, rows, rounded, s.tile, s.scores);
     } else {

@@ -106,9 +106,9 @@ void* call_scratch(size_t bytes) { return call_buffer.grow(bytes); }
 
 }  // namespace fq
 
-// The ABI's structs in words (abi_text.h), for the caller to compare with its own.
-static fq::AbiText describe_abi() {
-  fq::AbiText abi;
+// The ABI's structs in words (abi_text.h), for the caller to compare with its own: those of codes
+// and pages, and then those of calls.
+static void describe_codes(fq::AbiText& abi) {
   {
     using S = FqCode;
     abi.add(sizeof(S), {FQ_FIELD(subvec_dim),  FQ_FIELD(index_bits),    FQ_FIELD(num_rows),
@@ -132,6 +132,9 @@ static fq::AbiText describe_abi() {
     abi.add(sizeof(S), {FQ_FIELD(base), FQ_FIELD(num_blocks), FQ_FIELD(stride_block),
                         FQ_FIELD(stride_head), FQ_FIELD(num_kv_heads), FQ_FIELD(block_size)});
   }
+}
+
+static void describe_calls(fq::AbiText& abi) {
   {
     using S = FqEncode;
     abi.add(sizeof(S), {FQ_FIELD(key), FQ_FIELD(value), FQ_FIELD(slot_mapping),
@@ -212,11 +215,15 @@ static fq::AbiText describe_abi() {
                         FQ_FIELD(first_key),
                         FQ_FIELD(first_value)});
   }
-  return abi;
 }
 
 FQ_EXPORT const char* fq_abi() {
-  static const fq::AbiText abi = describe_abi();
+  static const fq::AbiText abi = [] {
+    fq::AbiText text;
+    describe_codes(text);
+    describe_calls(text);
+    return text;
+  }();
   return abi.text();
 }
 
