@@ -118,6 +118,16 @@ def test_skipped_slots_are_not_copied() -> None:
     assert plan.tokens.tolist() == [1] and pool.num_used == 1
 
 
+def test_tensors_that_the_library_would_misread_are_refused() -> None:
+    pool = CopyPool(4, 0, 4, BLOCK)
+    loc, lens = torch.tensor([0, 3], dtype=torch.int32), torch.tensor([3], dtype=torch.int32)
+    table, slots = torch.zeros(1, 1, dtype=torch.int32), torch.arange(3)
+    with pytest.raises(ValueError, match="slot_mapping must be torch.int64"):
+        pool.step(loc, lens, table, slots.int())
+    with pytest.raises(ValueError, match="each of 3 new tokens, got 2"):
+        pool.step(loc, lens, table, slots[:2])
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 12), st.integers(0, 3), st.integers(0, 6), st.randoms(use_true_random=False))
 def test_copies_never_lie(num_rows: int, num_first: int, num_recent: int, random) -> None:

@@ -15,12 +15,15 @@ numpy take 200 in a running engine.
 
 from __future__ import annotations
 
+import functools
 from ctypes import byref
 from dataclasses import dataclass
 
 import torch
 
 from vllm_fibquant.ops import cpu
+from vllm_fibquant.ops.checks import check_integers
+from vllm_fibquant.ops.cpu_structs import FqBatch, FqCopyPool
 
 MAX_COPY_SHARE = 0.1
 """Most of the memory for pages that copies of tokens may take."""
@@ -70,7 +73,7 @@ class CopyPool:
         self._slot_of_row = torch.full((num_rows,), -1, dtype=torch.int64)
         row = torch.arange(num_rows + 1, dtype=torch.int32)
         self._next, self._previous = row.roll(-1), row.roll(1)
-        self._struct = cpu.FqCopyPool(
+        self._struct = FqCopyPool(
             slot_of_row=self._slot_of_row.data_ptr(),
             next=self._next.data_ptr(),
             previous=self._previous.data_ptr(),
@@ -79,7 +82,7 @@ class CopyPool:
             num_recent=num_recent,
             block_size=block_size,
         )
-        self._batch = cpu.FqBatch()
+        self._batch = FqBatch()
 
     @property
     def num_used(self) -> int:
@@ -100,7 +103,21 @@ class CopyPool:
             seq_lens: int32 [num_reqs], new tokens included.
             block_table: int32 [num_reqs, max_blocks], last axis contiguous.
             slot_mapping: int64 of the new tokens; -1 is copied nowhere.
+
+        Raises:
+            ValueError: dtype or layout of a tensor, or fewer slots than new tokens.
         """
+        check = functools.partial(check_integers, "CopyPool.step", device=seq_lens.device)
+        check("query_start_loc", query_start_loc, torch.int32, 1)
+        check("seq_lens", seq_lens, torch.int32, 1)
+        check("block_table", block_table, torch.int32, 2)
+        check("slot_mapping", slot_mapping, torch.int64, 1)
+        num_tokens = int(query_start_loc[-1])
+        if slot_mapping.shape[0] < num_tokens:
+            raise ValueError(
+                f"CopyPool.step: slot_mapping must have a slot for each of {num_tokens} new "
+                f"tokens, got {slot_mapping.shape[0]}"
+            )
         num_reqs = seq_lens.shape[0]
         batch = self._batch
         batch.query_start_loc, batch.seq_lens = query_start_loc.data_ptr(), seq_lens.data_ptr()
