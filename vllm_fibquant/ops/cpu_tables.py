@@ -207,8 +207,8 @@ def key_map_pointer(key_map: KeyMap | None) -> Any:
             struct.source_scale, struct.num_coded = transform.source_scale, transform.num_coded
             struct.num_subvecs[:] = transform.lengths
             for i, book in enumerate(transform.codebooks):
-                struct.codes[i], tables = _code(book.spec, book)
-                keep += tables
+                struct.codes[i], of_code = _code(book.spec, book)
+                keep += of_code
         if (turning := key_map.turning) is not None:
             turns, chosen = turning.turns, turning.chosen
             tables = _turn_tables(turns)
