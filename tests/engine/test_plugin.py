@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +15,7 @@ import torch
 
 from vllm_fibquant.codec.config import PRESETS
 from vllm_fibquant.engine import compat, plugin, support
+from vllm_fibquant.options import parse_options
 
 NEEDS_ENGINE = False
 
@@ -140,12 +142,23 @@ def test_layers_we_cannot_serve_are_refused_with_every_reason():
         attention.FibQuantImpl.__init__(
             object.__new__(attention.FibQuantImpl), 4, 64, 0.125, 2,
             alibi_slopes=[0.5] * 4, attn_type="encoder_only", chunk_lookback=3,
-            kv_sharing_target_layer_name="layers.3.attn",
         )  # fmt: skip
-    for part in (
-        "ALiBi", "encoder_only", "chunk_lookback", "of layers.3.attn", "--kv-cache-dtype auto",
-    ):  # fmt: skip
+    for part in ("ALiBi", "encoder_only", "chunk_lookback", "--kv-cache-dtype auto"):
         assert part in str(caught.value)
+
+
+def test_a_layer_cannot_read_pages_that_store_something_else():
+    from vllm_fibquant.engine import attention
+
+    reader = object.__new__(attention.FibQuantImpl)
+    reader.options = parse_options("fibquant_2bit", None)
+    other = object.__new__(attention.FibQuantImpl)
+    other.options = parse_options("fibquant_4bit", None)
+    for owner, stored in ((object(), "16 bits"), (other, "fibquant_4bit")):
+        layers = {"layers.3.attn": SimpleNamespace(impl=owner)}
+        config = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=layers))
+        with pytest.raises(ValueError, match=f"cache of layers.3.attn must store .* {stored} for"):
+            reader._owner_named("layers.3.attn", config)
 
 
 def test_the_backend_answers_for_itself():
