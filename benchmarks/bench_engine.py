@@ -21,6 +21,7 @@ from typing import Any
 from tqdm import tqdm
 
 from benchmarks.common import add_out, append, model_or_demo, run_apart
+from vllm_fibquant import ops
 
 PREFILL_TOKENS = 1024
 BLOCK_SIZE = 128
@@ -111,7 +112,7 @@ def main() -> None:
         for row in result["decode"]:
             decode.setdefault((row["context"], row["batch"], name), []).extend(row["seconds"])
 
-    baseline = args.formats[0]
+    baseline, kernel = args.formats[0], ops.kernel_name()
     print(f"| context | batch | format | ms / decode step | vs {baseline} |\n|---|---|---|---|---|")
     for (context, batch, name), seconds in sorted(decode.items()):
         median = statistics.median(seconds)
@@ -119,14 +120,14 @@ def main() -> None:
         print(f"| {context} | {batch} | {name} | {median * 1e3:.1f} | {ratio:.2f}x |")
         append(args.out, bench="decode_step", context=context, batch=batch, format=name,
               seconds=seconds, median=median, ratio=ratio, model_dtype=args.dtype,
-              shared=args.shared)  # fmt: skip
+              shared=args.shared, kernel=kernel)  # fmt: skip
     print(f"\n| format | us / prefilled token | vs {baseline} |\n|---|---|---|")
     for name, seconds in prefill.items():
         median = statistics.median(seconds)
         ratio = statistics.median(prefill[baseline]) / median
         print(f"| {name} | {median * 1e6:.0f} | {ratio:.2f}x |")
         append(args.out, bench="prefill", tokens=PREFILL_TOKENS, format=name, seconds=seconds,
-              median=median, ratio=ratio, model_dtype=args.dtype)  # fmt: skip
+              median=median, ratio=ratio, model_dtype=args.dtype, kernel=kernel)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -74,22 +74,20 @@ def engine(rows: list[dict[str, Any]]):
     import matplotlib.pyplot as plt
 
     steps = [r for r in rows if r["bench"] == "decode_step"]
-    batches = sorted({r["batch"] for r in steps})
-    figure, axes = plt.subplots(1, len(batches), figsize=(4.2 * len(batches), 3.6), squeeze=False)
-    for axis, batch in zip(axes[0], batches, strict=True):
+    kinds = sorted({(r["kernel"], r["batch"]) for r in steps})
+    figure, axes = plt.subplots(1, len(kinds), figsize=(4.2 * len(kinds), 3.6), squeeze=False)
+    for axis, kind in zip(axes[0], kinds, strict=True):
+        mine = [r for r in steps if (r["kernel"], r["batch"]) == kind]
         for name in COLOURS:
-            points = sorted(
-                (r["context"], r["median"] * 1e3)
-                for r in steps
-                if r["format"] == name and r["batch"] == batch
-            )
+            points = sorted((r["context"], r["median"] * 1e3) for r in mine if r["format"] == name)
             if points:
                 axis.plot(*zip(*points, strict=True), "o-", color=COLOURS[name], label=name)
-        axis.set_title(f"batch {batch}")
+        axis.set_title(f"{kind[0].removeprefix('cpu-')}, {mine[0]['model_dtype']}, batch {kind[1]}")
         axis.set_xlabel("context (tokens)")
         axis.set_ylim(bottom=0)
     axes[0][0].set_ylabel("ms per decode step")
-    axes[0][0].legend(fontsize=8)
+    for axis in axes[0]:
+        axis.legend(fontsize=8)
     return figure
 
 
