@@ -24,6 +24,7 @@ sys.exit(pytest.main([*options, *sys.argv[2:]]))
 """
 # The last one chooses the instruction set again.
 TESTS = [
+    "tests/engine/test_copy_pool.py",
     "tests/ops/test_copies.py::test_sizes",
     "tests/keys/test_key_map.py::test_every_number_of_queries",
     "tests/keys/test_key_map.py::test_every_transformed_code",
