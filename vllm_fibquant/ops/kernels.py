@@ -78,7 +78,8 @@ def features_markdown() -> str:
 def device_counters(device: torch.device) -> torch.Tensor:
     """int32 [2] on a GPU, since the process began: vectors stored as zeros because they held a NaN
     or infinity, and vectors not stored because their slot lay outside the cache."""
-    return torch.zeros(2, dtype=torch.int32, device=device)
+    with torch.inference_mode(False):  # whoever asks first, all may write
+        return torch.zeros(2, dtype=torch.int32, device=device)
 
 
 class Kernels(ABC):
