@@ -7,6 +7,8 @@ VENV   ?= .venv
 TORCH_INDEX ?=
 ARGS   ?=
 MODEL  ?=
+# Processes that share the tests; each may need 6 GB. 0: one, which sees the test's output at once.
+JOBS   ?= 2
 
 BIN     := $(VENV)/bin
 PIP     := $(BIN)/python -m pip --disable-pip-version-check
@@ -16,6 +18,8 @@ LIBRARY := vllm_fibquant/lib/libfibquant_cpu.so
 EMULATED := build/libfibquant_cuda_emulated.so
 PEERS   := .venv-peers
 COMPOSE := docker/compose.yaml docker/compose.gpu.yaml
+# A file's tests share engines, so they stay together; a thread each, as processes share the cores.
+PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 CSRC    := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 .PHONY: help serve cuda gpu-env check test test-slow test-next lint docker-lint docker-test format bench eval load peers wheel clean
@@ -39,10 +43,10 @@ gpu-env: | $(BIN)/python  ## on a machine with a GPU: vLLM's CUDA build, our ker
 	$(BIN)/python setup.py --quiet build_cuda
 
 check: lint $(LIBRARY) $(EMULATED)  ## lint, and the tests that need neither an engine nor minutes: before every commit
-	$(BIN)/python -m pytest -q -m "not slow and not engine and not long" $(ARGS)
+	$(PYTEST) -q -m "not slow and not engine and not long" $(ARGS)
 
-test: $(VENV)/.dev $(LIBRARY) $(EMULATED)  ## run the tests (ARGS= goes to pytest)
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+test: $(VENV)/.dev $(LIBRARY) $(EMULATED)  ## run the tests (ARGS= goes to pytest, JOBS= processes)
+	$(PYTEST) -m "not slow" $(ARGS)
 
 test-slow: $(VENV)/.dev $(LIBRARY) $(EMULATED)  ## run the slow tests as well
 	$(BIN)/python -m pytest $(ARGS)
