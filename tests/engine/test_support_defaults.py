@@ -33,7 +33,7 @@ def mode_of(config) -> tuple:
     [
         ({}, ("raw", 128, "auto"), []),
         ({"device": "cuda"}, ("codes", 0, "none"), ["copies", "calibration"]),
-        ({"connector": object()}, ("codes", 0, "none"), ["copies", "calibration"]),
+        ({"connector": "any"}, ("codes", 0, "none"), ["copies", "calibration"]),
         ({"offloading": 1.0}, ("codes", 0, "none"), ["copies", "calibration"]),
         ({"is_hybrid": True}, ("raw", 128, "none"), ["calibration"]),
         ({"retain": {"recent": 64}}, ("codes", 0, "none"), ["copies", "calibration"]),
