@@ -101,6 +101,16 @@ def test_plan_is_what_vllm_makes_of_the_layers(model_folder, shape):
         assert (made.num_blocks, num_tokens, made.max_concurrency) == expected[name], name
 
 
+def test_a_plan_leaves_nothing_to_an_engine_of_the_same_process(model_folder):
+    """vLLM shares rotary tables between the models of a process: a plan's have no numbers."""
+    from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
+
+    before = dict(_ROPE_DICT)
+    planned(make_model("llama", model_folder), "auto", CACHE_BYTES, max_model_len=CONTEXT)
+    assert before == _ROPE_DICT
+    assert not any(rope.cos_sin_cache.is_meta for rope in _ROPE_DICT.values())
+
+
 @pytest.mark.parametrize("shape", quickly(HYBRIDS))
 def test_plan_beside_layers_that_keep_a_state(model_folder, shape):
     """There the size of a block follows from that of a state: vLLM is asked."""

@@ -143,7 +143,8 @@ def layers_without_weights(vllm_config: VllmConfig) -> Iterator[None]:
     """Has the layers of a model in a configuration, without a model that could be run.
 
     What: as a worker does: groups of one rank, `initialize_model`, the platform's choice of a
-        block size, and that of a layout; on the device "meta", which holds no numbers.
+        block size, and that of a layout; on the device "meta", which holds no numbers. Rotary
+        tables, which a process shares between its models, are kept apart.
     Why: vLLM knows the size of a cache only from layers that are built.
     Range: 0.32.0.
     Delete when: vLLM can be asked what would fit.
@@ -152,11 +153,15 @@ def layers_without_weights(vllm_config: VllmConfig) -> Iterator[None]:
     from vllm.config import set_current_vllm_config
     from vllm.distributed import parallel_state
     from vllm.distributed.kv_transfer.kv_connector.utils import get_current_attn_backends
+    from vllm.model_executor.layers import rotary_embedding
     from vllm.model_executor.model_loader.utils import initialize_model
     from vllm.platforms import current_platform
     from vllm.utils.torch_utils import set_default_torch_dtype
     from vllm.v1.attention.backends import utils
 
+    shared = rotary_embedding._ROPE_DICT
+    kept = dict(shared)
+    shared.clear()
     with set_current_vllm_config(vllm_config):
         # An engine that failed to start in this process has left its groups.
         is_first = not torch.distributed.is_initialized()
@@ -174,6 +179,8 @@ def layers_without_weights(vllm_config: VllmConfig) -> Iterator[None]:
             utils.resolve_kv_cache_layout(vllm_config, [names], plain_specs(vllm_config).values())
             yield
         finally:
+            shared.clear()
+            shared.update(kept)
             if is_first:
                 parallel_state.destroy_model_parallel()
                 parallel_state.destroy_distributed_environment()
