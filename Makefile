@@ -52,8 +52,7 @@ test-slow: $(VENV)/.dev $(LIBRARY) $(EMULATED)  ## run the slow tests as well
 	$(BIN)/python -m pytest $(ARGS)
 
 test-next: $(VENV)/.dev $(LIBRARY)  ## run plugin and engine tests on the Python sources of the newest vLLM that is tested
-	$(BIN)/python -m tests.other_vllm $(NEXT) -m "not slow" tests/engine/test_plugin.py \
-	  tests/engine/test_features.py tests/engine/test_recent_window.py $(ARGS)
+	$(BIN)/python -m tests.other_vllm $(NEXT) -m "versions and not slow" tests/engine $(ARGS)
 
 lint: $(VENV)/.dev docker-lint  ## ruff, mypy, clang-format, and docker-lint
 	$(BIN)/ruff check .

@@ -14,9 +14,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "vllm_fibquant"
 
-# A module imports from its own folder and those before it. A module outside folders belongs to the
-# last folder that it imports from. `kernels` and `server` are links.
-FOLDERS = ("codec", "keys", "kernels", "ops", "observe", "engine", "evaluation", "cli", "server")
+# A module imports from its own folder and those before it in CONTRIBUTING's table. A module outside
+# folders belongs to the last folder that it imports from. `kernels` and `server` are links.
+FOLDERS = re.findall(r"^\| `(\w+)/`", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
 # The launchers of the Triton kernels choose splits as those of the CUDA kernels do.
 ALLOWED_UPWARD = {("kernels", "vllm_fibquant.ops")}
 

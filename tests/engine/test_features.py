@@ -16,6 +16,8 @@ from vllm_fibquant.codec.layout import preset_layout
 from .harness import cache_tensors, engine, generate, in_batches, one_by_one, varied_prompts
 from .models import VOCAB_SIZE, make_model
 
+pytestmark = pytest.mark.versions
+
 
 def num_tokens_of_cache(llm) -> int:
     return llm.llm_engine.vllm_config.cache_config.kv_cache_size_tokens

@@ -18,6 +18,7 @@ from vllm_fibquant.engine import compat, plugin, support
 from vllm_fibquant.options import parse_options
 
 NEEDS_ENGINE = False
+pytestmark = pytest.mark.versions
 
 
 def run_python(code: str) -> str:

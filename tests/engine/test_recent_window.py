@@ -18,6 +18,8 @@ from .harness import (
 )
 from .models import VOCAB_SIZE, make_model
 
+pytestmark = pytest.mark.versions
+
 QUALITY = {"mode": "quality"}
 ALL = {**QUALITY, "recent_window": 256}  # longer than any prompt and answer here
 

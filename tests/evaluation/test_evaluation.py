@@ -375,7 +375,7 @@ def test_digest_of_code(tmp_path, monkeypatch):
         return digests.code_digest(False)
 
     monkeypatch.setattr(digests, "PACKAGE_DIR", tmp_path)
-    monkeypatch.setattr(digests, "_DECIDING", ("codec", "one.py"))
+    monkeypatch.setattr(digests, "_MEASURING", ("codec", "one.py"))
     try:
         here = digest(one="import a\ndef f():\n    return 1\nX = 2\n", codec__x="Y = 3\n")
         text = '"""Words."""\nY = 3\ndef f():\n    """Say."""\n    from b import c\n    return 1\n'
@@ -383,5 +383,9 @@ def test_digest_of_code(tmp_path, monkeypatch):
         assert digest(one="X = 2\n", codec__y=text.replace("1", "2")) != here
         assert digest(one="X = 2\n", codec__y=text, other="Z = 4\n") == here
         assert digest(one="X = 2\n", codec__y=text, codec__z="Z = 4\n") != here
+        used = "from vllm_fibquant.two import x\nX = 2\n"
+        assert digest(one=used, codec__y=text, two="") == here
+        assert digest(one=used, codec__y=text, two="Z = 4\n") != here
+        assert digest(one=used.replace("two", "ops.two"), codec__y=text, ops__two="Z = 4\n") == here
     finally:
         digests.code_digest.cache_clear()

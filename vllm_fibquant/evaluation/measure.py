@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vllm_fibquant.evaluation.formats import Format
 from vllm_fibquant.evaluation.simulate import Simulator
-from vllm_fibquant.evaluation.texts import Unit
+
+if TYPE_CHECKING:
+    from vllm_fibquant.evaluation.texts import Unit
 
 _ROWS = 64  # positions whose whole vocabulary is held at once: 67 MB of 262,144 words, a few times
 NUM_WORST = 32
