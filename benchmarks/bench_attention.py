@@ -27,7 +27,7 @@ from vllm_fibquant.codec.layout import preset_layout
 from vllm_fibquant.keys.calibration import num_turning
 from vllm_fibquant.keys.key_map import FirstMeans, KeyMap, TurningMean, Turns
 from vllm_fibquant.keys.transform import make_transform, transform_problem
-from vllm_fibquant.ops import Attend, Batch, Copies, Fresh, cpu
+from vllm_fibquant.ops import Attend, Batch, Copies, Fresh, cpu_library
 from vllm_fibquant.options import parse_options
 
 BLOCK_SIZE = 128  # vLLM's default on CPUs
@@ -183,7 +183,7 @@ def main() -> None:
     add_out(parser)
     args = parser.parse_args()
 
-    cpu.select_isa(args.instruction_set)
+    cpu_library.select_isa(args.instruction_set)
     dtype = getattr(torch, args.dtype)
     clock = clock_of(args)
     baseline = "vllm_" + args.dtype
@@ -219,7 +219,7 @@ def main() -> None:
                 median=median, vs_vllm=ratio, bytes=case.formats[name][0],
                 kernel=ops.kernel_name(), threads=torch.get_num_threads(),
                 clock="cpu" if args.one_thread else "wall",
-                instruction_set=cpu.isa(), cpu=cpu_name(), torch=torch.__version__,
+                instruction_set=cpu_library.isa(), cpu=cpu_name(), torch=torch.__version__,
             )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from benchmarks.common import add_one_thread, add_out, append, clock_of, cpu_nam
 from vllm_fibquant import ops
 from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.codec.config import PRESETS
-from vllm_fibquant.ops import cpu
+from vllm_fibquant.ops import cpu_library
 
 SHAPES = ((64, 3), (128, 8))  # head_dim, num_kv_heads
 TOKENS_PER_SAMPLE = 512  # calls of few tokens are repeated: reading the clock takes as long as one
@@ -71,7 +71,7 @@ def main() -> None:
     add_one_thread(parser)
     add_out(parser)
     args = parser.parse_args()
-    cpu.select_isa(args.instruction_set)
+    cpu_library.select_isa(args.instruction_set)
     clock = clock_of(args)
 
     print(f"kernel {ops.kernel_name()} on {cpu_name()}, {torch.get_num_threads()} threads, "

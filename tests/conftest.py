@@ -34,11 +34,11 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(params=["portable", "avx2", "avx512", "avx512-vnni"])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction set of this CPU in turn."""
-    from vllm_fibquant.ops import cpu
+    from vllm_fibquant.ops import cpu_library
 
     try:
-        cpu.select_isa(request.param)
+        cpu_library.select_isa(request.param)
     except ValueError:
         pytest.skip(f"this CPU does not have {request.param}")
     yield request.param
-    cpu.select_isa(None)
+    cpu_library.select_isa(None)

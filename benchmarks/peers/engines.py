@@ -208,7 +208,7 @@ class Vllm:
         import vllm
 
         from vllm_fibquant import __version__
-        from vllm_fibquant.ops.cpu import isa
+        from vllm_fibquant.ops.cpu_library import isa
 
         return {
             "version": f"vllm {vllm.__version__}, vllm-fibquant {__version__}",

@@ -17,28 +17,10 @@
 
 #include "cpu/byte_attention.h"
 #include "cpu/dense.h"
+#include "cpu/first_tokens.h"
 #include "cpu/job.h"
 
 namespace fq::FQ_ISA {
-
-// What the map of keys adds to the scores of a tile that has first tokens: s.first_biases, where
-// `biases` and `bias` are those of its other tokens.
-static void set_first_biases(const FqKeyMap& map, int t0, int count, int rows, const float* bias,
-                             const float* biases, const Scratch& s) {
-  for (int r = 0; r < rows; ++r) {
-    for (int i = 0; i < count; ++i) {
-      const int position = t0 + i;
-      float& x = s.first_biases[r * kMaxTile + i];
-      if (position < map.num_first_means) {
-        x = s.first_bias[r * kMaxFirstMeans + position];
-      } else if (position < map.num_plain) {
-        x = 0.0f;
-      } else {
-        x = biases ? biases[r * kMaxTile + i] : bias ? bias[r] : 0.0f;
-      }
-    }
-  }
-}
 
 // Finds the indices and norms of the tokens [t0 + lead, t1) of a tile that begins at t0, and asks
 // for the next tile. Tokens that nobody may see borrow a neighbour's indices, which are harmless:
@@ -77,7 +59,7 @@ static bool find_tile(Call& call, const RowBlock& b, int t0, int lead, int t1,
 
 // Attends positions [begin, end) of one split from codes into `state`, which it clears first.
 static void attend_split(Call& call, const RowBlock& b, int begin, int end, int first_position,
-                         [[maybe_unused]] bool is_first, const Scratch& s, const State& state) {
+                         bool is_first, const Scratch& s, const State& state) {
   const FqCodec& codec = call.codec;
   const int head_dim = codec.head_dim, rows = rows_of(call, b), tile = tile_tokens(head_dim);
   const int context = context_len(call, b.req);
@@ -85,14 +67,12 @@ static void attend_split(Call& call, const RowBlock& b, int begin, int end, int 
   const int window = is_leading && call.args.keep_first > 0 ? 0 : call.args.window;
   const int oldest = is_leading ? 0 : (int)num_leading(call.args);
   const FqKeyMap* map = is_leading ? nullptr : call.args.key_map;
-#if defined(FQ_BYTES)
   // By the split's number alone, so that a row has one path whatever its block.
   const bool has_plain =
       map && begin / kSplit * kSplit < map->num_plain && num_leading(call.args) == 0;
   if (call.byte_keys.num_runs > 0 && !is_leading && !has_plain) {
     return attend_split_bytes(call, b, begin, end, first_position, is_first, s, state);
   }
-#endif
   const bool turns = map && map->turn_fine;
   const float* bias = map && !turns ? s.bias : nullptr;
   int step = -1;  // whose part of scores s.biases has
@@ -138,14 +118,7 @@ static void attend_split(Call& call, const RowBlock& b, int begin, int end, int 
                        has_first ? s.first_biases : biases};
     softmax_tile(s.scores, rows, s.key_factor, has_means ? s.ones : s.value_factor, mask,
                  call.args.soft_cap, state, s.alpha);
-    if (has_means) {
-      axpy_tile(s.scores, s.alpha, rows, DenseTile{s.first_value, head_dim}, head_dim,
-                num_means < count ? num_means : count, state.o);
-      for (int r = 0; r < rows; ++r) {
-        s.alpha[r] = 1.0f;
-        for (int i = 0; i < count; ++i) s.scores[r * kMaxTile + i] *= s.value_factor[i];
-      }
-    }
+    if (has_means) add_first_values(num_means, count, rows, head_dim, s, state);
     call.value.axpy(codec.value, value_fields, s.scores, s.alpha, rows, head_dim, count, s.tile,
                     state.o);
   }
@@ -191,13 +164,9 @@ static void run_job(Call& call, const RowBlock& b, const Job& job, const Scratch
     if (i < leading) begin = b.first_begin, end = b.first_end;
     if (i == job.split_begin || i == leading) {
       load_queries(call, b, i < leading ? Queries::kFirst : Queries::kCodes, s, s.query);
-#if defined(FQ_BYTES)
-      const FqKeyMap* map = call.args.key_map;
-      const int dim = map && map->num_coded > 0 ? map->num_coded : head_dim;
       if (call.byte_keys.num_runs > 0 && i >= leading) {
-        load_digits(call.byte_keys, rows, dim, s.query, s.bytes);
+        load_digits(call.byte_keys, rows, s.query, s.bytes);
       }
-#endif
     }
     if (call.args.key_map && begin < call.args.key_map->num_first_means) {
       load_first_means(call, b, s);
@@ -238,17 +207,16 @@ static int paged_attention(const FqCodec& codec, const FqPages& pages, const FqA
       static_cast<float*>(call_scratch((size_t)plan.partial_floats * 4)),
       args.num_q_heads / pages.num_kv_heads,
       false,
-#if defined(FQ_BYTES)
       byte_keys(codec, args.key_map, args.dtype),
-#endif
   };
   const RowBlock* blocks = plan.blocks();
   const Job* jobs = plan.jobs();
   const int64_t num_copied = args.batch->num_new * pages.num_kv_heads;
+  const int byte_records = call.byte_keys.num_runs > 0 ? call.layout.record_bytes : 0;
   const int max_rows = call.group_size > kMaxRows ? call.group_size : kMaxRows;
 #pragma omp parallel num_threads(args.num_threads) if (plan.is_parallel)
   {
-    const Scratch scratch = make_scratch(call, max_rows);
+    const Scratch scratch = make_scratch(codec.head_dim, max_rows, byte_records);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < plan.num_jobs; ++i) {
       run_job(call, blocks[jobs[i].block], jobs[i], scratch);

@@ -38,9 +38,9 @@ static inline int32_t sum_lanes(vi x) {
   return sum;
 }
 
-// Digits of one query [dim], whose coordinates are first multiplied by the step of their planes.
-static void load_query_digits(const ByteKeys& keys, int dim, const float* q, int row,
-                              const ByteScratch& s) {
+// Digits of one query [keys.dim], whose coordinates are first multiplied by the step of their
+// planes.
+static void load_query_digits(const ByteKeys& keys, const float* q, int row, const ByteScratch& s) {
   constexpr float kLargest = 32639.0f;  // 127 * 256 + 127
   alignas(64) float scaled[kMaxByteDim + 64] = {};
   for (int n = 0; n < keys.num_runs; ++n) {
@@ -49,7 +49,7 @@ static void load_query_digits(const ByteKeys& keys, int dim, const float* q, int
     for (int i = run.first; i < end; ++i) scaled[i] = q[i] * run.code->plane_step;
   }
   vf largest = {}, poison = {};
-  for (int i = 0; i < dim; i += kLanes) {
+  for (int i = 0; i < keys.dim; i += kLanes) {
     const vf x = load(scaled + i);
     largest = vmax(largest, vabs(x));
     poison = poison + x * 0.0f;  // NaN where x is, or is infinite
@@ -91,9 +91,8 @@ static void load_query_digits(const ByteKeys& keys, int dim, const float* q, int
   s.digit_scale[row] = top / kLargest + sum(poison);
 }
 
-static void load_digits(const ByteKeys& keys, int rows, int dim, const float* q,
-                        const ByteScratch& s) {
-  for (int r = 0; r < rows; ++r) load_query_digits(keys, dim, q + r * dim, r, s);
+static void load_digits(const ByteKeys& keys, int rows, const float* q, const ByteScratch& s) {
+  for (int r = 0; r < rows; ++r) load_query_digits(keys, q + r * keys.dim, r, s);
 }
 
 // ---- one softmax --------------------------------------------------------------------------------
@@ -395,6 +394,16 @@ static void attend_split_bytes(Call& call, const RowBlock& b, int begin, int end
   if (!add_split(call, b, range, rows, &ahead, s.bytes)) return;
   store_split(call, rows, s.bytes, state);
 }
+
+}  // namespace fq::FQ_ISA
+
+#else
+
+namespace fq::FQ_ISA {
+
+static inline void load_digits(const ByteKeys&, int, const float*, const ByteScratch&) {}
+static inline void attend_split_bytes(Call&, const RowBlock&, int, int, int, bool, const Scratch&,
+                                      const State&) {}
 
 }  // namespace fq::FQ_ISA
 

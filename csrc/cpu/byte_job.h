@@ -27,6 +27,7 @@ struct ByteRun {
 // What keys consist of. Runs with low planes come first.
 struct ByteKeys {
   int num_runs;  // 0: the call is attended in floats
+  int dim;       // of queries
   int num_high, num_low;
   ByteRun runs[3];
 };
@@ -105,7 +106,9 @@ static inline ByteKeys byte_keys(const FqCodec& codec, const FqKeyMap* map, int 
   if (dtype == kFqFloat32 || codec.head_dim > kMaxByteDim || !codec.value.planes) return keys;
   // Long sums of transformed keys leave float16's outputs too little room.
   if (dtype == kFqFloat16 && map && map->num_coded > 128) return keys;
+  keys.dim = codec.head_dim;
   if (map && map->num_coded > 0) {
+    keys.dim = map->num_coded;
     for (const FqCode& code : map->codes) {
       if (!code.planes) return keys;
     }
@@ -114,6 +117,26 @@ static inline ByteKeys byte_keys(const FqCodec& codec, const FqKeyMap* map, int 
     add_run(&keys, codec.key, codec.head_dim / codec.key.subvec_dim);
   }
   return keys;
+}
+
+}  // namespace fq::FQ_ISA
+
+#else
+
+namespace fq::FQ_ISA {
+
+struct ByteScratch {};
+
+// Without these instructions every call is attended in floats.
+struct ByteKeys {
+  static constexpr int num_runs = 0;
+};
+
+static inline ByteKeys byte_keys(const FqCodec&, const FqKeyMap*, int) { return {}; }
+
+template <class Take>
+static inline ByteScratch divide_byte_scratch(int, int, int, const Take&) {
+  return {};
 }
 
 }  // namespace fq::FQ_ISA

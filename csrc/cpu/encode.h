@@ -30,18 +30,6 @@ static int64_t encode_vectors(const FqCodec& codec, const FqCode& code, Batch& b
   return nonfinite;
 }
 
-// Whether a token is among its request's first ones, which a map of keys codes in another way.
-static inline bool is_first(const FqEncode& args, int64_t token) {
-  return args.key_map && args.positions[token] < args.key_map->num_plain;
-}
-
-// Subtracts from x what keys, or values, at a first position have in common, if that is known.
-static inline void subtract_first(const FqKeyMap& map, const float* means, int head, int head_dim,
-                                  int64_t position, float* x) {
-  if (position >= map.num_first_means) return;
-  subtract(x, means + (head * (int64_t)map.num_first_means + position) * head_dim, head_dim);
-}
-
 // Encodes a batch, all of first tokens or none, into its zeroed records. Returns the number of
 // vectors with a NaN or infinity.
 static int64_t encode_batch(const FqCodec& codec, const RecordLayout& layout, const FqEncode& args,

@@ -1,11 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
-// Encodes keys through the transform of a calibration.
+// Encodes tokens through a calibration's map of keys: first tokens, and the transform.
 #pragma once
 
 #include "cpu/batch.h"
 #include "cpu/mapped.h"
 
 namespace fq::FQ_ISA {
+
+// Whether a token is among its request's first ones, which a map of keys codes in another way.
+static inline bool is_first(const FqEncode& args, int64_t token) {
+  return args.key_map && args.positions[token] < args.key_map->num_plain;
+}
+
+// Subtracts from x what keys, or values, at a first position have in common, if that is known.
+static inline void subtract_first(const FqKeyMap& map, const float* means, int head, int head_dim,
+                                  int64_t position, float* x) {
+  if (position >= map.num_first_means) return;
+  subtract(x, means + (head * (int64_t)map.num_first_means + position) * head_dim, head_dim);
+}
 
 // b.y [count, num_coded], of keys b.x without their means: their transformed directions, times
 // source_scale. Those of zero vectors are 0, as are those with a NaN or infinity, whose number is

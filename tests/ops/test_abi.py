@@ -7,17 +7,17 @@ from ctypes import Structure
 
 import pytest
 
-from vllm_fibquant.ops import cpu, cuda
+from vllm_fibquant.ops import cpu_library, cuda
 from vllm_fibquant.ops.abi import load_library
 
-STRUCTS = (
-    cpu.FqCode, cpu.FqCodec, cpu.FqPages, cpu.FqEncode, cpu.FqBatch, cpu.FqCopyPool, cpu.FqAttend,
-    cpu.FqKeyMap,
-)  # fmt: skip
+STRUCTS = tuple(
+    getattr(cpu_library, f"Fq{name}")
+    for name in ("Code", "Codec", "Pages", "Encode", "Batch", "CopyPool", "Attend", "KeyMap")
+)
 
 
 def load(structs):
-    return load_library("test", cpu.LIBRARY_PATH, "fq_abi", structs, "build it again")
+    return load_library("test", cpu_library.LIBRARY_PATH, "fq_abi", structs, "build it again")
 
 
 def changed(struct, change):
@@ -50,7 +50,9 @@ def test_other_fields_are_refused(struct, change):
 
 def test_a_library_that_describes_nothing_is_refused():
     with pytest.raises(RuntimeError, match="got 'nothing'"):
-        load_library("test", cpu.LIBRARY_PATH, "no_such_function", STRUCTS, "build it again")
+        load_library(
+            "test", cpu_library.LIBRARY_PATH, "no_such_function", STRUCTS, "build it again"
+        )
 
 
 def test_a_library_that_is_missing_or_none_is_refused(tmp_path):

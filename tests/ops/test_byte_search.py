@@ -16,7 +16,7 @@ from vllm_fibquant.codec.codebook import load_codebook, make_codebook
 from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.codec.config import PRESETS, CodeSpec
 from vllm_fibquant.codec.search import nearest_rows
-from vllm_fibquant.ops import cpu, cpu_tables
+from vllm_fibquant.ops import cpu_library, cpu_tables
 from vllm_fibquant.ops.search_tables import SQUARES, Scan, make_scan, make_squares
 
 PAIRS = [CodeSpec(2, 256, storage="float16"), CodeSpec(2, 1024, folded=True, storage="float16")]
@@ -65,7 +65,7 @@ CASES = [
 @pytest.mark.parametrize(("name", "head_dim", "transform"), CASES)
 def test_bytes_store_what_floats_store(name: str, head_dim: int, transform: bool, isa: str) -> None:
     got = encoded(name, head_dim, 400, transform)
-    cpu.select_isa("avx512")
+    cpu_library.select_isa("avx512")
     assert torch.equal(got, encoded(name, head_dim, 400, transform))
 
 
@@ -75,12 +75,12 @@ def test_their_model_stores_what_floats_store(tmp_path, monkeypatch: pytest.Monk
     for folder, flags in (("floats", []), ("bytes", ["-DFQ_BYTE_MODEL"])):
         (tmp_path / folder).mkdir()
         library = build_portable(tmp_path / folder, 16, *flags)
-        monkeypatch.setattr(cpu, "LIBRARY_PATH", library)
-        cpu.library.cache_clear()
-        cpu.select_isa("portable")
+        monkeypatch.setattr(cpu_library, "LIBRARY_PATH", library)
+        cpu_library.library.cache_clear()
+        cpu_library.select_isa("portable")
         results.append([encoded(name, d, 60, transform) for name, d, transform in CASES])
     monkeypatch.undo()
-    cpu.library.cache_clear()
+    cpu_library.library.cache_clear()
     for case, floats, bytes_ in zip(CASES, *results, strict=True):
         assert torch.equal(floats, bytes_), case
 

@@ -12,7 +12,7 @@ from vllm_fibquant.codec.codebook import make_codebook
 from vllm_fibquant.codec.codec import KVCodec, VectorCodec, unpack_indices
 from vllm_fibquant.codec.config import HEAD_DIMS, PRESETS, CodeSpec
 from vllm_fibquant.codec.rotation import make_rotation
-from vllm_fibquant.ops import Pages, cpu
+from vllm_fibquant.ops import Pages, cpu, cpu_library
 from vllm_fibquant.ops.selfcheck import run_self_check
 
 PRESET_NAMES = [name for name in PRESETS if name != "fibquant"]
@@ -51,7 +51,7 @@ def check_records(codec: KVCodec, got: torch.Tensor, expected: torch.Tensor) -> 
 def test_layout_is_the_librarys(name: str, head_dim: int) -> None:
     codec = KVCodec.from_preset(PRESETS[name], head_dim)
     layout = codec.layout
-    assert cpu.record_layout(codec) == [
+    assert cpu_library.record_layout(codec) == [
         layout.key_index_offset,
         layout.value_index_offset,
         layout.key_norm_offset,
@@ -101,7 +101,7 @@ def test_model_dtypes_and_strided_inputs(dtype: torch.dtype) -> None:
 )
 def test_every_instruction_set(isa: str, name: str) -> None:
     try:
-        cpu.select_isa(isa)
+        cpu_library.select_isa(isa)
     except ValueError:
         pytest.skip(f"this CPU does not have {isa}")
     try:
@@ -111,7 +111,7 @@ def test_every_instruction_set(isa: str, name: str) -> None:
             got, expected, *_ = encode_both(codec, key, value)
             check_records(codec, got, expected)
     finally:
-        cpu.select_isa(None)
+        cpu_library.select_isa(None)
 
 
 @pytest.mark.parametrize(

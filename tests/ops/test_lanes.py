@@ -21,7 +21,7 @@ import torch
 from tests.keys.test_key_map import KINDS, mapped
 from tests.ops.test_attention import check_against_oracle, codec_of
 from tests.paged import make_paged
-from vllm_fibquant.ops import cpu
+from vllm_fibquant.ops import cpu_library
 
 ROOT = Path(__file__).parents[2]
 NO_OTHER_ISA = """
@@ -62,12 +62,12 @@ def lanes(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(f"lanes{request.param}")
     library = build_portable(folder, request.param, *flags)
     patch = pytest.MonkeyPatch()
-    patch.setattr(cpu, "LIBRARY_PATH", library)
-    cpu.library.cache_clear()
-    cpu.select_isa("portable")
+    patch.setattr(cpu_library, "LIBRARY_PATH", library)
+    cpu_library.library.cache_clear()
+    cpu_library.select_isa("portable")
     yield request.param
     patch.undo()
-    cpu.library.cache_clear()
+    cpu_library.library.cache_clear()
 
 
 @pytest.mark.long  # compiles the library twice

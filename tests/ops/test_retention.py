@@ -8,7 +8,7 @@ import torch
 
 from tests.ops.test_attention import attend_in_chunks, check_against_oracle, codec_of
 from tests.paged import make_paged
-from vllm_fibquant.ops import cpu
+from vllm_fibquant.ops import cpu_library
 
 
 def other_query(paged, seed: int = 9) -> torch.Tensor:
@@ -45,14 +45,14 @@ def test_model_dtypes_and_every_other_option(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512-vnni"])
 def test_every_instruction_set(isa: str) -> None:
     try:
-        cpu.select_isa(isa)
+        cpu_library.select_isa(isa)
     except ValueError:
         pytest.skip(f"this CPU does not have {isa}")
     try:
         paged = make_paged(codec_of("fibquant_2bit", 64), [70, 530], [9, 20], group_size=3)
         check_against_oracle(paged, keep_first=5, window=40, first_query=other_query(paged))
     finally:
-        cpu.select_isa(None)
+        cpu_library.select_isa(None)
 
 
 def test_the_same_query_over_everything_is_plain_attention() -> None:

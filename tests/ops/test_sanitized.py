@@ -16,9 +16,9 @@ RUN = """
 import sys
 from pathlib import Path
 import pytest
-from vllm_fibquant.ops import cpu
-cpu.LIBRARY_PATH = Path(sys.argv[1])
-cpu.select_isa("portable")
+from vllm_fibquant.ops import cpu_library
+cpu_library.LIBRARY_PATH = Path(sys.argv[1])
+cpu_library.select_isa("portable")
 options = ["-q", "-x", "-p", "no:cacheprovider", "-k", "not avx2 and not avx512"]
 sys.exit(pytest.main([*options, *sys.argv[2:]]))
 """

@@ -21,7 +21,7 @@ GainRule = Literal["norm", "preserve", "mse", "unbiased"]
 """
 
 GAIN_NUMBERS: dict[GainRule, int] = {"norm": 0, "preserve": 1, "mse": 2, "unbiased": 3}
-"""How kernels are told the rule; csrc/cpu/params.h has the same numbers."""
+"""How kernels are told the rule; csrc/abi.h has the same numbers."""
 
 StorageDtype = Literal["int8", "float16"]
 PrefillMode = Literal["codes", "raw"]

@@ -21,9 +21,8 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_fibquant.ops import cpu
 from vllm_fibquant.ops.checks import check_integers
-from vllm_fibquant.ops.cpu_structs import FqBatch, FqCopyPool
+from vllm_fibquant.ops.cpu_library import FqBatch, FqCopyPool, library
 
 MAX_COPY_SHARE = 0.1
 """Most of the memory for pages that copies of tokens may take."""
@@ -127,7 +126,7 @@ class CopyPool:
         most = min(self.num_rows, slot_mapping.shape[0])
         tokens, rows = torch.empty(2, most, dtype=torch.int64)
         out = slot_mapping.data_ptr(), table.data_ptr(), tokens.data_ptr(), rows.data_ptr()
-        plan_copies, structs = cpu.library().fq_plan_copies, (byref(self._struct), byref(batch))
+        structs, plan_copies = (byref(self._struct), byref(batch)), library().fq_plan_copies
         if (num_new := plan_copies(*structs, *out)) < 0:
             self._reach(-num_new)
             num_new = plan_copies(*structs, *out)

@@ -11,7 +11,7 @@ from vllm_fibquant.codec.codebook import load_codebook
 from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.codec.config import PRESETS, Preset
 from vllm_fibquant.ops import gpu
-from vllm_fibquant.ops.cpu import unsupported_head_dim
+from vllm_fibquant.ops.cpu_library import unsupported_head_dim
 from vllm_fibquant.ops.kernels import features_of
 
 if TYPE_CHECKING:

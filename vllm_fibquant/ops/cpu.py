@@ -1,38 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CPU library: loads libfibquant_cpu.so and hands it pointers.
+"""The two operations on CPUs: hands the CPU library pointers.
 
-The library has a plain C ABI (csrc/cpu/params.h), so one build serves every Python and torch. It
-shares torch's OpenMP runtime, and so its threads and their binding, because torch is imported
-first. Structs are kept with what they describe (`Pages`, `Attend`); a call writes a few fields.
+Structs are kept with what they describe (`Pages`, `Attend`, `Batch`); a call writes a few fields.
 """
 
 from __future__ import annotations
 
-import ctypes
-import functools
-from ctypes import POINTER, byref, c_char_p, c_int32, c_int64, c_void_p, pointer
+from ctypes import byref, pointer
 from typing import Any
 
 import torch
 
 from vllm_fibquant.codec.codec import KVCodec
-from vllm_fibquant.files import PACKAGE_DIR
-from vllm_fibquant.ops.abi import DTYPES, FqPages, load_library, pages_of
+from vllm_fibquant.ops.abi import DTYPES, pages_of
 from vllm_fibquant.ops.call import Attend, Batch, Fresh, Pages
 from vllm_fibquant.ops.checks import check_pair
-from vllm_fibquant.ops.cpu_structs import FqAttend, FqBatch, FqCopyPool, FqEncode
-from vllm_fibquant.ops.cpu_tables import (
-    FqCode,
-    FqCodec,
-    FqKeyMap,
-    codec_struct,
-    key_map_pointer,
+from vllm_fibquant.ops.cpu_library import (
+    FqAttend,
+    FqBatch,
+    FqEncode,
+    isa,
+    library,
+    unsupported_head_dim,
 )
+from vllm_fibquant.ops.cpu_tables import codec_struct, key_map_pointer
 from vllm_fibquant.ops.kernels import Kernels
-
-LIBRARY_PATH = PACKAGE_DIR / "lib" / "libfibquant_cpu.so"
-MAX_HEAD_DIM = 512
-HEAD_DIM_MULTIPLE = 16
 
 _ERRORS = {
     1: "block_table must hold block numbers inside the cache",
@@ -42,65 +34,6 @@ _ERRORS = {
     4: "seq_lens must not exceed the positions that key_map.turning knows",
     5: "new_tokens and new_rows must be tokens of the batch and rows of the layer's copies",
 }
-
-
-def is_built() -> bool:
-    """Whether the library file exists."""
-    return LIBRARY_PATH.exists()
-
-
-@functools.cache
-def library() -> ctypes.CDLL:
-    """The loaded library.
-
-    Raises:
-        RuntimeError: it is missing, does not load, or was built from other sources.
-    """
-    advice = "build it with `pip install -e .` (or `python setup.py build_ext --inplace`)"
-    structs = (FqCode, FqCodec, FqPages, FqEncode, FqBatch, FqCopyPool, FqAttend, FqKeyMap)
-    lib = load_library("cpu.library", LIBRARY_PATH, "fq_abi", structs, advice)
-    lib.fq_isa.restype = c_char_p
-    lib.fq_select_isa.argtypes = [c_char_p]
-    lib.fq_encode_kv.argtypes = [POINTER(FqCodec), POINTER(FqPages), POINTER(FqEncode)]
-    lib.fq_encode_kv.restype = c_int64
-    lib.fq_plan.argtypes = [POINTER(FqCodec), POINTER(FqPages), POINTER(FqAttend), c_void_p]
-    lib.fq_plan.restype = c_int64
-    lib.fq_plan_copies.argtypes = [POINTER(FqCopyPool), POINTER(FqBatch), *[c_void_p] * 4]
-    lib.fq_plan_copies.restype = c_int64
-    lib.fq_paged_attention.argtypes = [POINTER(FqCodec), POINTER(FqPages), POINTER(FqAttend)]
-    return lib
-
-
-def isa() -> str:
-    """The instruction set in use: ``portable``, ``avx2``, ``avx512`` or ``avx512-vnni``."""
-    return library().fq_isa().decode()
-
-
-def select_isa(name: str | None) -> None:
-    """Choose an instruction set, for tests and benchmarks; None chooses the best.
-
-    Raises:
-        ValueError: this CPU does not have it.
-    """
-    if library().fq_select_isa(name.encode() if name else None):
-        raise ValueError(f"select_isa: name must be one this CPU supports, got {name!r}")
-
-
-def record_layout(codec: KVCodec) -> list[int]:
-    """The library's own idea of the record: offsets of K and V indices, of both norms, its size."""
-    struct, out = codec_struct(codec), (c_int32 * 5)()
-    library().fq_record_layout(codec.head_dim, byref(struct.key), byref(struct.value), out)
-    return list(out)
-
-
-def unsupported_head_dim(head_dim: int) -> str | None:
-    """Why the kernels cannot take this head_dim, or None when they can."""
-    if head_dim % HEAD_DIM_MULTIPLE or not 0 < head_dim <= MAX_HEAD_DIM:
-        return (
-            f"head_dim must be a multiple of {HEAD_DIM_MULTIPLE}, at most {MAX_HEAD_DIM}, "
-            f"got {head_dim}"
-        )
-    return None
 
 
 class _Layer:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A codec and a map of keys as structs and tables of the CPU library (csrc/cpu/params.h)."""
+"""A codec and a map of keys as structs and tables of the CPU library (csrc/cpu/tables.h)."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def _lists(
 
 
 def _tiles(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """rows[index] as tiles (params.h), float32 `[n / 16, subvec_dim + 1, 16]`; -1 is padding."""
+    """rows[index] as tiles (tables.h), float32 `[n / 16, subvec_dim + 1, 16]`; -1 is padding."""
     bias = (-rows.square().sum(-1) / 2)[index].masked_fill(index < 0, -torch.inf)
     return torch.cat((bias.unsqueeze(-1), rows[index]), -1).unflatten(0, (-1, 16)).transpose(1, 2)
 
@@ -232,7 +232,7 @@ def key_map_pointer(key_map: KeyMap | None) -> Any:
 
 @dataclass(frozen=True)
 class _TurnTables:
-    """The tables of `params.h`, and which of their columns each pair is."""
+    """The tables of `tables.h`, and which of their columns each pair is."""
 
     fine: torch.Tensor  # float32 [2, num_fast_columns, STEP / 2]
     coarse: torch.Tensor  # float32 [num_positions / STEP + 1, 2, num_columns]
