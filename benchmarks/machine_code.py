@@ -199,7 +199,7 @@ def support_markdown(library: Any) -> str:
 
 def _features(implementation: str, has_it: bool) -> str:
     """What an implementation has, or has not, of what may be asked of kernels."""
-    from vllm_fibquant.ops.kernels import FEATURES
+    from vllm_fibquant.ops.features import FEATURES
 
     rows = [row for row in FEATURES.values() if (implementation in row.had_by) == has_it]
     return ", ".join(row.what for row in rows) or "nothing"

@@ -15,7 +15,7 @@ from vllm_fibquant import ops
 from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.codec.config import PRESETS
 from vllm_fibquant.ops import Attend, Batch, Copies, Fresh, Pages, checks, cuda, gpu
-from vllm_fibquant.ops.kernels import FEATURES, IMPLEMENTATIONS, features_markdown
+from vllm_fibquant.ops.features import FEATURES, IMPLEMENTATIONS, features_markdown
 
 KERNELS = {k.implementation: k for k in (ops.REFERENCE, ops.CPU, cuda.Cuda(None), gpu.TRITON)}
 OF_A_RUN = {"layers", "monitor"}

@@ -12,7 +12,7 @@ from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.codec.config import PRESETS, Preset
 from vllm_fibquant.ops import gpu
 from vllm_fibquant.ops.cpu_library import unsupported_head_dim
-from vllm_fibquant.ops.kernels import features_of
+from vllm_fibquant.ops.features import features_of
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def features_on(vllm_config: VllmConfig) -> frozenset[str]:
-    """The features (`ops.kernels.FEATURES`) of the kernels that would serve this run."""
+    """The features (`ops.features.FEATURES`) of the kernels that would serve this run."""
     if vllm_config.device_config.device_type == "cpu":
         return features_of("cpu")
     return gpu.features(head_dim_of(vllm_config))

@@ -35,7 +35,7 @@ UNMEASURED_HYBRID = (
 )
 
 NEEDED_BY_DEFAULTS: dict[Part, str] = {"copies": "copies", "calibration": "means"}
-"""The feature of kernels (`ops.kernels.FEATURES`) that each part of the defaults asks for."""
+"""The feature of kernels (`ops.features.FEATURES`) that each part of the defaults asks for."""
 
 UNMOVED: dict[Part, str] = {
     "copies": "KV connectors and offloading move pages, not what is kept beside them",

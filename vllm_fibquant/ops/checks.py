@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vllm_fibquant.codec.codec import KVCodec
-from vllm_fibquant.ops.kernels import FEATURES, Kernels
+from vllm_fibquant.ops.features import FEATURES
+from vllm_fibquant.ops.kernels import Kernels
 
 if TYPE_CHECKING:
     from vllm_fibquant.ops.call import Attend, Batch, Fresh, Pages

@@ -16,7 +16,8 @@ from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.ops import cuda
 from vllm_fibquant.ops.call import Attend, Batch, Fresh, Pages
 from vllm_fibquant.ops.checks import check_pair
-from vllm_fibquant.ops.kernels import GpuKernels, Kernels, features_of
+from vllm_fibquant.ops.features import features_of
+from vllm_fibquant.ops.kernels import GpuKernels, Kernels
 
 logger = logging.getLogger(f"vllm.{__name__}")  # vLLM's tree; this layer works without vLLM
 

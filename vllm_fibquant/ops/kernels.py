@@ -1,77 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an implementation of the two operations is, and the one table of what each of them can do.
+"""What an implementation of the two operations is.
 
 There are four: the oracle (`reference`), the C++ library (`cpu`), the CUDA library (`cuda`) and the
 Triton kernels (`triton`). One is chosen for a layer when its pages are known (`ops.pages_of`), and
-the layer calls it from then on.
+the layer calls it from then on. What each can do is `features.FEATURES`.
 """
 
 from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 
 from vllm_fibquant.codec.codec import KVCodec
+from vllm_fibquant.ops.features import features_of
 
 if TYPE_CHECKING:
     from vllm_fibquant.keys.key_map import KeyMap
     from vllm_fibquant.ops.call import Attend, Batch, Fresh, Pages
-
-IMPLEMENTATIONS = ("reference", "cpu", "cuda", "triton")
-
-
-class Feature(NamedTuple):
-    """Something that may be asked of an implementation.
-
-    Attributes:
-        what: for people.
-        asked_by: the option, or what of a model, that asks for it.
-        had_by: the implementations that can do it.
-    """
-
-    what: str
-    asked_by: str
-    had_by: tuple[str, ...]
-
-
-_ALL, _ON_CPUS = IMPLEMENTATIONS, ("reference", "cpu")
-_NOT_TRITON = ("reference", "cpu", "cuda")
-
-FEATURES = {
-    "window": Feature("sliding window", "the model", _ALL),
-    "soft_cap": Feature("soft cap of scores", "the model", _ALL),
-    "sinks": Feature("attention sinks", "the model", _ALL),
-    "raw": Feature("a step's new tokens read as computed", '`"prefill": "raw"`', _ALL),
-    "copies": Feature("newest and first tokens kept in 16 bits", '`"mode": "quality"`', _ON_CPUS),
-    "means": Feature("keys coded without their means", '`"calibrate": "means"`', _NOT_TRITON),
-    "transform": Feature("keys transformed", '`"calibrate": "transform"`', _NOT_TRITON),
-    "keep_first": Feature("first tokens seen outside a window", "`retain`", _ON_CPUS),
-    "lists": Feature("codewords searched through lists", "`num_lists`", _ON_CPUS),
-    "layers": Feature("other presets for some layers", "`layers`", _ALL),
-    "monitor": Feature("fidelity compared while serving", "`monitor`", _ON_CPUS),
-}
-"""What may be asked, by name. Refusals, tests and the documents' table follow from it; head dims,
-codes and block sizes are answered by `Kernels.refuses`."""
-
-
-def features_of(implementation: str) -> frozenset[str]:
-    """The features one implementation has."""
-    return frozenset(name for name, row in FEATURES.items() if implementation in row.had_by)
-
-
-def features_markdown() -> str:
-    """The table of docs/kernels.md."""
-    lines = [
-        f"| feature | asked for by | {' | '.join(IMPLEMENTATIONS)} |",
-        f"| --- | --- |{' :-: |' * len(IMPLEMENTATIONS)}",
-    ]
-    for row in FEATURES.values():
-        marks = ("yes" if name in row.had_by else "" for name in IMPLEMENTATIONS)
-        lines.append(f"| {row.what} | {row.asked_by} | {' | '.join(marks)} |")
-    return "\n".join(lines) + "\n"
 
 
 @functools.cache
