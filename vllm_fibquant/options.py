@@ -36,8 +36,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from vllm_fibquant.codec.config import PRESETS, PrefillMode, Preset, get_preset, is_fibquant
@@ -64,27 +64,9 @@ _MODES: dict[Mode, tuple[PrefillMode, int]] = {
     "exact": ("codes", 0),
     "quality": ("raw", QUALITY_WINDOW),
 }
-_OWN_NAMES = (
-    "mode",
-    "prefill",
-    "recent_window",
-    "first_tokens",
-    "self_check",
-    "fidelity_gate",
-    "accept_loss",
-    "retain",
-    "unproven_gpu",
-    "monitor",
-    "calibrate",
-    "calibration",
-    "layers",
-)
-
 DEFAULT_FIRST = 4
 """First tokens of a request that are treated apart, as many as StreamingLLM (arXiv 2309.17453,
 section 3.2) keeps."""
-
-_PRESET_NAMES = ("key", "value", "rotation_seed")
 
 
 @dataclass(frozen=True)
@@ -171,6 +153,12 @@ class Options:
         return hashlib.sha256(repr(self).encode()).hexdigest()[:8]
 
 
+_PRESET_NAMES = ("key", "value", "rotation_seed")
+_NAMES = ("mode", *(f.name for f in fields(Options) if f.name != "preset"), *_PRESET_NAMES)
+_SWITCHES = tuple(f.name for f in fields(Options) if f.type == "bool")
+_LARGEST = {"recent_window": MAX_RECENT_WINDOW, "first_tokens": MAX_FIRST_TOKENS}
+
+
 def given_options(additional_config: Any) -> Any:
     """What a user gave under "fibquant", which need not be valid; an empty object for nothing."""
     given = additional_config.get(SECTION) if isinstance(additional_config, dict) else None
@@ -185,8 +173,7 @@ def misplaced_options(additional_config: Any) -> str | None:
     """
     if not isinstance(additional_config, dict) or SECTION in additional_config:
         return None
-    known = _OWN_NAMES + _PRESET_NAMES
-    found = {name: x for name, x in additional_config.items() if name in known}
+    found = {name: x for name, x in additional_config.items() if name in _NAMES}
     for name, inner in additional_config.items():
         if re.sub(r"[^a-z]", "", str(name).lower()) in (SECTION, f"vllm{SECTION}"):
             found = inner if isinstance(inner, dict) else {}
@@ -225,75 +212,91 @@ def parse_options(
             'give for example {"prefill": "codes"}'
         )
 
-    problems = []
-    known = _OWN_NAMES + _PRESET_NAMES
-    unknown = [repr(name) for name in given if name not in known]
-    if unknown:
+    problems: list[str] = []
+    if unknown := [repr(name) for name in given if name not in _NAMES]:
         problems.append(
-            f"names must be among {', '.join(known)}, got {', '.join(unknown)}; remove them"
+            f"names must be among {', '.join(_NAMES)}, got {', '.join(unknown)}; remove them"
         )
-    # Who keeps a bounded cache has no use for new tokens at their distance in the text.
-    has_copies = "copies" not in lacking and given.get("retain") is None
-    mode = given.get("mode", DEFAULT_MODE if has_copies else "exact")
-    if mode not in get_args(Mode):
-        problems.append(
-            f'mode must be "exact" or "quality", got {mode!r}; use "exact" for results that do '
-            'not depend on what was cached, "quality" for better text at low rates'
-        )
-        mode = "exact"
-    prefill, recent_window = _MODES[mode]
-    prefill = given.get("prefill", prefill)
-    if "prefill" in given and prefill == "codes":
-        recent_window = 0  # what the mode would add contradicts what was asked for
-    if prefill not in get_args(PrefillMode):
-        problems.append(
-            f'prefill must be "codes" or "raw", got {prefill!r}; use "codes" for results that do '
-            'not depend on what was cached, "raw" for better text at low rates'
-        )
-    self_check, unproven_gpu = given.get("self_check", True), given.get("unproven_gpu", False)
-    gate, accept_loss = given.get("fidelity_gate", True), given.get("accept_loss", False)
-    for name, switch in (
-        ("self_check", self_check),
-        ("unproven_gpu", unproven_gpu),
-        ("fidelity_gate", gate),
-        ("accept_loss", accept_loss),
-    ):
-        if not isinstance(switch, bool):
-            problems.append(f"{name} must be true or false, got {switch!r}; leave it out")
-    recent_window = given.get("recent_window", recent_window)
-    first_tokens = given.get("first_tokens", DEFAULT_FIRST)
-    for name, number, most in (
-        ("recent_window", recent_window, MAX_RECENT_WINDOW),
-        ("first_tokens", first_tokens, MAX_FIRST_TOKENS),
-    ):
+    prefill, window = _parse_prefill(given, lacking, problems)
+    values: dict[str, Any] = {"prefill": prefill, "recent_window": window}
+    for name in _SWITCHES:
+        values[name] = given.get(name, getattr(Options, name))
+        if not isinstance(values[name], bool):
+            problems.append(f"{name} must be true or false, got {values[name]!r}; leave it out")
+    for name, most in _LARGEST.items():
+        values[name] = number = given.get(name, values.get(name, DEFAULT_FIRST))
         if not _is_count(number) or number > most:
             problems.append(
                 f"{name} must be an integer from 0 to {most}, got {number!r}; leave it out"
             )
-    if prefill == "codes" and recent_window:
+    if prefill == "codes" and values["recent_window"]:
         problems.append(
-            f'recent_window must be 0 when prefill is "codes", got {recent_window!r}; '
+            f'recent_window must be 0 when prefill is "codes", got {values["recent_window"]!r}; '
             'give "mode": "quality" or "prefill": "raw" with it'
         )
-    retain = None
-    try:
-        retain = _parse_retain(given.get("retain"))
-    except ValueError as error:
-        problems.append(str(error))
+    retain = values["retain"] = _attempt(problems, _parse_retain, given.get("retain"))
     if retain and prefill == "raw":
         problems.append(
             'prefill must be "codes" with retain, got "raw"; leave it out: a step\'s new tokens '
             "would see each other at their distance in the text, not in what is kept"
         )
-    monitor = None
+    values["monitor"] = _attempt(problems, _parse_monitor, given.get("monitor"))
+    values["calibration"] = given.get("calibration")
+    values["calibrate"] = _parse_calibrate(given, lacking, retain, problems)
+    values["layers"] = _attempt(problems, parse_layers, given.get("layers")) or ()
+    if preset_name in dict(values["layers"]).values():
+        problems.append(
+            f"layers must have another preset than --kv-cache-dtype, got {preset_name}; leave "
+            "those layers out"
+        )
+    overrides = {name: given[name] for name in _PRESET_NAMES if name in given}
+    preset = _attempt(problems, preset.with_overrides, overrides) or preset
+    if problems:
+        raise ValueError("fibquant options: " + "\n  also: ".join(problems))
+    return Options(preset=preset, **values)
+
+
+def _attempt(problems: list[str], parse: Callable[[Any], Any], given: Any) -> Any:
+    """What `parse` makes of `given`; None if it refuses, which becomes one of the problems."""
     try:
-        monitor = _parse_monitor(given.get("monitor"))
+        return parse(given)
     except ValueError as error:
-        problems.append(str(error))
+        problems.append(str(error).removeprefix("fibquant options: "))
+        return None
+
+
+def _parse_prefill(
+    given: dict[str, Any], lacking: Collection[Part], problems: list[str]
+) -> tuple[Any, int]:
+    """`prefill`, and the recent window where none is asked for."""
+
+    def choose(name: str, among: tuple[str, str], default: str) -> Any:
+        value = given.get(name, default)
+        if value not in among:
+            problems.append(
+                f'{name} must be "{among[0]}" or "{among[1]}", got {value!r}; use "{among[0]}" for '
+                f'results that do not depend on what was cached, "{among[1]}" for better text at '
+                "low rates"
+            )
+        return value
+
+    # Who keeps a bounded cache has no use for new tokens at their distance in the text.
+    has_copies = "copies" not in lacking and given.get("retain") is None
+    mode = choose("mode", get_args(Mode), DEFAULT_MODE if has_copies else "exact")
+    prefill, window = _MODES[mode if mode in get_args(Mode) else "exact"]
+    prefill = choose("prefill", get_args(PrefillMode), prefill)
+    # What the mode would add contradicts what was asked for.
+    return prefill, 0 if "prefill" in given and prefill == "codes" else window
+
+
+def _parse_calibrate(
+    given: dict[str, Any], lacking: Collection[Part], retain: Retain | None, problems: list[str]
+) -> Any:
+    """`calibrate`, once `calibration` suits it."""
     calibration = given.get("calibration")
     can_measure = "calibration" not in lacking and given.get("retain") is None
-    has_calibration = can_measure or calibration is not None
-    calibrate = given.get("calibrate", DEFAULT_CALIBRATE if has_calibration else "none")
+    default = DEFAULT_CALIBRATE if can_measure or calibration is not None else "none"
+    calibrate = given.get("calibrate", default)
     if calibrate not in get_args(Calibrate):
         names = " or ".join(f'"{name}"' for name in get_args(Calibrate))
         problems.append(f"calibrate must be {names}, got {calibrate!r}; leave it out")
@@ -303,44 +306,13 @@ def parse_options(
             f'with "calibrate": {calibrate!r}; leave it out'
         )
     if calibrate == "auto" and retain:
-        calibrate = "none"
+        return "none"
     if calibrate != "none" and retain:
         problems.append(
             f'calibrate must be "none" with retain, got {calibrate!r}; leave one of them out: '
             "both treat the first tokens apart, and differently"
         )
-    layers: tuple[tuple[int, str], ...] = ()
-    try:
-        layers = parse_layers(given.get("layers"))
-        if preset_name in dict(layers).values():
-            problems.append(
-                f"layers must have another preset than --kv-cache-dtype, got {preset_name}; leave "
-                "those layers out"
-            )
-    except ValueError as error:
-        problems.append(str(error))
-    overrides = {name: given[name] for name in _PRESET_NAMES if name in given}
-    try:
-        preset = preset.with_overrides(overrides)
-    except ValueError as error:
-        problems.append(str(error).removeprefix("fibquant options: "))
-    if problems:
-        raise ValueError("fibquant options: " + "\n  also: ".join(problems))
-    return Options(
-        preset=preset,
-        prefill=prefill,
-        recent_window=recent_window,
-        first_tokens=first_tokens,
-        self_check=self_check,
-        retain=retain,
-        unproven_gpu=unproven_gpu,
-        monitor=monitor,
-        calibrate=calibrate,
-        calibration=calibration,
-        layers=layers,
-        fidelity_gate=gate,
-        accept_loss=accept_loss,
-    )
+    return calibrate
 
 
 def parse_layers(given: Any) -> tuple[tuple[int, str], ...]:
