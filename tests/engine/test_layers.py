@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vllm_fibquant.cli import plan
-from vllm_fibquant.cli.shape import load_shape
+from vllm_fibquant.cli.shape import read_config, shape_of
 from vllm_fibquant.codec.config import PRESETS
 from vllm_fibquant.codec.layout import preset_layout
 from vllm_fibquant.engine import measure
@@ -75,7 +75,7 @@ def test_every_layer_has_its_own_pages(model):
     assert {code["preset"]: code["record_bytes"] for code in report["codes"]} == BYTES
     presets = tuple(enumerate(PRESET_OF))
     capacities = plan.plan_capacities(
-        load_shape(model), memory, 512, block_size=32, layer_presets=presets
+        shape_of(model, read_config(model)), memory, 512, block_size=32, layer_presets=presets
     )
     planned = next(c for c in capacities if c.kv_cache_dtype == LOW)
     assert found == (num_blocks, planned.num_tokens)

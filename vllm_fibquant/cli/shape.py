@@ -75,15 +75,6 @@ def keeps_states(config: dict[str, Any]) -> bool:
     return bool(kinds & STATE_LAYERS) or any(name.startswith(STATE_FIELDS) for name in config)
 
 
-def load_shape(model: str) -> ModelShape:
-    """The shape of a model whose layers are all attention.
-
-    Raises:
-        ValueError: it cannot be read, or its cache is of a kind that is not served.
-    """
-    return shape_of(model, read_config(model))
-
-
 def shape_of(name: str, config: dict[str, Any]) -> ModelShape:
     """The shape a Hugging Face configuration describes.
 

@@ -13,13 +13,7 @@ import torch
 
 from vllm_fibquant.codec.codebook import Codebook, load_codebook
 from vllm_fibquant.codec.config import MAX_INDEX_BITS, CodeSpec, Preset, get_preset
-from vllm_fibquant.codec.layout import (
-    NORM_BYTES,
-    RecordLayout,
-    pack_norms,
-    record_layout,
-    unpack_norms,
-)
+from vllm_fibquant.codec.layout import NORM_BYTES, RecordLayout, record_layout
 from vllm_fibquant.codec.rotation import Rotation, make_rotation
 from vllm_fibquant.codec.search import (
     CodewordLists,
@@ -97,9 +91,14 @@ def _check_index_bits(function: str, index_bits: int) -> None:
         )
 
 
-def count_nonfinite(x: torch.Tensor) -> int:
-    """Number of vectors of x `[..., d]` that hold a NaN or an infinity."""
-    return int((~torch.isfinite(x).all(-1)).sum())
+def pack_norms(norms: torch.Tensor) -> torch.Tensor:
+    """Norms float16 `[...]` to their bytes: uint8 `[..., NORM_BYTES]`."""
+    return norms.unsqueeze(-1).contiguous().view(torch.uint8)
+
+
+def unpack_norms(stored: torch.Tensor) -> torch.Tensor:
+    """Inverse of `pack_norms`; a copy, as norms in a record may not be aligned for their dtype."""
+    return stored.clone(memory_format=torch.contiguous_format).view(torch.float16).squeeze(-1)
 
 
 class VectorCodec:
@@ -148,8 +147,8 @@ class VectorCodec:
     def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Encode vectors.
 
-        A zero vector, and a vector holding a NaN or an infinity (count them with
-        `count_nonfinite`), has norm 0 and indices 0: it decodes to exact zeros. So does one whose
+        A zero vector, and a vector holding a NaN or an infinity, has norm 0 and indices 0: it
+        decodes to exact zeros. So does one whose
         largest coordinate is below the least normal float32.
 
         Args:

@@ -27,8 +27,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from vllm_fibquant.codec.config import CodeSpec, Preset
 
 NORM_BYTES = 2
@@ -76,16 +74,6 @@ def record_layout(key: CodeSpec, value: CodeSpec, head_dim: int) -> RecordLayout
         ValueError: a subvec_dim does not divide head_dim.
     """
     return RecordLayout(head_dim, key.index_bytes(head_dim), value.index_bytes(head_dim))
-
-
-def pack_norms(norms: torch.Tensor) -> torch.Tensor:
-    """Norms float16 `[...]` to their bytes: uint8 `[..., NORM_BYTES]`."""
-    return norms.unsqueeze(-1).contiguous().view(torch.uint8)
-
-
-def unpack_norms(stored: torch.Tensor) -> torch.Tensor:
-    """Inverse of `pack_norms`; a copy, as norms in a record may not be aligned for their dtype."""
-    return stored.clone(memory_format=torch.contiguous_format).view(torch.float16).squeeze(-1)
 
 
 def preset_layout(preset: Preset, head_dim: int) -> RecordLayout:

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_fibquant.codec.codec import KVCodec
-from vllm_fibquant.codec.layout import NORM_BYTES, pack_norms, unpack_norms
+from vllm_fibquant.codec.codec import KVCodec, pack_norms, unpack_norms
+from vllm_fibquant.codec.layout import NORM_BYTES
 from vllm_fibquant.keys.transform import KeyTransform
 
 STEP = 32

@@ -188,11 +188,8 @@ class Cpu(Kernels):
         layer.struct.base = pages.cache.data_ptr()
         num_q_heads, num_threads = query.shape[1], torch.get_num_threads()
         args.query, args.out = query.data_ptr(), out.data_ptr()
-        args.num_q_heads, args.dtype, args.num_threads = (
-            num_q_heads,
-            DTYPES[query.dtype],
-            num_threads,
-        )
+        args.num_q_heads, args.num_threads = num_q_heads, num_threads
+        args.dtype = DTYPES[query.dtype]
         args.stride_query_token, args.stride_query_head, _ = query.stride()
         args.stride_out_token, args.stride_out_head, _ = out.stride()
         raw_key, raw_value, first_query = fresh or _NOTHING
