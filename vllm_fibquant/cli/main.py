@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from vllm_fibquant import __version__
 from vllm_fibquant.evaluation import command as evaluation
@@ -64,55 +65,7 @@ def make_parser(with_codebook: bool = True) -> argparse.ArgumentParser:
     form.add_argument("--markdown", action="store_true", help="print the presets' README table")
     info.set_defaults(run=run_info)
 
-    plan = commands.add_parser(
-        "plan",
-        help="tokens and users that fit into memory, for each preset beside bf16 and fp8",
-        description="Prints what vLLM will report as KV cache size and concurrency.",
-    )
-    plan.add_argument("model", help="directory with a config.json, or a Hugging Face name")
-    plan.add_argument(
-        "--memory", required=True, help="memory of the KV cache, e.g. 8GiB (per worker)"
-    )
-    plan.add_argument(
-        "--context", help="tokens of one request, e.g. 32k; default: the model's maximum"
-    )
-    plan.add_argument("--block-size", type=int, default=128, help="default: 128, as on CPUs")
-    plan.add_argument("--tensor-parallel-size", "-tp", type=int, default=1)
-    plan.add_argument(
-        "--kv-cache-dtype-skip-layers",
-        nargs="+",
-        default=[],
-        metavar="LAYER",
-        help="layers kept in 16 bits: numbers, or sliding_window",
-    )
-    plan.add_argument(
-        "--layers",
-        nargs="+",
-        default=[],
-        metavar="LAYERS=PRESET",
-        help="as the fibquant option: other presets for some layers, e.g. 0-1,29=fibquant_k5v3",
-    )
-    plan.add_argument(
-        "--max-num-batched-tokens",
-        type=int,
-        default=2048,
-        help="bounds what sliding-window layers hold; default: 2048, as in vLLM's server on CPUs",
-    )
-    plan.add_argument(
-        "--mode",
-        choices=("exact", "quality"),
-        default=DEFAULT_MODE,
-        help="as in the fibquant options: quality counts what its copies in 16 bits take; "
-        f"default: {DEFAULT_MODE}",
-    )
-    plan.add_argument(
-        "--max-num-seqs",
-        type=int,
-        default=128,
-        help="requests of a step, which have copies; default: 128, as in vLLM's server on CPUs",
-    )
-    plan.add_argument("--json", action="store_true", help="print JSON")
-    plan.set_defaults(run=run_plan)
+    _add_plan(commands)
 
     doctor = commands.add_parser(
         "doctor",
@@ -163,6 +116,58 @@ def make_parser(with_codebook: bool = True) -> argparse.ArgumentParser:
     else:
         commands.add_parser("codebook", help=CODEBOOK_HELP, add_help=False)
     return parser
+
+
+def _add_plan(commands: Any) -> None:
+    plan = commands.add_parser(
+        "plan",
+        help="tokens and users that fit into memory, for each preset beside bf16 and fp8",
+        description="Prints what vLLM will report as KV cache size and concurrency.",
+    )
+    plan.add_argument("model", help="directory with a config.json, or a Hugging Face name")
+    plan.add_argument(
+        "--memory", required=True, help="memory of the KV cache, e.g. 8GiB (per worker)"
+    )
+    plan.add_argument(
+        "--context", help="tokens of one request, e.g. 32k; default: the model's maximum"
+    )
+    plan.add_argument("--block-size", type=int, default=128, help="default: 128, as on CPUs")
+    plan.add_argument("--tensor-parallel-size", "-tp", type=int, default=1)
+    plan.add_argument(
+        "--kv-cache-dtype-skip-layers",
+        nargs="+",
+        default=[],
+        metavar="LAYER",
+        help="layers kept in 16 bits: numbers, or sliding_window",
+    )
+    plan.add_argument(
+        "--layers",
+        nargs="+",
+        default=[],
+        metavar="LAYERS=PRESET",
+        help="as the fibquant option: other presets for some layers, e.g. 0-1,29=fibquant_k5v3",
+    )
+    plan.add_argument(
+        "--max-num-batched-tokens",
+        type=int,
+        default=2048,
+        help="bounds what sliding-window layers hold; default: 2048, as in vLLM's server on CPUs",
+    )
+    plan.add_argument(
+        "--mode",
+        choices=("exact", "quality"),
+        default=DEFAULT_MODE,
+        help="as in the fibquant options: quality counts what its copies in 16 bits take; "
+        f"default: {DEFAULT_MODE}",
+    )
+    plan.add_argument(
+        "--max-num-seqs",
+        type=int,
+        default=128,
+        help="requests of a step, which have copies; default: 128, as in vLLM's server on CPUs",
+    )
+    plan.add_argument("--json", action="store_true", help="print JSON")
+    plan.set_defaults(run=run_plan)
 
 
 def run_info(options: argparse.Namespace) -> int:
