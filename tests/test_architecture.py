@@ -156,6 +156,24 @@ def test_files_are_short():
     assert not long, f"files must have at most {MAX_LINES} lines; split by idea"
 
 
+def test_a_keys_way_is_short():
+    """CONTRIBUTING lists what one reads to have seen it all; no function there fills two screens."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    table = text.split("### One key's way")[1].split("\n## ")[0]
+    first = "".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `"))
+    paths = [
+        (ROOT if name.startswith("csrc") else PACKAGE) / name
+        for name in re.findall(r"`([^`]+)`", first)
+    ]
+    assert 10 < len(paths) <= 14
+    assert sum(len(path.read_text().splitlines()) for path in paths) <= 2300
+    for path in paths:
+        if path.suffix == ".py":
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.FunctionDef):
+                    assert node.end_lineno - node.lineno < 80, f"{path.name}: {node.name}"
+
+
 def test_sources_name_their_licence():
     missing = [
         str(path.relative_to(ROOT))
