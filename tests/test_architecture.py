@@ -157,7 +157,7 @@ def test_files_are_short():
 
 
 def test_a_keys_way_is_short():
-    """CONTRIBUTING lists what one reads to have seen it all; no function there fills two screens."""
+    """CONTRIBUTING lists what to read to have seen it all; no function there fills two screens."""
     text = (ROOT / "CONTRIBUTING.md").read_text()
     table = text.split("### One key's way")[1].split("\n## ")[0]
     first = "".join(line.split("|")[1] for line in table.splitlines() if line.startswith("| `"))
