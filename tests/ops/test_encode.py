@@ -200,8 +200,14 @@ def test_slot_outside_the_cache_is_refused(slot: int) -> None:
 def test_bad_arguments_are_refused(key, value, slots, message: str) -> None:
     codec = KVCodec.from_preset(PRESETS["fibquant_2bit"], 64)
     cache = torch.zeros(2, 2, 8, codec.layout.record_bytes, dtype=torch.uint8)
+    pages = ops.pages_of(cache, codec)
     with pytest.raises(ValueError, match=message):
-        ops.encode_kv(key, value, slots, ops.pages_of(cache, codec))
+        ops.encode_kv(key, value, slots, pages)
+    good = torch.zeros(2, 2, 64), torch.zeros(2, 2, 64), torch.zeros(2).long()
+    for _ in range(2):  # what passed is remembered
+        ops.encode_kv(*good, pages)
+        with pytest.raises(ValueError, match=message):
+            ops.encode_kv(key, value, slots, pages)
 
 
 # ---- the self-check -----------------------------------------------------------------------------

@@ -34,6 +34,7 @@ class Pages:
         key_map: how tokens are encoded; None for as they are.
         kernels: chosen by `ops.pages_of`.
         kept: what the kernels keep here from call to call.
+        encoded: shapes, layouts and types of the last tensors that passed `checks.check_encode`.
 
     Raises:
         ValueError: shape, dtype or layout of the cache, a map of other shapes, or a map or codec
@@ -45,6 +46,7 @@ class Pages:
     key_map: KeyMap | None
     kernels: Kernels
     kept: Any = field(default=None, init=False, repr=False)
+    encoded: Any = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         check_cache(self.cache, self.codec)
