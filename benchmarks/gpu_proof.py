@@ -142,7 +142,8 @@ def part_build(args) -> int:
 
 
 def part_test(args) -> int:
-    files = ["tests/ops/test_cuda_emulated.py", "tests/ops/triton_cases.py"]
+    cases = ("test_cuda_emulated", "test_cuda_mapped", "test_cuda_copies", "triton_cases")
+    files = [f"tests/ops/{name}.py" for name in cases]
     return execute(args, [sys.executable, "-m", "pytest", "-q", "-m", "not slow", *files])
 
 

@@ -37,6 +37,7 @@ KERNELS = {
     "any_mapped": "attend, mapped keys, any pair",
     "wide_mapped": "attend, mapped keys, wide row blocks",
     "prepare": "prepare",
+    "attend_copies": "attend, copies",
     "merge": "merge",
     "encode": "encode",
     "encode_mapped": "encode, mapped keys",
@@ -84,7 +85,7 @@ def _report(part: str) -> Row:
         found = re.search(pattern, part)
         return int(found[1]) if found else 0
 
-    name, arguments = re.match(r"_ZN2fq\d+([a-z]+)I(\w+?)EEv", part).groups()  # type: ignore[union-attr]
+    name, arguments = re.match(r"_ZN2fq\d+([a-z_]+)I(\w+?)EEv", part).groups()  # type: ignore[union-attr]
     numbers = [int(n) for n in re.findall(r"Li(\d+)", arguments + "E")]
     kernel = name
     is_mapped = name in ("attend", "encode") and numbers[-1] == 1

@@ -51,13 +51,45 @@ def attend(library: Library, paged: Paged, *, num_splits=2, wide=False, raw_stat
     def allocate(floats: int, device: torch.device) -> torch.Tensor:
         return torch.full((floats,), torch.nan, device=device)
 
-    states = raw_states and (lambda *_: raw_states)
+    states = raw_states
+    if raw_states is not None and not callable(raw_states):
+        states = lambda *_: raw_states  # noqa: E731
     kernels = Cuda(library, num_splits, wide, allocate, states)
     out = torch.full_like(paged.query, torch.nan, device=device)
     cache = aligned(paged.cache) if device.type == "cpu" else paged.cache.to(device)
     pages = Pages(cache, paged.codec, paged.key_map, kernels)
     kernels.paged_attention(paged.query.to(device), out, pages, *paged.split(options, device))
     return out.cpu()
+
+
+def raw_states(query, batch, attend, fresh) -> tuple[torch.Tensor, ...]:
+    """In the place of the Triton kernel: states of every row over its request's new tokens."""
+    num_tokens, num_q_heads, head_dim = query.shape
+    o = torch.full((num_tokens, num_q_heads, head_dim), torch.nan)
+    m, l = torch.full((2, num_tokens, num_q_heads), torch.nan)  # noqa: E741
+    bounds = batch.query_start_loc.tolist()
+    for begin, end in zip(bounds, bounds[1:], strict=False):
+        if begin == end:
+            continue
+        q = query[begin:end].cpu().double()
+        k, v = (
+            x[begin:end].cpu().double().repeat_interleave(num_q_heads // x.shape[1], 1)
+            for x in (fresh.raw_key, fresh.raw_value)
+        )
+        scores = torch.einsum("qhd,shd->qhs", q, k) * attend.scale
+        if attend.soft_cap > 0:
+            scores = attend.soft_cap * torch.tanh(scores / attend.soft_cap)
+        at = torch.arange(end - begin)
+        hidden = at > at[:, None]
+        if attend.window > 0:
+            hidden |= at <= at[:, None] - attend.window
+        scores = scores.masked_fill(hidden[:, None, :], -torch.inf)
+        top = scores.amax(-1)
+        weights = (scores - top[..., None]).exp()
+        o[begin:end] = torch.einsum("qhs,shd->qhd", weights, v).float()
+        m[begin:end], l[begin:end] = top.float(), weights.sum(-1).float()
+    found = o.view(-1, head_dim), m.flatten(), l.flatten()
+    return tuple(x.to(query.device) for x in found)
 
 
 def native_device(library: Library) -> torch.device:

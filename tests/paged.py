@@ -60,6 +60,9 @@ class Paged:
         on = {name: x.to(device) if torch.is_tensor(x) else x for name, x in options.items()}
         fresh = [on.pop(name, None) for name in Fresh._fields]
         copies, *of_step = on.pop("copies", (None,))
+        if device is not None and copies is not None:
+            copies = copies._replace(key=copies.key.to(device), value=copies.value.to(device))
+            of_step = [x.to(device) for x in of_step]
         batch = (x.to(device) for x in (self.query_start_loc, self.seq_lens, self.block_table))
         attend = Attend(**{"scale": self.scale, "copies": copies, **on})
         given = any(x is not None for x in fresh)

@@ -138,6 +138,19 @@ FQ_DEVICE int64_t state_row(const FqCudaAttend& a, const RowBlock& b, int group,
   return (int64_t)token * a.num_q_heads + kv_head * group + (b.first_row + row) % group;
 }
 
+// The row of the copy that stands in the place of a cached token's code, -1 for none.
+FQ_DEVICE int copy_row(const FqCudaAttend& a, int req, int context, int token) {
+  if (!a.copy_table) return -1;
+  int column = token;
+  if (token >= a.num_copied_first) {
+    column = a.num_copy_columns - (context - token);
+    if (column < a.num_copied_first) return -1;
+  }
+  if (token >= context || column >= a.num_copy_columns) return -1;
+  const int row = a.copy_table[(int64_t)req * a.num_copy_columns + column];
+  return row < a.num_copy_rows ? row : -1;
+}
+
 // Rotates the row block's queries into mma B fragments, float16, each divided by its largest
 // coordinate, which goes into the row's factor. Rows that do not exist are zeros at position -1.
 template <int kHeadDim, int kTiles>

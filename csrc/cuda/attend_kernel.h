@@ -117,7 +117,12 @@ attend(FQ_PARAM AttendArgs args) {
   // Those that every row sees, [all_begin, all_end): their tiles need no mask.
   int all_begin = a.window > 0 ? newest - a.window + 1 : 0;
   if (all_begin < least) all_begin = least;
-  const int all_end = oldest < end ? oldest + 1 : end;
+  int all_end = oldest < end ? oldest + 1 : end;
+  if (a.copy_table) {  // of those with copies some codes are not read
+    const int recent = b.context - (a.num_copy_columns - a.num_copied_first);
+    if (all_begin < a.num_copied_first) all_begin = a.num_copied_first;
+    if (all_end > recent) all_end = recent;
+  }
   const int first_tile = begin / kTokens;
   const int last_tile = end > begin ? (end + kTokens - 1) / kTokens : first_tile;
   const int per_split = (last_tile - first_tile + a.num_splits - 1) / a.num_splits;
@@ -293,12 +298,17 @@ attend(FQ_PARAM AttendArgs args) {
       }
       if (!whole) {
 #pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          const int token = token_of_row(c / 2);
-          const int row = positions[8 * i + 2 * only_here(t) + c % 2];
-          const bool hidden = token > row || token >= end || token < begin ||
-                              (a.window > 0 && token <= row - a.window);
-          if (hidden) acc[i][c] = -bits_to_float(0x7F800000);  // -infinity
+        for (int r = 0; r < 2; ++r) {
+          const int token = token_of_row(r);
+          bool unseen = token >= end || token < begin;
+          unseen |=
+              copy_row(a, only_here(b.req), end, token) >= 0;  // codes end where new tokens begin
+#pragma unroll
+          for (int c = 0; c < 2; ++c) {
+            const int row = positions[8 * i + 2 * only_here(t) + c];
+            const bool hidden = unseen || token > row || (a.window > 0 && token <= row - a.window);
+            if (hidden) acc[i][2 * r + c] = -bits_to_float(0x7F800000);  // -infinity
+          }
         }
       }
 #pragma unroll

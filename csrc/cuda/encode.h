@@ -10,6 +10,9 @@
 // of the rotation, and coded by the product code. Vectors of one head then come one after the
 // other, for they read one matrix.
 //
+// The vectors of some tokens are also copied as they are (copies.h reads them), to rows that the
+// caller names and no two tokens share.
+//
 // The empty case: a slot of -1 writes nothing. A vector that holds a NaN or an infinity, or nothing
 // above the least normal number, is stored as zeros. Both kinds of trouble are counted; with a map
 // a position outside its tables is as a slot outside the cache.
@@ -138,6 +141,20 @@ FQ_DEVICE Match search_product(const FqCudaKeyMap& map, const float* rows, const
   return {a.dot + b.dot + c.dot, a.sq + b.sq + c.sq};
 }
 
+// Copies the warp's vector, one that holds a NaN or an infinity as zeros, to its token's row.
+template <int kPerLane>
+FQ_DEVICE void copy_vector(const FqCudaEncode& a, bool is_value, int num_kv_heads, int head,
+                           int64_t token, const float (&v)[kPerLane]) {
+  const int64_t row = a.copy_rows[token];
+  if (row < 0 || row >= a.num_copy_rows) return;
+  bool bad = false;
+  for (int i = 0; i < kPerLane; ++i) bad |= !(absolute(v[i]) < bits_to_float(0x7F800000));
+  bad = any(bad);
+  const int64_t at = ((row * num_kv_heads + head) * kWarp + lane_idx()) * kPerLane;
+  void* to = is_value ? a.copy_value : a.copy_key;
+  for (int i = 0; i < kPerLane; ++i) store_element(to, at + i, a.copy_dtype, bad ? 0.0f : v[i]);
+}
+
 template <int kHeadDim, int kMapped>
 FQ_KERNEL(kEncodeWarps* kWarp, 1)
 encode(FQ_PARAM EncodeArgs args) {
@@ -187,6 +204,7 @@ encode(FQ_PARAM EncodeArgs args) {
     bool bad = false;
     for (int i = 0; i < kPerLane; ++i)
       v[i] = load_element(x, token * stride_token + head * stride_head + first + i, a.dtype);
+    if (a.copy_rows) copy_vector(a, is_value, args.pages.num_kv_heads, head, token, v);
     if (kMapped) {
       sync_warp();  // the previous vector's x has been read
       for (int i = 0; i < kPerLane; ++i) x_own[first + i] = v[i];

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The kernels of one head_dim, FQ_HEAD_DIM: one object file each, so that they compile in parallel.
 #include "cuda/attend_kernel.h"
+#include "cuda/copies.h"
 #include "cuda/encode.h"
 #include "cuda/launch.h"
 #include "cuda/merge.h"
@@ -61,6 +62,21 @@ int launch_prepare(AttendArgs& args, void* stream) {
   return error;
 }
 
+// Copies attended; what is left then takes their state, joined with the call's, for one of raw new
+// tokens.
+int launch_copies(AttendArgs& args, void* stream) {
+  FqCudaAttend& a = args.call;
+  const int group = a.num_q_heads / args.pages.num_kv_heads;
+  const int row_blocks = (int)(a.num_tokens * group / kCopyColumns) + a.num_reqs;
+  const Grid grid = {row_blocks, args.pages.num_kv_heads, 1, kCopyWarps * kWarp,
+                     copies_shared_bytes(FQ_HEAD_DIM)};
+  const int error = launch<&attend_copies<FQ_HEAD_DIM>>(grid, stream, args);
+  a.raw_o = args.prepared.first_o;
+  a.raw_m = args.prepared.first_m;
+  a.raw_l = args.prepared.first_l;
+  return error;
+}
+
 int launch_mapped(const AttendArgs& args, SharedLimits limits, void* stream) {
   if (args.call.wide) {
     constexpr int kTiles = wide_columns(FQ_HEAD_DIM) / 8;
@@ -113,6 +129,7 @@ int Kernels<FQ_HEAD_DIM>::attend(AttendArgs args, bool is_mapped, SharedLimits l
   args.cap_out = soft_cap * kLog2e;
   args.has_raw = args.call.raw_o != nullptr;
   int error = is_mapped ? launch_prepare(args, stream) : 0;
+  if (!error && args.call.copy_table) error = launch_copies(args, stream);
   if (error) return error;
   error = is_mapped ? launch_mapped(args, limits, stream) : launch_plain(args, limits, stream);
   if (error || args.call.num_splits == 1) return error;

@@ -63,6 +63,14 @@ struct Prepared {
   static constexpr int64_t floats(int head_dim, int num_turning) {
     return head_dim / 2 + 2 + 2 * num_turning + head_dim + 2;
   }
+  // Of a layer without a map: the states alone, head_dim + 2 floats a row.
+  FQ_BOTH static Prepared states_at(float* base, int64_t rows, int head_dim) {
+    Prepared p = {};
+    p.first_o = base;
+    p.first_m = base + rows * head_dim;
+    p.first_l = p.first_m + rows;
+    return p;
+  }
   FQ_BOTH static Prepared at(float* base, int64_t rows, int head_dim, int num_turning) {
     Prepared p;
     p.query = reinterpret_cast<uint16_t*>(base);

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "abi_text.h"
+#include "cuda/copy_plan.h"
 #include "cuda/launch.h"
 
 #define FQ_EXPORT extern "C" __attribute__((visibility("default")))
@@ -24,7 +25,14 @@ FQ_HEAD_DIMS(FQ_EXTERN)
 namespace {
 
 // What the structs must be for a kernel to exist; fq_cuda_error names them.
-enum Refusal { kBadHeadDim = -1, kBadCode = -2, kBadRecord = -3, kBadPages = -4, kBadMap = -5 };
+enum Refusal {
+  kBadHeadDim = -1,
+  kBadCode = -2,
+  kBadRecord = -3,
+  kBadPages = -4,
+  kBadMap = -5,
+  kBadCopies = -6
+};
 
 int check(const FqCudaCodec& codec, const FqPages& pages, RecordLayout* layout) {
   for (const FqCudaCode* code : {&codec.key, &codec.value}) {
@@ -55,6 +63,15 @@ int check_map(const FqCudaCodec& codec, const FqPages& pages, const RecordLayout
   }
   fits &= Product::fits(map) && map.num_coded <= codec.head_dim;
   return fits && bytes == layout.value_index_offset ? 0 : kBadMap;
+}
+
+// 0, or kBadCopies.
+int check_copies(const FqCudaAttend& a) {
+  if (!a.copy_table) return 0;
+  const bool fits = a.raw_o && a.copy_dtype != kFqFloat32 && a.num_copied_first >= 0 &&
+                    a.num_copied_first <= a.num_copy_columns;
+  const int64_t bits = (int64_t)(uintptr_t)a.copy_key | (int64_t)(uintptr_t)a.copy_value;
+  return fits && bits % 16 == 0 ? 0 : kBadCopies;
 }
 
 SharedLimits shared_limits = {0, 0};
@@ -116,10 +133,12 @@ static fq::AbiText describe_abi() {
   }
   {
     using S = FqCudaEncode;
-    abi.add(sizeof(S), {FQ_FIELD(key), FQ_FIELD(value), FQ_FIELD(slot_mapping), FQ_FIELD(positions),
-                        FQ_FIELD(counters), FQ_FIELD(num_tokens), FQ_FIELD(stride_key_token),
-                        FQ_FIELD(stride_key_head), FQ_FIELD(stride_value_token),
-                        FQ_FIELD(stride_value_head), FQ_FIELD(dtype), FQ_FIELD(max_ctas)});
+    abi.add(sizeof(S),
+            {FQ_FIELD(key), FQ_FIELD(value), FQ_FIELD(slot_mapping), FQ_FIELD(positions),
+             FQ_FIELD(counters), FQ_FIELD(num_tokens), FQ_FIELD(stride_key_token),
+             FQ_FIELD(stride_key_head), FQ_FIELD(stride_value_token), FQ_FIELD(stride_value_head),
+             FQ_FIELD(dtype), FQ_FIELD(max_ctas), FQ_FIELD(copy_dtype), FQ_FIELD(num_copy_rows),
+             FQ_FIELD(copy_key), FQ_FIELD(copy_value), FQ_FIELD(copy_rows)});
   }
   {
     using S = FqCudaAttend;
@@ -134,6 +153,9 @@ static fq::AbiText describe_abi() {
                         FQ_FIELD(raw_l),
                         FQ_FIELD(state_o),
                         FQ_FIELD(state_ml),
+                        FQ_FIELD(copy_table),
+                        FQ_FIELD(copy_key),
+                        FQ_FIELD(copy_value),
                         FQ_FIELD(prepared),
                         FQ_FIELD(stride_block_table),
                         FQ_FIELD(stride_query_token),
@@ -148,8 +170,21 @@ static fq::AbiText describe_abi() {
                         FQ_FIELD(window),
                         FQ_FIELD(num_splits),
                         FQ_FIELD(wide),
+                        FQ_FIELD(num_copy_columns),
+                        FQ_FIELD(num_copied_first),
+                        FQ_FIELD(num_copy_rows),
+                        FQ_FIELD(copy_dtype),
                         FQ_FIELD(scale),
                         FQ_FIELD(soft_cap)});
+  }
+  {
+    using S = FqCudaPlan;
+    abi.add(sizeof(S),
+            {FQ_FIELD(query_start_loc), FQ_FIELD(seq_lens), FQ_FIELD(block_table), FQ_FIELD(slots),
+             FQ_FIELD(tags), FQ_FIELD(wanted), FQ_FIELD(rows), FQ_FIELD(table),
+             FQ_FIELD(stride_block_table), FQ_FIELD(num_tokens), FQ_FIELD(num_reqs),
+             FQ_FIELD(table_width), FQ_FIELD(block_size), FQ_FIELD(num_first), FQ_FIELD(num_recent),
+             FQ_FIELD(first_units), FQ_FIELD(recent_units)});
   }
   return abi;
 }
@@ -213,8 +248,10 @@ FQ_EXPORT uint64_t fq_cuda_token_order(int head_dim, const FqCudaCode* key,
   return found.tokens;
 }
 
-// float32 elements of FqCudaAttend.prepared for each row, with this map of keys.
+// float32 elements of FqCudaAttend.prepared for each row, with this map of keys, or with copies
+// and without a map (null).
 FQ_EXPORT int64_t fq_cuda_prepared_floats(int head_dim, const FqCudaKeyMap* map) {
+  if (!map) return head_dim + 2;
   return fq::Prepared::floats(head_dim, map->num_turning);
 }
 
@@ -235,6 +272,8 @@ FQ_EXPORT const char* fq_cuda_error(int error) {
       return "pages must be 16-byte aligned with blocks of 16 tokens or a multiple";
     case fq::kBadMap:
       return "no kernel for this map of keys";
+    case fq::kBadCopies:
+      return "copies must be of 16 bits, 16-byte aligned, beside raw new tokens";
 #ifdef __CUDACC__
     default:
       return cudaGetErrorString(static_cast<cudaError_t>(error));
@@ -275,9 +314,12 @@ FQ_EXPORT int fq_cuda_paged_attention(const FqCudaCodec* codec, const FqPages* p
   args.key_kind = fq::find_kind(k.subvec_dim, k.index_bits, k.folded);
   args.value_kind = fq::find_kind(v.subvec_dim, v.index_bits, v.folded);
   int refusal = fq::check(*codec, *pages, &args.layout);
+  if (!refusal) refusal = fq::check_copies(*call);
+  const int64_t rows = call->num_tokens * call->num_q_heads;
+  if (!map && call->copy_table)
+    args.prepared = fq::Prepared::states_at(call->prepared, rows, codec->head_dim);
   if (map && !refusal) {
     refusal = fq::check_map(*codec, *pages, args.layout, args.map = *map);
-    const int64_t rows = call->num_tokens * call->num_q_heads;
     args.prepared = fq::Prepared::at(call->prepared, rows, codec->head_dim, map->num_turning);
     args.product = fq::Product::of(*map);
     args.is_product = map->query_matrix_t != nullptr;
@@ -293,6 +335,23 @@ FQ_EXPORT int fq_cuda_paged_attention(const FqCudaCodec* codec, const FqPages* p
     default:
       return fq::kBadHeadDim;
   }
+}
+
+// Returns 0 or a cudaError_t; the work is queued on `stream`.
+FQ_EXPORT int fq_cuda_plan_copies(const FqCudaPlan* call, void* stream) {
+  const auto grid_of = [](int64_t threads) {
+    const int ctas = (int)((threads + fq::kPlanThreads - 1) / fq::kPlanThreads);
+    return fq::Grid{ctas, 1, 1, fq::kPlanThreads, 0};
+  };
+  const int64_t entries = (int64_t)call->num_reqs * (call->num_first + call->num_recent);
+  int error = 0;
+  if (call->num_tokens > 0 && call->num_reqs > 0) {
+    const fq::Grid tokens = grid_of(call->num_tokens);
+    error = fq::launch<&fq::want_rows>(tokens, stream, *call);
+    if (!error) error = fq::launch<&fq::take_rows>(tokens, stream, *call);
+  }
+  if (error || entries == 0) return error;
+  return fq::launch<&fq::look_up_copies>(grid_of(entries), stream, *call);
 }
 
 #ifndef __CUDACC__

@@ -72,6 +72,13 @@ struct FqCudaEncode {
   int64_t stride_value_token, stride_value_head;  // elements
   int32_t dtype;                                  // FqDtype
   int32_t max_ctas;                               // per side; more vectors are looped over
+  // Copies of vectors as they are, or null: [num_copy_rows, num_kv_heads, head_dim]. A token goes
+  // to row copy_rows[token], distinct for all tokens of a launch; -1 = none.
+  int32_t copy_dtype;  // FqDtype
+  int32_t num_copy_rows;
+  void* copy_key;
+  void* copy_value;
+  const int32_t* copy_rows;  // [num_tokens]
 };
 
 struct FqCudaAttend {
@@ -90,7 +97,14 @@ struct FqCudaAttend {
   // outputs are written directly.
   float* state_o;   // [num_tokens * num_q_heads, num_splits, head_dim], 16-byte aligned
   float* state_ml;  // [num_tokens * num_q_heads, num_splits, 2], 8-byte aligned
-  // Scratch of a key map: fq_cuda_prepared_floats for each row. Null without a map.
+  // Copies that are read in the place of codes, or null; raw states must be given with them. The
+  // table [num_reqs, num_copy_columns] has the row of a request's token at position 0, 1, ...
+  // num_copied_first - 1, then of those at the last positions before its first new token; -1 where
+  // there is no copy, or no such token.
+  const int32_t* copy_table;
+  const void* copy_key;    // [num_copy_rows, num_kv_heads, head_dim], 16-byte aligned
+  const void* copy_value;  // as copy_key
+  // Scratch of a key map or of copies: fq_cuda_prepared_floats for each row. Null without both.
   float* prepared;
   int64_t stride_block_table;  // elements
   int64_t stride_query_token, stride_query_head;
@@ -103,8 +117,33 @@ struct FqCudaAttend {
   int32_t window;  // 0 = none
   int32_t num_splits;
   int32_t wide;  // 1 = many query columns share a decoded token, 0 = at most 8
+  int32_t num_copy_columns;
+  int32_t num_copied_first;
+  int32_t num_copy_rows;
+  int32_t copy_dtype;  // FqDtype, of 16 bits
   float scale;
   float soft_cap;  // 0 = none
+};
+
+// One step of a pool of copies (copy_plan.h).
+struct FqCudaPlan {
+  const int32_t* query_start_loc;  // [num_reqs + 1]
+  const int32_t* seq_lens;         // [num_reqs]
+  const int32_t* block_table;      // [num_reqs, table_width]
+  const int64_t* slots;            // [num_tokens]; -1 = none
+  int64_t* tags;    // [rows and kCopyUnit more]: the slot whose copy a row holds, -1 for none
+  int32_t* wanted;  // [num_tokens], scratch
+  int32_t* rows;    // [num_tokens], written: FqCudaEncode.copy_rows
+  int32_t* table;   // [num_reqs, num_first + num_recent], written: FqCudaAttend.copy_table
+  int64_t stride_block_table;  // elements
+  int64_t num_tokens;
+  int32_t num_reqs;
+  int32_t table_width;
+  int32_t block_size;
+  int32_t num_first;
+  int32_t num_recent;
+  int32_t first_units;   // of num_first rows each; they come first
+  int32_t recent_units;  // of kCopyUnit rows each
 };
 
 }  // extern "C"

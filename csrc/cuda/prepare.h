@@ -59,8 +59,8 @@ FQ_DEVICE void transform(const float* matrix_t, int num_coded, const float* x, f
 // The state of a request's first tokens for one row. `x` is the query, `turned` the rotated one, as
 // rotate() hands them out; so is o, in the model's basis.
 template <int kHeadDim>
-FQ_DEVICE void attend_first(const AttendArgs& args, int req, int kv_head, int position, int end,
-                            const float (&x)[kHeadDim / kWarp],
+FQ_DEVICE void attend_first(const AttendArgs& args, int req, int kv_head, int context, int position,
+                            int end, const float (&x)[kHeadDim / kWarp],
                             const float (&turned)[kHeadDim / kWarp], float* scratch, float* m,
                             float* l, float (&o)[kHeadDim / kWarp]) {
   constexpr int kPerLane = kHeadDim / kWarp;
@@ -74,6 +74,7 @@ FQ_DEVICE void attend_first(const AttendArgs& args, int req, int kv_head, int po
   const int stop = map.num_plain < end ? map.num_plain : end;
   const int begin = a.window > 0 && position - a.window + 1 > 0 ? position - a.window + 1 : 0;
   for (int token = begin; token < stop && token <= position; ++token) {
+    if (copy_row(a, req, context, token) >= 0) continue;
     const int64_t block = a.block_table[req * a.stride_block_table];  // it holds all of them
     const bool exists = a.table_width > 0 && block >= 0 && block < args.pages.num_blocks;
     const uint8_t* record = args.pages.base + (exists ? block : 0) * args.pages.stride_block +
@@ -135,8 +136,8 @@ prepare(FQ_PARAM AttendArgs args) {
   bias = warp_sum(bias) * a.scale * kLog2e;
   rotate<kHeadDim>(args.codec, turned, own, false);
   float m, l, o[kPerLane];
-  attend_first<kHeadDim>(args, req, kv_head, position, args.has_raw ? context : position + 1, x,
-                         turned, own, &m, &l, o);
+  attend_first<kHeadDim>(args, req, kv_head, context, position,
+                         args.has_raw ? context : position + 1, x, turned, own, &m, &l, o);
 
   // ---- the query in the keys' coordinates, and what it makes of cosines and sines
   sync_warp();

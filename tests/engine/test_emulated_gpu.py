@@ -3,7 +3,7 @@
 
 They show that the kernels understand what vLLM hands out (block tables, slots, chunked prompts,
 cached prefixes, preempted requests) with a calibration's means and transform, biases of key
-projections, and layers with presets of their own.
+projections, layers with presets of their own, and mode quality with the pool of copies of a GPU.
 """
 
 from __future__ import annotations
@@ -12,12 +12,18 @@ import shutil
 import statistics
 
 import pytest
+import torch
 
 from tests import emulated as emu
-from tests.engine.harness import engine, generate, num_preemptions, random_text
+from tests.engine.harness import (
+    engine,
+    generate,
+    num_preemptions,
+    random_text,
+)
 from tests.engine.models import make_model
 from vllm_fibquant import ops
-from vllm_fibquant.engine import measure
+from vllm_fibquant.engine import device_pool, layers, measure
 from vllm_fibquant.ops.cuda import Cuda
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the emulator needs g++")
@@ -33,36 +39,46 @@ SETTINGS = {
     "max_num_seqs": 2,
     "num_gpu_blocks_override": 6,
 }
+NUM_ROWS = 4096
+"""Of copies: enough that none is lost, whose row another token takes."""
 CASES = {
     "transform": ("llama-1layer", "fibquant_3bit", {"calibrate": "transform"}),
     "means": ("llama-1layer", "fibquant_2bit", {"calibrate": "means"}),
     "bias": ("qwen2", "fibquant_4bit", {}),
     "layers": ("llama", "fibquant_2bit", {"layers": {"0": "fibquant_4bit"}}),
+    "quality": (
+        "llama-1layer",
+        "fibquant_3bit",
+        {"mode": "quality", "recent_window": 24, "calibrate": "transform"},
+    ),
 }
 
 
 @pytest.fixture
 def calls(monkeypatch) -> dict[str, int]:
     """Sends CPU tensors to the emulated library; counts what went there, mapped or not."""
-    counts = {"encode": 0, "attend": 0, "mapped": 0}
+    counts = {"encode": 0, "attend": 0, "mapped": 0, "copies": 0}
 
     class Counted(Cuda):
-        def encode_kv(self, key, value, slot_mapping, pages, positions=None):
+        def encode_kv(self, key, value, slot_mapping, pages, positions=None, copied=None):
             counts["encode"] += 1
-            return super().encode_kv(key, value, slot_mapping, pages, positions)
+            return super().encode_kv(key, value, slot_mapping, pages, positions, copied)
 
         def paged_attention(self, query, out, pages, batch, attend, fresh=None):
             counts["attend"] += 1
             counts["mapped"] += pages.key_map is not None
+            if batch.copy_table is not None:
+                counts["copies"] += int((batch.copy_table >= 0).sum())
             super().paged_attention(query, out, pages, batch, attend, fresh)
 
-    served, choose = Counted(emu.emulated()), ops.choose
+    served, choose = Counted(emu.emulated(), raw_states=emu.raw_states), ops.choose
 
     def door(codec, cache):
         # What reads a text before there are pages has none to be served from.
         return choose(codec, cache) if cache.shape[0] == 1 else served
 
     monkeypatch.setattr(ops, "choose", door)
+    monkeypatch.setattr(device_pool, "planner_of", lambda device: emu.emulated().plan_copies)
     return counts
 
 
@@ -77,12 +93,17 @@ def test_an_engine_answers_as_with_the_cpu_kernels(
     unchecked = {"fidelity_gate": False, "self_check": False}
     settings = dict(SETTINGS, fibquant={**options, **unchecked})
     model = make_model(shape, model_folder)
-    with engine(model, preset, **settings) as llm:
-        answers = generate(llm, PROMPTS, NUM_TOKENS)
-        again = generate(llm, PROMPTS[:1], NUM_TOKENS)
-        assert num_preemptions(llm) > 0
+    monkeypatch.setattr(layers, "num_copy_rows", lambda *args: NUM_ROWS)
+    with monkeypatch.context() as as_on_a_gpu:
+        as_on_a_gpu.setattr(device_pool, "serves", lambda device_type: True)
+        with engine(model, preset, **settings) as llm:
+            answers = generate(llm, PROMPTS, NUM_TOKENS)
+            again = generate(llm, PROMPTS[:1], NUM_TOKENS)
+            assert num_preemptions(llm) > 0
     assert calls["encode"] > 0 and calls["attend"] > 0
     assert calls["mapped"] == (0 if name == "layers" else calls["attend"])
+    # Most steps are decodes of one or two requests, whose window is 24 tokens long.
+    assert calls["copies"] > 10 * calls["attend"] if name == "quality" else not calls["copies"]
     assert again[0].num_cached > 0
 
     with monkeypatch.context() as as_usual:
@@ -92,12 +113,41 @@ def test_an_engine_answers_as_with_the_cpu_kernels(
             expected_again = generate(llm, PROMPTS[:1], NUM_TOKENS)
     # Queries are read as float16, and so are means that turn, which a bias makes long. Once in a
     # while that makes another code of a key in a later layer, and then another token.
+    differences = differences_of(answers + again, expected + expected_again)
+    assert len(differences) > NUM_TOKENS
+    assert statistics.median(differences) < (5e-2 if name == "bias" else 1e-2)
+
+
+def differences_of(answers, expected) -> list[float]:
+    """Of log-probabilities, up to each answer's first other token."""
     differences = []
-    for got, wanted in zip(answers + again, expected + expected_again, strict=True):
+    for got, wanted in zip(answers, expected, strict=True):
         alike = [a == b for a, b in zip(got.tokens, wanted.tokens, strict=True)]
         num_same = (alike + [False]).index(False)
         differences += [
             abs(a - b) for a, b in zip(got.logprobs[:num_same], wanted.logprobs, strict=False)
         ]
-    assert len(differences) > NUM_TOKENS
-    assert statistics.median(differences) < (5e-2 if name == "bias" else 1e-2)
+    return differences
+
+
+def test_a_window_over_everything_is_stock_attention(model_folder, calls, monkeypatch):
+    """One bit per coordinate says little: copies that were missing or wrong would show. Chunks,
+    cached prefixes and preempted requests lose none."""
+    model = make_model("llama", model_folder)
+    monkeypatch.setattr(layers, "num_copy_rows", lambda *args: NUM_ROWS)
+    monkeypatch.setattr(device_pool, "serves", lambda device_type: True)
+    # Kernels for GPUs take copies in 16 bits alone, and these round eight times as finely.
+    monkeypatch.setattr(layers, "copy_dtype", lambda model_dtype: torch.float16)
+    options = {"mode": "quality", "recent_window": 64, "self_check": False}
+    with engine(model, "fibquant_1bit", fibquant=options, **SETTINGS) as llm:
+        answers = generate(llm, PROMPTS, NUM_TOKENS)
+        answers += generate(llm, PROMPTS[:1], NUM_TOKENS)
+        assert num_preemptions(llm) > 0
+    assert answers[2].num_cached > 0
+    assert calls["copies"] > 30 * calls["attend"]
+    # Stock attention on CPUs has no blocks of 16 tokens.
+    with engine(model, "auto", max_model_len=64, max_num_seqs=2) as llm:
+        expected = generate(llm, PROMPTS, NUM_TOKENS) + generate(llm, PROMPTS[:1], NUM_TOKENS)
+    differences = differences_of(answers, expected)
+    assert len(differences) == 3 * NUM_TOKENS
+    assert statistics.median(differences) < 2e-3 and max(differences) < 0.1

@@ -19,6 +19,8 @@ from tests.paged import make_paged
 from vllm_fibquant import ops
 from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.codec.config import PRESETS
+from vllm_fibquant.engine import attention
+from vllm_fibquant.engine.device_pool import DevicePool
 from vllm_fibquant.engine.metadata import FibQuantMetadata, FibQuantMetadataBuilder
 from vllm_fibquant.ops import Attend, Pages
 from vllm_fibquant.ops.cuda import Cuda
@@ -145,3 +147,46 @@ def paged_of_two():
     codec = KVCodec.from_preset(PRESETS["fibquant_2bit"], 64)
     with ops.use_reference():
         return make_paged(codec, [40, 17], [1, 1], dtype=torch.float16)
+
+
+@pytest.mark.parametrize("name", BATCHES)
+def test_copies_of_a_batch_are_planned(name: str) -> None:
+    """Padded requests have none, and each part has the lines of its requests."""
+    query_lens, seq_lens, num_reqs, num_tokens = BATCHES[name]
+    codec = KVCodec.from_preset(PRESETS["fibquant_2bit"], 64)
+    with ops.use_reference():
+        paged = make_paged(codec, seq_lens, query_lens)
+    pool = DevicePool(512, 2, 8, 16, 8, 64, torch.device("cpu"), emu.emulated().plan_copies)
+    # As if every token before the new ones had come in one step.
+    contexts = torch.tensor(seq_lens) - torch.tensor(query_lens)
+    old = torch.cat([torch.arange(n) < c for n, c in zip(seq_lens, contexts, strict=True)])
+    bounds = torch.tensor([0, *contexts.tolist()]).cumsum(0).int()
+    for req in range(len(seq_lens)):
+        own = paged.slots[old][bounds[req] : bounds[req + 1]]
+        for begin in range(0, len(own), 64):
+            count = len(own[begin : begin + 64])
+            loc, lens = torch.tensor([[0, count], [begin + count, 0]]).int()
+            pool.step(loc, lens[:1], paged.block_table[req : req + 1], own[begin : begin + 64])
+    made = builder(1)
+    made._pool = pool
+    metadata = metadata_of_v2(query_lens, paged, num_reqs, num_tokens, made=made)
+    table = metadata.batch.copy_table
+    assert table is not None and table.shape == (num_reqs, 10)
+    assert (table[len(seq_lens) :] == -1).all() and metadata.copy_rows is pool._rows
+    expected = [min(c, 10) for c in contexts.tolist()]
+    assert (table[: len(seq_lens)] >= 0).sum(1).tolist() == expected
+    assert torch.equal(torch.cat([part.copy_table for _, part in metadata.parts]), table)
+
+
+def test_dummy_runs_store_nothing_and_are_not_captured(monkeypatch) -> None:
+    """vLLM's dummy runs hand out slots of -1 and no metadata: there are no positions to read."""
+    impl = attention.FibQuantImpl.__new__(attention.FibQuantImpl)
+    impl.key_map, impl.attend = object(), Attend(1.0)
+    context = SimpleNamespace(attn_metadata=None)
+    monkeypatch.setattr(attention, "get_forward_context", lambda: context)
+    key, slots = torch.zeros(2, 1, 64), torch.full((2,), -1)
+    impl.do_kv_cache_update(SimpleNamespace(layer_name="a"), key, key, torch.zeros(1), slots)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="must not be captured without attention metadata"):
+        impl.do_kv_cache_update(SimpleNamespace(layer_name="a"), key, key, torch.zeros(1), slots)

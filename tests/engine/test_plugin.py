@@ -211,6 +211,16 @@ def test_what_gpu_kernels_cannot_do_is_refused_at_the_start():
     assert "the CUDA library is not built (`make cuda`); leave it out" in problems[1]
 
 
+def test_the_cuda_library_has_a_recent_window(monkeypatch):
+    monkeypatch.setattr(support.gpu, "why_no_maps", lambda head_dim: None)
+    config = gpu_config(unproven_gpu=True, mode="quality")
+    assert support.config_problems(config) == []
+    config.parallel_config.enable_dbo = True
+    (problem,) = support.config_problems(config)
+    assert problem.startswith("recent_window: must be left out on a GPU")
+    assert "with microbatches" in problem
+
+
 def test_the_cuda_librarys_keys_are_calibrated(monkeypatch):
     monkeypatch.setattr(support.gpu, "why_no_maps", lambda head_dim: None)
     config = gpu_config(unproven_gpu=True, calibrate="means")

@@ -10,7 +10,15 @@ import pytest
 support = pytest.importorskip("vllm_fibquant.engine.support", reason="reads vLLM's configuration")
 
 
-def run(device="cpu", connector=None, offloading=None, is_hybrid=False, **given):
+def run(
+    device="cpu",
+    connector=None,
+    offloading=None,
+    is_hybrid=False,
+    draft=None,
+    use_ubatching=False,
+    **given,
+):
     """As much of vLLM's configuration as decides the defaults."""
     return SimpleNamespace(
         model_config=SimpleNamespace(
@@ -19,6 +27,8 @@ def run(device="cpu", connector=None, offloading=None, is_hybrid=False, **given)
         device_config=SimpleNamespace(device_type=device),
         cache_config=SimpleNamespace(cache_dtype="fibquant", kv_offloading_size=offloading),
         kv_transfer_config=connector,
+        parallel_config=SimpleNamespace(use_ubatching=use_ubatching),
+        speculative_config=draft and SimpleNamespace(method=draft),
         additional_config={"fibquant": given},
     )
 
@@ -47,11 +57,24 @@ def test_a_default_is_the_best_that_can_be_had(settings, expected, told):
     assert len(support.told_defaults(config)) == len(told)
 
 
-def test_a_gpu_with_the_cuda_library_calibrates(monkeypatch):
+def test_a_gpu_with_the_cuda_library_has_the_defaults_of_a_cpu(monkeypatch):
     monkeypatch.setattr(support.gpu, "why_no_maps", lambda head_dim: None)
-    assert mode_of(run("cuda")) == ("codes", 0, "auto")
-    (told,) = support.told_defaults(run("cuda"))
-    assert 'mode is "exact"' in told
+    for settings in ({}, {"draft": "ngram"}):
+        assert mode_of(run("cuda", **settings)) == ("raw", 128, "auto")
+        assert support.told_defaults(run("cuda", **settings)) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [({"draft": "eagle"}, "draft model (eagle)"), ({"use_ubatching": True}, "microbatches")],
+    ids=str,
+)
+def test_copies_of_a_gpu_need_steps_one_after_the_other(monkeypatch, settings, reason):
+    monkeypatch.setattr(support.gpu, "why_no_maps", lambda head_dim: None)
+    assert mode_of(run("cuda", **settings)) == ("codes", 0, "auto")
+    (told,) = support.told_defaults(run("cuda", **settings))
+    assert 'mode is "exact"' in told and reason in told
+    assert mode_of(run("cpu", **settings)) == ("raw", 128, "auto")
 
 
 def test_what_is_asked_for_by_name_is_not_replaced_nor_told():

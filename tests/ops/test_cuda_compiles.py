@@ -29,7 +29,7 @@ MAX_REGISTERS = 255
 NARROW_REGISTERS = 128
 """Of a decode kernel up to head_dim 128, of which 16 warps share a multiprocessor."""
 NARROW = ("pair", "any", "product", "any_mapped")
-NUM_KERNELS = 20
+NUM_KERNELS = 21
 """Of one head_dim."""
 MIN_WARPS = 2
 """On a multiprocessor."""
@@ -41,7 +41,7 @@ def check_budgets(rows: list[dict]) -> None:
     kernels = [row["kernel"] for row in rows]
     # The presets' ten pairs, any other pair, and wide row blocks of any pair; of mapped keys two
     # codes of values, any pair, and wide row blocks.
-    expected = ["pair"] * 10 + ["product"] * 2 + ["prepare", "merge"]
+    expected = ["pair"] * 10 + ["product"] * 2 + ["prepare", "attend_copies", "merge"]
     for kind in ("", "_mapped"):
         expected += [f"any{kind}", f"wide{kind}", f"encode{kind}"]
     assert len(expected) == NUM_KERNELS and sorted(kernels) == sorted(expected)
@@ -64,6 +64,18 @@ def test_every_architecture_compiles_within_budgets() -> None:
         shown = machine_code.largest(written)
         for at, registers in machine_code.largest(rows).items():
             assert shown[at] == registers, f"{at}: python -m benchmarks.machine_code must run again"
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", ["80", "120"])
+def test_plans_of_copies_compile_within_budgets(arch: str, tmp_path) -> None:
+    """They are of no head_dim, and in another file."""
+    command = machine_code.compile_command(64, arch)
+    command[-1] = command[-1].replace("kernels.cu", "library.cu")
+    command += ["-Xptxas=-v", "-o", str(tmp_path / "library.cubin")]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert len(re.findall(r"Used (\d+) registers", told)) == 3
+    assert not re.search(r"[1-9]\d* bytes (stack|spill)", told), told
 
 
 @needs_nvcc

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from tests import emulated as emu
-from tests.ops import test_cuda_mapped
+from tests.ops import test_cuda_copies, test_cuda_mapped
+from tests.ops.test_copies import make_copies
 from tests.ops.test_cuda_emulated import check, codec_of, encode_both, paged_of
 from tests.paged import check_records
 from vllm_fibquant.ops import cuda
@@ -29,8 +30,11 @@ pytestmark = [
 NARROW, WIDE, WINDOW, ENCODE = "narrow", "wide", "window", "encode"
 DIRECT = "direct"
 MAPPED, MAPPED_WIDE, MAPPED_ENCODE = "mapped", "mapped wide", "mapped encode"
+COPIES, COPIES_WIDE, COPIES_MAPPED = "copies", "copies wide", "copies mapped"
+COPIES_WINDOW, COPIES_ENCODE = "copies window", "copies encode"
 BOTH = (NARROW, WIDE)
 BOTH_MAPPED = (MAPPED, MAPPED_WIDE)
+ALL_COPIES = (COPIES, COPIES_WIDE, COPIES_MAPPED)
 MUTATIONS = {
     "a key register": (
         "attend.h", "a[j].x, b[j].x, a[j].y, b[j].y", "a[j].x, a[j].y, b[j].x, b[j].y", BOTH,
@@ -90,10 +94,40 @@ MUTATIONS = {
     "a first value's mean": ("encode.h", "is_value ? map.first_value : map.first_key",
                              "map.first_key", (MAPPED_ENCODE,)),
     "a weighted gain": ("encode.h", "weight + 2 * n2, y", "weight, y", (MAPPED_ENCODE,)),
+    "codes beside their copies": ("attend_kernel.h",
+                                  "copy_row(a, only_here(b.req), end, token) >= 0", "false",
+                                  ALL_COPIES),
+    "whole tiles with copies": ("attend_kernel.h", "if (all_end > recent) all_end = recent;", "",
+                                ALL_COPIES),
+    "whole tiles with first copies": ("attend_kernel.h",
+                                      "if (all_begin < a.num_copied_first) all_begin = "
+                                      "a.num_copied_first;", "", (COPIES, COPIES_WIDE)),
+    "a copy's column": ("attend.h", "a.num_copy_columns - (context - token)",
+                        "a.num_copy_columns - 1 - (context - token)", ALL_COPIES),
+    "a copy's position": ("copies.h", "b.context - (a.num_copy_columns - column)",
+                          "b.context - (a.num_copy_columns - column) - 1", ALL_COPIES),
+    "a copy counted twice": ("copies.h", "at.position < a.num_copied_first) at.row = -1",
+                             "at.position < 0) at.row = -1", ALL_COPIES),
+    "a copy's KV head": ("copies.h", "(row * args.pages.num_kv_heads + kv_head)",
+                         "(row * args.pages.num_kv_heads)", ALL_COPIES),
+    "a copy's half": ("copies.h", "words[i] >> 16", "words[i]", ALL_COPIES),
+    "a chunk of copies": ("copies.h", "o[r][i] *= old", "o[r][i] *= 1", ALL_COPIES),
+    "a joined weight": ("copies.h", "x += a.raw_o[at + i] * raw_weight", "x += a.raw_o[at + i]",
+                        ALL_COPIES),
+    "a copy beyond the window": ("copies.h", "own.position >= seen[r]", "true", (COPIES_WINDOW,)),
+    "a first token beside its copy": ("prepare.h", "if (copy_row(a, req, context, token) >= 0)"
+                                      " continue;", "", (COPIES_MAPPED,)),
+    "a copied lane": ("encode.h", "kWarp + lane_idx()) * kPerLane",
+                      "kWarp + lane_idx() / 2) * kPerLane", (COPIES_ENCODE,)),
+    "a copied infinity": ("encode.h", "bad ? 0.0f : v[i]", "v[i]", (COPIES_ENCODE,)),
     "a run's place": ("encode.h", "n4, index + n2", "n4, index + n4", (MAPPED_ENCODE,)),
 }  # fmt: skip
-IN_THE_GATE = {"a key register", "no transpose", "a stored sign", "a turned cosine"}
-"""One of keys, one of values, one of encode, one of mapped keys; the others are slow."""
+IN_THE_GATE = {
+    "a key register", "no transpose", "a stored sign", "a turned cosine",
+    "codes beside their copies",
+}  # fmt: skip
+"""One of keys, one of values, one of encode, one of mapped keys, one of copies; the others are
+slow."""
 
 
 def build_mutant(folder: Path, header: str, old: str, new: str) -> cuda.Library:
@@ -127,6 +161,18 @@ def check_case(library, case: str) -> None:
     if case in (MAPPED, MAPPED_WIDE):
         paged = test_cuda_mapped.mapped_of("fibquant_3bit", 64, [70, 32], [1, 2], group_size=3)
         check(library, paged, wide=case == MAPPED_WIDE)
+        return
+    if case == COPIES_ENCODE:
+        test_cuda_copies.test_new_tokens_are_copied_as_they_are(library, torch.float16, 64, "all")
+        return
+    if case.startswith(COPIES):
+        args = [90, 33, 9], [1, 2, 5]
+        paged = paged_of(codec, *args, group_size=3)
+        if case == COPIES_MAPPED:
+            paged = test_cuda_mapped.mapped_of("fibquant_3bit", 64, *args, group_size=3)
+        copies = make_copies(paged, 4, 40, torch.float16, 0.7)
+        options = {"window": 30} if case == COPIES_WINDOW else {"wide": case == COPIES_WIDE}
+        test_cuda_copies.check(library, paged, copies=copies, **options)
         return
     if case == MAPPED_ENCODE:
         test_cuda_mapped.test_records_equal_the_oracles(library, "fibquant_3bit", 64, "all")

@@ -37,7 +37,7 @@ def ask(feature: str, kernels: ops.Kernels) -> None:
         "soft_cap": {"soft_cap": 2.0},
         "sinks": {"sinks": torch.zeros(4)},
         "keep_first": {"keep_first": 2},
-        "copies": {"copies": Copies(paged.key, paged.value, 1)},
+        "copies": {"copies": Copies(paged.key.half(), paged.value.half(), 1)},
     }
     attend = Attend(1.0, **options.get(feature, {}))
     fresh = Fresh(paged.new_key, paged.new_value) if feature == "raw" else None

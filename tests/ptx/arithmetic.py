@@ -61,10 +61,14 @@ def _funnel(low, high, count, left: bool):
 
 
 def _insert_bits(a, b, begin, count):
-    begin, count = (np.minimum(wide(x & np.uint32(255)), np.uint64(32)) for x in (begin, count))
-    one = np.uint64(1)
-    mask = (((one << count) - one) << begin).astype(np.uint32)
-    return (wide(a) << begin).astype(np.uint32) & mask | b & ~mask
+    kind, size, one = b.dtype.type, _bits(b), np.uint64(1)
+    begin, count = (np.minimum(wide(x & np.uint32(255)), np.uint64(size)) for x in (begin, count))
+
+    def moved(x, by):  # by as many bits as there are: nothing is left
+        return np.where(by < 64, x << np.minimum(by, np.uint64(63)), np.uint64(0))
+
+    mask = moved(moved(one, count) - one, begin).astype(kind)
+    return moved(a.astype(np.uint64), begin).astype(kind) & mask | b & ~mask
 
 
 def _permute_bytes(a, b, selector):

@@ -73,11 +73,13 @@ class Device:
     error: BaseException | None = None
 
     def run(self, signature: str, sizes: list[int], args: bytes) -> None:
-        match = re.search(r"kKernel = \(?&?(?:fq::)?(\w+)<([\d, ]+)>", signature)
+        match = re.search(r"kKernel = \(?&?(?:fq::)?(\w+)(?:<([\d, ]+)>)?", signature)
         assert match, signature
-        numbers = re.findall(r"\d+", match[2])
-        mangled = f"{len(match[1])}{match[1]}I" + "".join(f"Li{n}E" for n in numbers) + "E"
-        kernel = _kernel(self.arch, numbers[0], mangled, self.change)
+        mangled, head_dim = f"{len(match[1])}{match[1]}", None
+        if match[2]:
+            numbers = re.findall(r"\d+", match[2])
+            mangled, head_dim = mangled + "I" + "".join(f"Li{n}E" for n in numbers), numbers[0]
+        kernel = _kernel(self.arch, head_dim, mangled + "E", self.change)
         x, y, z, threads, shared_bytes = sizes
         ran = machine.run(
             kernel, (x, y, z), threads, shared_bytes, args, regions_of(args), self.allow_unwritten
@@ -86,8 +88,12 @@ class Device:
 
 
 @functools.lru_cache(32)
-def _kernel(arch: str, head_dim: str, mangled: str, change: Callable[[str], str]) -> Kernel:
-    text = compile_ptx(ROOT / "csrc" / "cuda" / "kernels.cu", arch, f"-DFQ_HEAD_DIM={head_dim}")
+def _kernel(arch: str, head_dim: str | None, mangled: str, change: Callable[[str], str]) -> Kernel:
+    """A kernel of one head_dim, of kernels.cu, or one for all, of library.cu."""
+    source, flags = (
+        ("kernels.cu", [f"-DFQ_HEAD_DIM={head_dim}"]) if head_dim else ("library.cu", [])
+    )
+    text = compile_ptx(ROOT / "csrc" / "cuda" / source, arch, *flags)
     name = next(name for name in kernel_names(text) if mangled in name)
     return parse(change(kernel_text(text, name)))
 

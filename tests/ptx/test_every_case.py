@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 from tests import emulated as emu
+from tests.ops.test_cuda_copies import *  # noqa: F403
 from tests.ops.test_cuda_emulated import *  # noqa: F403
 from tests.ptx import device
 from tests.ptx.machine import Machine
@@ -39,7 +40,18 @@ def test_every_instruction_of_every_kernel_is_known(head_dim: int, arch: str) ->
     text = device.compile_ptx(source, arch, f"-DFQ_HEAD_DIM={head_dim}")
     names = device.kernel_names(text)
     assert len(names) >= 14
-    for name in names:
+    check_every_instruction(text)
+
+
+@pytest.mark.parametrize("arch", ["80", "90", "100", "120"])
+def test_every_instruction_of_a_plan_is_known(arch: str) -> None:
+    text = device.compile_ptx(emu.ROOT / "csrc" / "cuda" / "library.cu", arch)
+    assert len(device.kernel_names(text)) == 3
+    check_every_instruction(text)
+
+
+def check_every_instruction(text: str) -> None:
+    for name in device.kernel_names(text):
         kernel, where = parse(kernel_text(text, name)), Where(32, [(0, 0, 0)])
         machine = Machine(kernel, (1, 1, 1), where, Shared(where, 16, False), Global([]), b"")
         for instruction in kernel.body:

@@ -15,6 +15,9 @@ import pytest
 import torch
 
 from tests import emulated as emu
+from tests.engine.test_device_pool import Run
+from tests.ops import test_cuda_copies as copied
+from tests.ops.test_copies import make_copies
 from tests.ops.test_cuda_banks import per_token
 from tests.ops.test_cuda_emulated import check, codec_of, encode_both, paged_of
 from tests.paged import check_records
@@ -64,6 +67,39 @@ def test_window_cap_and_sinks(library) -> None:
     sinks = torch.randn(6, generator=torch.Generator().manual_seed(1)) * 3
     for wide in (False, True):
         check(library, paged, num_splits=2, wide=wide, window=20, soft_cap=5.0, sinks=sinks)
+
+
+@pytest.mark.parametrize("library", ["80", "90", "120"], indirect=True)
+@pytest.mark.parametrize("kind", ["plain", "all"])
+def test_copies(library, kind: str) -> None:
+    """Read in the place of codes, also of first tokens that have means of their own."""
+    lens, queries = [90, 1, 33], [1, 1, 7]
+    if kind == "plain":
+        paged = paged_of(codec_of("fibquant_3bit", 64), lens, queries, group_size=3)
+    else:
+        paged = copied.mapped_of("fibquant_3bit", 64, lens, queries, group_size=3)
+    copies = make_copies(paged, 4, 40, torch.float16, 0.7)
+    copied.check(library, paged, copies=copies, window=60)
+
+
+@pytest.mark.parametrize("library", ["80", "90", "120"], indirect=True)
+def test_plans_of_copies(library) -> None:
+    """A batch of several requests, chunks and decodes, blocks that change hands, and few rows."""
+    run = Run(num_rows=90, num_first=2, num_recent=20)
+    assert run.other is not None
+    found = []
+    for batch in (
+        [([1, 2, 3], 0, 40), ([4], 0, 9), ([], 0, 0)],
+        [([1, 2, 3], 40, 1), ([4, 5], 9, 1), ([6, 7], 0, 30)],
+        [([3, 1], 0, 17), ([6, 7], 30, 2)],
+    ):
+        found += run.step(batch)
+    assert sum(map(len, found)) > 40
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_encode_copies(library, dtype: torch.dtype) -> None:
+    copied.test_new_tokens_are_copied_as_they_are(library, dtype, 64, "plain")
 
 
 @pytest.mark.parametrize(
@@ -126,7 +162,7 @@ def test_the_documents_wavefronts_are_those_of_the_ptx(monkeypatch, name: str) -
 # ---- changes of the PTX -------------------------------------------------------------------------
 
 NARROW, WIDE = "attendILi64ELi3ELi3ELi1E", "attendILi64ELi5ELi5ELi4E"
-MERGE, ENCODE = "merge", "encode"
+MERGE, ENCODE, COPIES = "merge", "encode", "attend_copies"
 SYNC = re.compile(
     r"\n\s*(bar\.sync\s+0|bar\.warp\.sync\s+\S+|cp\.async\.(?:commit_group|wait_group \d+));"
 )
@@ -147,6 +183,10 @@ def run(kernel: str, monkeypatch, change=str) -> None:
                 key, value = torch.randn(2, 16, 2, 64, generator=torch.Generator().manual_seed(2))
                 got, expected, _ = encode_both(library, codec, key, value, torch.arange(16) + 20)
                 check_records(codec, got, expected)
+            elif kernel == COPIES:
+                paged = paged_of(codec, [200, 40], [1, 9], num_kv_heads=1, group_size=3)
+                copies = make_copies(paged, 4, 70, torch.float16, 0.8)
+                copied.check(library, paged, copies=copies, num_splits=1)
             else:
                 wide = kernel == WIDE
                 lens, queries = [200, 40], [1, 9 if wide else 2]
@@ -179,6 +219,8 @@ SPARE = Counter({"cp.async.wait_group 0": 1, "bar.sync 0": 2})
     [
         (ENCODE, Counter({"bar.warp.sync -1": 2})),
         (MERGE, Counter()),
+        # One for each row: they order global memory, which is not watched.
+        (COPIES, Counter({"bar.warp.sync -1": 4})),
         pytest.param(NARROW, SPARE, marks=pytest.mark.long),
         pytest.param(WIDE, SPARE, marks=pytest.mark.slow),
     ],

@@ -6,7 +6,8 @@ read:   `FibQuantImpl.forward`            -> `ops.paged_attention`
 
 On a CPU `forward` itself begins with the update; on a GPU vLLM calls it before.
 
-With a recent window attention also copies the newest tokens, where `copies.CopyPool` says.
+With a recent window the newest tokens are also copied: on a CPU by attention, where
+`copies.CopyPool` says, on a GPU by encode, where `device_pool.DevicePool` does.
 
 Both get the layer's cache as vLLM allocated it, uint8 [num_blocks, num_kv_heads, block_size,
 record_bytes] (`backend.FibQuantBackend.customize_spec`).
@@ -177,20 +178,39 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
             return
         if key.shape[0] < slot_mapping.shape[0]:
             slot_mapping = slot_mapping[: key.shape[0]]
+        positions = copied = None
+        if self.key_map is not None or self.attend.copies is not None:
+            step = self._step_of(layer)
+            if step is None:
+                return
+            if self.key_map is not None:
+                positions = step.positions
+            if step.copy_rows is not None and self.attend.copies is not None:
+                copied = ops.Copied(self.attend.copies, step.copy_rows)
         began = time.perf_counter()
         pages = self.pages(kv_cache)
-        count = ops.encode_kv(key, value, slot_mapping, pages, self._positions(layer))
+        count = ops.encode_kv(key, value, slot_mapping, pages, positions, copied)
         if not kv_cache.is_cuda:  # there an op's return says nothing of its end
             own_counters().encoded(began)
         if count:
             non_finite.counter.add(count)
 
-    def _positions(self, layer: Any) -> torch.Tensor | None:
-        """Where the step's tokens stand in their requests, if there is a map of keys."""
-        if self.key_map is None:
-            return None
-        metadata: Any = get_forward_context().attn_metadata
-        return metadata[layer.layer_name].positions
+    def _step_of(self, layer: Any) -> FibQuantMetadata | None:
+        """What the metadata builder made of this step; None in dummy runs, which store nothing.
+
+        Raises:
+            RuntimeError: a CUDA graph is captured that would lack what the builder makes.
+        """
+        found: Any = get_forward_context().attn_metadata
+        if found is None and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "do_kv_cache_update: must not be captured without attention metadata, got a graph "
+                "of vLLM's that holds it; leave use_inductor_graph_partition out of "
+                "--compilation-config, or give --enforce-eager"
+            )
+        if isinstance(found, list):  # as vllm.model_executor's get_attention_context
+            found = found[0]
+        return None if found is None else found[layer.layer_name]
 
     def forward(
         self,

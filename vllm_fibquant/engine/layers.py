@@ -10,6 +10,7 @@ from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 
+from vllm_fibquant.engine import device_pool
 from vllm_fibquant.engine.attention import FibQuantImpl
 from vllm_fibquant.engine.copies import num_copy_rows
 from vllm_fibquant.engine.support import refusal
@@ -58,12 +59,21 @@ def copy_rows(vllm_config: VllmConfig, available_bytes: int) -> tuple[int, int]:
     """
     layers = list(our_layers(vllm_config).values())
     itemsize = copy_dtype(vllm_config.model_config.dtype).itemsize
-    copied = [layer for layer in layers if layer.options.recent_window]
+    on_gpu = device_pool.serves(vllm_config.device_config.device_type)
+    # On a GPU a layer that reads another's pages reads its copies, too: it encodes nothing.
+    copied = [x for x in layers if x.options.recent_window and not (on_gpu and x.owner)]
     row_bytes = sum(2 * x.num_kv_heads * x.head_size * itemsize for x in copied)
     if row_bytes == 0:
         return 0, 0
-    wanted = vllm_config.scheduler_config.max_num_seqs * layers[0].options.num_copies
+    wanted = vllm_config.scheduler_config.max_num_seqs * _rows_of_a_request(layers[0], on_gpu)
     return num_copy_rows(wanted, row_bytes, available_bytes), row_bytes
+
+
+def _rows_of_a_request(layer: FibQuantImpl, on_gpu: bool) -> int:
+    options = layer.options
+    if on_gpu:
+        return device_pool.rows_of_a_request(options.num_copied_first, options.recent_window)
+    return options.num_copies
 
 
 def allocate_copies(vllm_config: VllmConfig, available_bytes: int) -> int:
@@ -80,9 +90,14 @@ def allocate_copies(vllm_config: VllmConfig, available_bytes: int) -> int:
         return 0
     layers = list(our_layers(vllm_config).values())
     dtype = copy_dtype(vllm_config.model_config.dtype)
+    device = torch.device(vllm_config.device_config.device_type)
+    on_gpu = device_pool.serves(device.type)
     for layer in layers:
+        if on_gpu and layer.owner is not None:
+            layer.attend = replace(layer.attend, copies=layer.owner.attend.copies)
+            continue
         shape = (num_rows, layer.num_kv_heads, layer.head_size)
-        key, value = torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
+        key, value = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
         copies = Copies(key, value, layer.options.num_copied_first)
         layer.attend = replace(layer.attend, copies=copies)
     logger.info(
@@ -92,6 +107,6 @@ def allocate_copies(vllm_config: VllmConfig, available_bytes: int) -> int:
         num_rows * row_bytes / 2**20,
         layers[0].options.recent_window,
         layers[0].options.num_copied_first,
-        num_rows // layers[0].options.num_copies,
+        num_rows // _rows_of_a_request(layers[0], on_gpu),
     )
     return num_rows * row_bytes

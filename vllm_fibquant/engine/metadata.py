@@ -20,6 +20,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec
 
+from vllm_fibquant.engine import device_pool
 from vllm_fibquant.engine.copies import CopyPool
 from vllm_fibquant.engine.gate import outcome_of
 from vllm_fibquant.engine.non_finite import DeviceReader
@@ -45,6 +46,7 @@ class FibQuantMetadata(AttentionMetadata):
         num_decodes, num_decode_tokens: requests at the beginning with few new tokens, and those
             tokens, on a GPU: beside a long chunk they would be cut as the chunk is, and one CTA
             would read a request's whole context. 0 elsewhere.
+        copy_rows: on a GPU `ops.Copied.rows` of layers that have copies, else None.
     """
 
     num_tokens: int
@@ -54,6 +56,7 @@ class FibQuantMetadata(AttentionMetadata):
     positions: torch.Tensor | None = None
     num_decodes: int = 0
     num_decode_tokens: int = 0
+    copy_rows: torch.Tensor | None = None
 
     @functools.cached_property
     def parts(self) -> list[tuple[int, Batch]]:
@@ -66,9 +69,10 @@ class FibQuantMetadata(AttentionMetadata):
         if n in (0, whole.num_reqs):
             return [(self.num_tokens, whole)]
         loc, lens, table = whole.query_start_loc, whole.seq_lens, whole.block_table
+        copies = (None, None) if (x := whole.copy_table) is None else (x[:n], x[n:])
         return [
-            (self.num_decode_tokens, Batch(loc[: n + 1], lens[:n], table[:n])),
-            (self.num_tokens, Batch(loc[n:], lens[n:], table[n:])),
+            (self.num_decode_tokens, Batch(loc[: n + 1], lens[:n], table[:n], copies[0])),
+            (self.num_tokens, Batch(loc[n:], lens[n:], table[n:], copies[1])),
         ]
 
 
@@ -87,7 +91,7 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.retain: Retain | None = None
-        self._pool: CopyPool | None = None
+        self._pool: CopyPool | device_pool.DevicePool | None = None
         self._device_reader = DeviceReader(device) if device.type == "cuda" else None
         if device.type == "cuda":  # else the order of requests is left alone
             self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
@@ -107,12 +111,14 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
             # The layers of a group have the same options, and share block tables and so one pool.
             options, self.retain = impl.options, impl.options.retain
             if impl.num_copy_rows and self._pool is None:
-                self._pool = CopyPool(
-                    impl.num_copy_rows,
-                    options.num_copied_first,
-                    options.recent_window,
-                    kv_cache_spec.block_size,
-                )
+                shape = (impl.num_copy_rows, options.num_copied_first, options.recent_window,
+                         kv_cache_spec.block_size)  # fmt: skip
+                if device_pool.serves(device.type):
+                    most = _largest_step(vllm_config)
+                    planner = device_pool.planner_of(device)
+                    self._pool = device_pool.DevicePool(*shape, *most, device, planner)
+                else:
+                    self._pool = CopyPool(*shape)
         check_kernels(impls, vllm_config.model_config.dtype, kv_cache_spec.block_size, device)
 
     def build(
@@ -138,15 +144,7 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
             num_decodes, _, num_decode_tokens, _ = split_decodes_and_prefills(
                 common, self.reorder_batch_threshold
             )
-        copies: tuple[torch.Tensor, ...] = ()
-        if self._pool:
-            plan = self._pool.step(
-                common.query_start_loc,
-                common.seq_lens,
-                common.block_table_tensor,
-                common.slot_mapping,
-            )
-            copies = plan.table, plan.tokens, plan.rows
+        copies, copy_rows = self._plan_copies(common)
         return FibQuantMetadata(
             num_tokens=common.num_actual_tokens,
             batch=Batch(
@@ -157,7 +155,21 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
             positions=self._keep_positions(common) if self._needs_positions else None,
             num_decodes=num_decodes,
             num_decode_tokens=num_decode_tokens,
+            copy_rows=copy_rows,
         )
+
+    def _plan_copies(
+        self, common: CommonAttentionMetadata
+    ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
+        """`Batch`'s fields from copy_table on, and `FibQuantMetadata.copy_rows`."""
+        if self._pool is None:
+            return (), None
+        where = common.query_start_loc, common.seq_lens, common.block_table_tensor
+        if isinstance(self._pool, CopyPool):
+            plan = self._pool.step(*where, common.slot_mapping)
+            return (plan.table, plan.tokens, plan.rows), None
+        table, rows = self._pool.step(*where, common.slot_mapping[: common.num_actual_tokens])
+        return (table,), rows
 
     def _keep_positions(self, common: CommonAttentionMetadata) -> torch.Tensor:
         """Where new tokens stand, on a GPU in one place for all steps, behind which are positions
@@ -188,6 +200,13 @@ def _positions(common: CommonAttentionMetadata) -> torch.Tensor:
     req = torch.searchsorted(ends, row, right=True).clamp_max(len(ends) - 1)
     # From a token's row to its position it is as far as from its request's end to its length.
     return row + (common.seq_lens - ends)[req]
+
+
+def _largest_step(vllm_config: VllmConfig) -> tuple[int, int]:
+    """Requests and tokens of a step at most, with those that pad a captured graph."""
+    scheduler = vllm_config.scheduler_config
+    captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+    return max(scheduler.max_num_seqs, captured), max(scheduler.max_num_batched_tokens, captured)
 
 
 def _holds_first_layer(layer_names: list[str], vllm_config: VllmConfig) -> bool:

@@ -123,7 +123,7 @@ def _prepare(worker: Any, available_bytes: int) -> int:
         return available_bytes
     from vllm.logger import init_logger
 
-    from vllm_fibquant.engine import calibrate, capacity, gate, head_dims, key_bias
+    from vllm_fibquant.engine import calibrate, capacity, gate, head_dims, key_bias, support_gpu
     from vllm_fibquant.engine import layers as loaded
     from vllm_fibquant.ops import gpu
 
@@ -135,7 +135,7 @@ def _prepare(worker: Any, available_bytes: int) -> int:
         if biased:
             name = vllm_config.cache_config.cache_dtype
             why = gpu.why_no_maps(head_dims.head_dim_of(vllm_config))
-            raise ValueError(support.refusal(name, [support.key_bias_problem(biased, why)]))
+            raise ValueError(support.refusal(name, [support_gpu.key_bias_problem(biased, why)]))
     # Settings first: ranks calibrate together, or not at all.
     _compare_ranks(vllm_config, list(layers.values()))
     if has_maps:

@@ -35,9 +35,10 @@ def check_kernels(
     for impl in impls.values():
         if impl.options.self_check:
             shape = dtype, impl.num_heads, impl.num_kv_heads, block_size, device
-            _check(impl.codec, *shape, None, impl.attends_raw)
+            new_tokens = impl.attends_raw, None, impl.attend.copies is not None
+            _check(impl.codec, *shape, None, *new_tokens)
             if impl.key_map is not None and not has_checked_map:
-                _check(impl.codec, *shape, impl.key_map, impl.attends_raw)
+                _check(impl.codec, *shape, impl.key_map, *new_tokens)
                 has_checked_map = True
 
 
@@ -47,7 +48,7 @@ def _check(*what: Any) -> None:
     result = run_self_check(*what)
     _passed.append(result)
     own_counters()["self_checks"] = len(_passed)
-    codec, dtype, num_q_heads, num_kv_heads, _, _, key_map, _ = what
+    codec, dtype, num_q_heads, num_kv_heads, _, _, key_map, *_ = what
     logger.info(
         "FibQuant self-check passed: kernel %s, %s%s, head_dim %d, %d/%d heads, error %.1e of %.1e",
         result.kernel,

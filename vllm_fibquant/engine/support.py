@@ -12,9 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from vllm_fibquant.codec.config import PRESETS
+from vllm_fibquant.engine import support_gpu
 from vllm_fibquant.engine.head_dims import (
     draft_problems,
     features_on,
@@ -92,9 +91,12 @@ def lacking_parts(vllm_config: VllmConfig) -> dict[Part, str]:
     for part, feature in NEEDED_BY_DEFAULTS.items():
         has_it = feature in features_on(vllm_config)
         why = f"kernels of {device} devices have it not yet"
-        if part == "calibration" and device == "cuda":
+        if device == "cuda":
             why = gpu.why_no_maps(head_dim_of(vllm_config)) or why
         found.append((not has_it, part, why))
+        if part == "copies" and device == "cuda":
+            problem = support_gpu.copies_problem(vllm_config)
+            found.append((problem is not None, part, problem or ""))
         found.append((given.get("retain") is not None, part, "retain bounds what is kept"))
         found.append((_moves_pages(vllm_config), part, UNMOVED[part]))
     is_hybrid = model is not None and model.is_hybrid
@@ -173,36 +175,7 @@ def config_problems(vllm_config: VllmConfig) -> list[str]:
         'and compiled but have not run on a GPU: give "unproven_gpu": true',
     )
     if device == "cuda":
-        require(not _is_rocm(), "device", "an NVIDIA GPU", "an AMD GPU (ROCm)", other_dtype)
-        require(
-            model is None or model.dtype != torch.float32,
-            "dtype",
-            "bfloat16 or float16 on a GPU, whose kernels multiply in float16",
-            "float32",
-            "give --dtype bfloat16",
-        )
-        for feature, name, asked in (
-            ("copies", "recent_window", options.recent_window),
-            ("keep_first", "retain", options.retain),
-            ("monitor", "monitor", options.monitor),
-            # "auto" asks for no more than a device has.
-            ("means", "calibrate", options.calibrate not in ("none", "auto") and options.calibrate),
-            ("layers", "layers", dict(options.layers)),
-        ):
-            hint = 'use "mode": "exact" without it'
-            if name == "recent_window":
-                hint = 'give "prefill": "raw", which GPUs have, in the place of "mode": "quality"'
-            if name == "calibrate" and (why := gpu.why_no_maps(head_dim_of(vllm_config))):
-                hint = f"{why}; leave it out"
-            is_met = not asked or feature in features_on(vllm_config)
-            require(is_met, name, "left out on a GPU", asked, hint)
-        require(
-            options.first_tokens <= cuda_tables.TILE,
-            "first_tokens",
-            f"at most {cuda_tables.TILE} on a GPU",
-            options.first_tokens,
-            "give fewer",
-        )
+        support_gpu.require_on_gpu(vllm_config, options, require)
 
     require(
         not cache.user_specified_block_size or cache.block_size % BLOCK_MULTIPLE == 0,
@@ -275,26 +248,6 @@ def config_problems(vllm_config: VllmConfig) -> list[str]:
             f"calibrate: {problem}" for problem in calibrate_problems(vllm_config, options)
         ]
     return problems
-
-
-def _is_rocm() -> bool:
-    """Whether vLLM runs on AMD GPUs, which it calls "cuda" as well."""
-    from vllm.platforms import current_platform
-
-    return current_platform.is_rocm()
-
-
-def key_bias_problem(biased: list[str], why: str | None) -> str:
-    """Why a model whose layers `biased` have a bias on keys is not served on a GPU.
-
-    Args:
-        why: what there is instead of kernels that read such keys.
-    """
-    return (
-        f"model: must have no bias on keys on a GPU, got one in {len(biased)} layers, the first "
-        f"{biased[0]}; codes lose such keys unless their mean is subtracted, as the CUDA library "
-        f"does, and {why}; or use --kv-cache-dtype auto for this model"
-    )
 
 
 def _draft_problems(vllm_config: VllmConfig, why: str) -> list[str]:

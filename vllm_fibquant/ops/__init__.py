@@ -10,7 +10,7 @@ import torch
 from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.keys.key_map import KeyMap
 from vllm_fibquant.ops import checks
-from vllm_fibquant.ops.call import Attend, Batch, Copies, Fresh, Pages
+from vllm_fibquant.ops.call import Attend, Batch, Copied, Copies, Fresh, Pages
 from vllm_fibquant.ops.choice import (
     CPU,
     REFERENCE,
@@ -27,6 +27,7 @@ __all__ = [
     "REFERENCE",
     "Attend",
     "Batch",
+    "Copied",
     "Copies",
     "Fresh",
     "Kernels",
@@ -62,6 +63,7 @@ def encode_kv(
     slot_mapping: torch.Tensor,
     pages: Pages,
     positions: torch.Tensor | None = None,
+    copied: Copied | None = None,
 ) -> int:
     """Encodes new keys and values and stores their records at the mapped slots.
 
@@ -73,6 +75,7 @@ def encode_kv(
         pages: where the records go, and how they are encoded.
         positions: int64 [at least num_slots], where tokens stand in their requests; needed with a
             map of keys, else unused.
+        copied: which of them are also copied, with kernels that copy while they encode.
 
     Returns:
         How many stored vectors held a NaN or infinity; they are stored as zero vectors. On a GPU 0:
@@ -86,8 +89,8 @@ def encode_kv(
         takes num_rows * head_dim multiply-adds per vector.
     Oracle: reference.encode_kv, equal but for ties of the two nearest codewords.
     """
-    checks.check_encode(key, value, slot_mapping, pages, positions)
-    return pages.kernels.encode_kv(key, value, slot_mapping, pages, positions)
+    checks.check_encode(key, value, slot_mapping, pages, positions, copied)
+    return pages.kernels.encode_kv(key, value, slot_mapping, pages, positions, copied)
 
 
 def paged_attention(

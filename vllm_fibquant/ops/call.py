@@ -91,7 +91,8 @@ class Batch:
             num_recent positions before its first new token; -1 where there is no copy, or no such
             token. None without copies.
         new_tokens: int64 [n] or None: new tokens that are copied once a layer has attended
-            everything, so that a row may change hands within a step.
+            everything, so that a row may change hands within a step. On a GPU None: there `Copied`
+            says what is copied, before anything is attended.
         new_rows: int64 [n] or None: distinct rows they are copied to.
         kept: what kernels keep here from layer to layer.
 
@@ -153,6 +154,20 @@ class Copies(NamedTuple):
     key: torch.Tensor
     value: torch.Tensor
     num_first: int
+
+
+class Copied(NamedTuple):
+    """New tokens that are copied while they are encoded, as on GPUs; on CPUs `Batch.new_rows` says
+    what is copied once everything has been attended.
+
+    Attributes:
+        copies: the layer's copies.
+        rows: int32 [at least num_slots]: the row to which a new token is copied, -1 for none; no
+            two tokens share one.
+    """
+
+    copies: Copies
+    rows: torch.Tensor
 
 
 @dataclass(eq=False)

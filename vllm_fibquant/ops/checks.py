@@ -16,7 +16,7 @@ from vllm_fibquant.ops.features import FEATURES
 from vllm_fibquant.ops.kernels import Kernels
 
 if TYPE_CHECKING:
-    from vllm_fibquant.ops.call import Attend, Batch, Fresh, Pages
+    from vllm_fibquant.ops.call import Attend, Batch, Copied, Copies, Fresh, Pages
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -42,6 +42,7 @@ def check_encode(
     slot_mapping: torch.Tensor,
     pages: Pages,
     positions: torch.Tensor | None,
+    copied: Copied | None = None,
 ) -> None:
     """Checks the arguments of `ops.encode_kv`."""
     # `_look` written out, and compared with the last call before it is hashed: every layer of every
@@ -51,6 +52,7 @@ def check_encode(
         value.shape, value.stride(), value.dtype, value.device,
         slot_mapping.shape, slot_mapping.stride(), slot_mapping.dtype, slot_mapping.device,
         None if positions is None else _look(positions),
+        None if copied is None else tuple(map(_look, (*copied.copies[:2], copied.rows))),
     )  # fmt: skip
     if given == pages.encoded:
         return
@@ -80,8 +82,38 @@ def check_encode(
                 f"{None if positions is None else list(positions.shape)}"
             )
         check_integers(name, "positions", positions, torch.int64, 1, device)
+    if copied is not None:
+        _check_copied(copied, pages, slot_mapping.shape[0])
     _pass(kind)
     pages.encoded = given
+
+
+def _check_copied(copied: Copied, pages: Pages, num_slots: int) -> None:
+    if "encoding" not in pages.kernels.copies_while:
+        raise ValueError(
+            f"encode_kv: copied must be None with the {pages.kernels.name} kernels, which copy new "
+            "tokens when all are attended; give Batch.new_rows"
+        )
+    check_integers("encode_kv", "copied.rows", copied.rows, torch.int32, 1, pages.cache.device)
+    if copied.rows.shape[0] < num_slots:
+        raise ValueError(
+            f"encode_kv: copied.rows must have a row for each of {num_slots} slots, got "
+            f"{copied.rows.shape[0]}"
+        )
+    _check_copies("encode_kv", copied.copies, pages)
+    if not (copied.copies.key.is_contiguous() and copied.copies.value.is_contiguous()):
+        raise ValueError("encode_kv: copied.copies must be contiguous, got others")
+
+
+def _check_copies(function: str, copies: Copies, pages: Pages) -> None:
+    for which, x in (("key", copies.key), ("value", copies.value)):
+        dtypes = pages.kernels.copy_dtypes if which == "key" else (copies.key.dtype,)
+        _check_vectors(function, f"copies.{which}", x, pages.num_kv_heads, pages, dtypes)
+    if copies.key.shape != copies.value.shape:
+        raise ValueError(
+            f"{function}: copies.value must have copies.key's shape {list(copies.key.shape)}, got "
+            f"{list(copies.value.shape)}"
+        )
 
 
 def check_attention(
@@ -99,7 +131,8 @@ def check_attention(
             f"{query.shape[0]}"
         )
     given = fresh and tuple(x if x is None else _look(x) for x in fresh)
-    copied = None if batch.copy_table is None else batch.copy_table.shape[1]
+    columns = None if batch.copy_table is None else batch.copy_table.shape[1]
+    copied = columns, batch.new_rows is None
     kind = pages.kind, attend.kind, batch.device, copied, _look(query), _look(out), given
     if kind not in _passed:
         _check_shapes(query, out, pages, batch, attend, fresh)
@@ -117,14 +150,7 @@ def check_pair(pages: Pages, attend: Attend) -> None:
             f"{name}: sinks must be on {pages.cache.device}, got them on {attend.sinks.device}"
         )
     if attend.copies is not None:
-        for which, x in (("key", attend.copies.key), ("value", attend.copies.value)):
-            dtypes = DTYPES if which == "key" else (attend.copies.key.dtype,)
-            _check_vectors(name, f"copies.{which}", x, pages.num_kv_heads, pages, dtypes)
-        if attend.copies.key.shape != attend.copies.value.shape:
-            raise ValueError(
-                f"{name}: copies.value must have copies.key's shape "
-                f"{list(attend.copies.key.shape)}, got {list(attend.copies.value.shape)}"
-            )
+        _check_copies(name, attend.copies, pages)
 
 
 def _check_shapes(
@@ -181,6 +207,11 @@ def _check_shapes(
             raise ValueError(
                 f"{name}: copy_table must have at least num_first {attend.copies.num_first} "
                 f"columns, got {batch.copy_table.shape[1]}"
+            )
+        if batch.new_rows is not None and "attending" not in pages.kernels.copies_while:
+            raise ValueError(
+                f"{name}: new_rows must be None with the {pages.kernels.name} kernels, which copy "
+                "new tokens when they are encoded; give encode_kv copied"
             )
 
 

@@ -13,7 +13,7 @@ import torch
 
 from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.ops.abi import DTYPES, pages_of
-from vllm_fibquant.ops.call import Attend, Batch, Fresh, Pages
+from vllm_fibquant.ops.call import Attend, Batch, Copied, Fresh, Pages
 from vllm_fibquant.ops.checks import check_pair
 from vllm_fibquant.ops.cpu_library import (
     FqAttend,
@@ -138,6 +138,7 @@ class Cpu(Kernels):
         slot_mapping: torch.Tensor,
         pages: Pages,
         positions: torch.Tensor | None = None,
+        copied: Copied | None = None,
     ) -> int:
         layer = pages.kept
         if layer is None:

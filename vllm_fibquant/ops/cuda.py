@@ -15,10 +15,8 @@ import functools
 from collections.abc import Callable
 from ctypes import (
     POINTER,
-    Structure,
     byref,
     c_char_p,
-    c_float,
     c_int32,
     c_int64,
     c_uint64,
@@ -34,8 +32,9 @@ from vllm_fibquant.files import PACKAGE_DIR
 from vllm_fibquant.keys.key_map import KeyMap
 from vllm_fibquant.ops import splits
 from vllm_fibquant.ops.abi import DTYPES, FqPages, load_library, pages_of
-from vllm_fibquant.ops.call import Attend, Batch, Fresh, Pages
+from vllm_fibquant.ops.call import Attend, Batch, Copied, Fresh, Pages
 from vllm_fibquant.ops.checks import check_pair
+from vllm_fibquant.ops.cuda_structs import FqCudaAttend, FqCudaEncode, FqCudaPlan
 from vllm_fibquant.ops.cuda_support import NARROW_COLUMNS, Support
 from vllm_fibquant.ops.cuda_tables import (
     FqCudaCode,
@@ -53,31 +52,6 @@ MIN_SPLIT = 512
 ENCODE_CTAS_PER_SM = 8
 
 
-class FqCudaEncode(Structure):
-    _fields_ = [
-        *((name, c_void_p) for name in ("key", "value", "slot_mapping", "positions", "counters")),
-        ("num_tokens", c_int64),
-        *((f"stride_key_{name}", c_int64) for name in ("token", "head")),
-        *((f"stride_value_{name}", c_int64) for name in ("token", "head")),
-        *((name, c_int32) for name in ("dtype", "max_ctas")),
-    ]
-
-
-class FqCudaAttend(Structure):
-    _fields_ = [
-        *((name, c_void_p) for name in ("query", "out", "query_start_loc", "seq_lens")),
-        *((name, c_void_p) for name in ("block_table", "sinks", "raw_o", "raw_m", "raw_l")),
-        *((name, c_void_p) for name in ("state_o", "state_ml", "prepared")),
-        ("stride_block_table", c_int64),
-        *((f"stride_query_{name}", c_int64) for name in ("token", "head")),
-        *((f"stride_out_{name}", c_int64) for name in ("token", "head")),
-        ("num_tokens", c_int64),
-        *((name, c_int32) for name in ("num_reqs", "num_q_heads", "table_width", "dtype")),
-        *((name, c_int32) for name in ("window", "num_splits", "wide")),
-        *((name, c_float) for name in ("scale", "soft_cap")),
-    ]
-
-
 class Library:
     """One loaded library.
 
@@ -90,7 +64,15 @@ class Library:
             "cuda.Library",
             path,
             "fq_cuda_abi",
-            (FqCudaCode, FqCudaCodec, FqCudaKeyMap, FqPages, FqCudaEncode, FqCudaAttend),
+            (
+                FqCudaCode,
+                FqCudaCodec,
+                FqCudaKeyMap,
+                FqPages,
+                FqCudaEncode,
+                FqCudaAttend,
+                FqCudaPlan,
+            ),
             "build it with `make cuda`",
         )
         for name in ("fq_cuda_support", "fq_cuda_error"):
@@ -98,6 +80,7 @@ class Library:
         layer = [POINTER(struct) for struct in (FqCudaCodec, FqPages, FqCudaKeyMap)]
         self.lib.fq_cuda_encode_kv.argtypes = [*layer, POINTER(FqCudaEncode), c_void_p]
         self.lib.fq_cuda_paged_attention.argtypes = [*layer, POINTER(FqCudaAttend), c_void_p]
+        self.lib.fq_cuda_plan_copies.argtypes = [POINTER(FqCudaPlan), c_void_p]
         self.lib.fq_cuda_prepared_floats.argtypes = [c_int32, POINTER(FqCudaKeyMap)]
         self.lib.fq_cuda_prepared_floats.restype = c_int64
         self.lib.fq_cuda_token_order.argtypes = [c_int32, POINTER(FqCudaCode), POINTER(FqCudaCode)]
@@ -137,6 +120,11 @@ class Library:
         self.lib.fq_cuda_occupancy(head_dim, record_bytes, *kind, per_cta, per_sm, out)
         return out[0], out[1], out[2]
 
+    def plan_copies(self, call: FqCudaPlan, device: torch.device) -> None:
+        """Plans one step of a pool of copies (csrc/cuda/copy_plan.h)."""
+        with current(device):
+            self.check("plan_copies", self.lib.fq_cuda_plan_copies(byref(call), _stream(device)))
+
     def check(self, function: str, error: int) -> None:
         """Raises RuntimeError with the library's own words for an error number that is not 0."""
         if error:
@@ -150,7 +138,8 @@ class _Layer:
     Attributes:
         codec, pages, key_map: references to the structs, as the library takes them; key_map is
             None if keys have none.
-        prepared_floats: of scratch memory for each row of queries to mapped keys.
+        prepared_floats: of scratch memory for each row of queries to mapped keys; 0 without.
+        joined_floats: the same of a layer that has copies.
         device: of the pages.
         num_kv_heads: as the pages say.
         encode_ctas: CTAs of an encode launch, at most.
@@ -162,10 +151,12 @@ class _Layer:
         self.codec = byref(codec_struct(codec, self.device))
         self.pages = byref(pages_of(cache))
         self.key_map, self.prepared_floats = None, 0
+        self.joined_floats: int = library.lib.fq_cuda_prepared_floats(codec.head_dim, None)
         if pages.key_map is not None:
             key_map = key_map_struct(pages.key_map, self.device)
             self.key_map = byref(key_map)
             self.prepared_floats = library.lib.fq_cuda_prepared_floats(codec.head_dim, key_map)
+            self.joined_floats = self.prepared_floats
         self.num_kv_heads, self._block_size = pages.num_kv_heads, pages.block_size
         num_sms = splits.num_sms(self.device)
         self.encode_ctas = ENCODE_CTAS_PER_SM * num_sms
@@ -200,6 +191,14 @@ class _Attending:
         self.args = byref(self.attend)
         if attend.sinks is not None:
             self.attend.sinks = attend.sinks.data_ptr()
+        if (copies := attend.copies) is not None:
+            self.attend.copy_key, self.attend.copy_value = (
+                x.data_ptr() for x in (copies.key, copies.value)
+            )
+            self.attend.num_copy_rows, self.attend.num_copied_first = (
+                len(copies.key), copies.num_first,
+            )  # fmt: skip
+            self.attend.copy_dtype = DTYPES[copies.key.dtype]
 
 
 class Cuda(GpuKernels):
@@ -216,6 +215,8 @@ class Cuda(GpuKernels):
     """
 
     implementation = "cuda"
+    copies_while = ("encoding",)
+    copy_dtypes = (torch.bfloat16, torch.float16)
 
     def __init__(
         self,
@@ -243,6 +244,7 @@ class Cuda(GpuKernels):
         slot_mapping: torch.Tensor,
         pages: Pages,
         positions: torch.Tensor | None = None,
+        copied: Copied | None = None,
     ) -> int:
         """Returns 0: what is not finite is counted on the device."""
         layer = pages.kept
@@ -254,6 +256,11 @@ class Cuda(GpuKernels):
             device_counters(layer.device).data_ptr(), slot_mapping.shape[0], *key.stride()[:2],
             *value.stride()[:2], DTYPES[key.dtype], layer.encode_ctas,
         )  # fmt: skip
+        if copied is not None:
+            copies = copied.copies
+            args.copy_key, args.copy_value = copies.key.data_ptr(), copies.value.data_ptr()
+            args.copy_rows, args.num_copy_rows = copied.rows.data_ptr(), len(copies.key)
+            args.copy_dtype = DTYPES[copies.key.dtype]
         with current(layer.device):
             error = self.library.lib.fq_cuda_encode_kv(
                 layer.codec, layer.pages, layer.key_map, byref(args), _stream(layer.device)
@@ -286,14 +293,19 @@ class Cuda(GpuKernels):
         num_rows, num_splits = args.num_tokens * args.num_q_heads, args.num_splits
         args.state_o = args.state_ml = args.prepared = None
         states = workspace_floats(num_rows, pages.codec.head_dim, num_splits)
-        floats = states + num_rows * layer.prepared_floats
+        table, per_row = batch.copy_table, layer.prepared_floats
+        args.copy_table, args.num_copy_columns = None, 0
+        if table is not None:
+            args.copy_table, args.num_copy_columns = table.data_ptr(), table.shape[1]
+            per_row = layer.joined_floats
+        floats = states + num_rows * per_row
         if floats:
             workspace = self._allocate(floats, layer.device)
             at = workspace.data_ptr()
             if states:
                 args.state_o = at
                 args.state_ml = at + 4 * num_rows * num_splits * pages.codec.head_dim
-            if layer.prepared_floats:
+            if per_row:
                 args.prepared = at + 4 * states
         with current(layer.device):
             error = self.library.lib.fq_cuda_paged_attention(

@@ -30,7 +30,9 @@ FEATURES = {
     "soft_cap": Feature("soft cap of scores", "the model", _ALL),
     "sinks": Feature("attention sinks", "the model", _ALL),
     "raw": Feature("a step's new tokens read as computed", '`"prefill": "raw"`', _ALL),
-    "copies": Feature("newest and first tokens kept in 16 bits", '`"mode": "quality"`', _ON_CPUS),
+    "copies": Feature(
+        "newest and first tokens kept in 16 bits", '`"mode": "quality"`', _NOT_TRITON
+    ),
     "means": Feature("keys coded without their means", '`"calibrate": "means"`', _NOT_TRITON),
     "transform": Feature("keys transformed", '`"calibrate": "transform"`', _NOT_TRITON),
     "keep_first": Feature("first tokens seen outside a window", "`retain`", _ON_CPUS),

@@ -14,7 +14,7 @@ import torch
 
 from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.ops import cuda
-from vllm_fibquant.ops.call import Attend, Batch, Fresh, Pages
+from vllm_fibquant.ops.call import Attend, Batch, Copied, Fresh, Pages
 from vllm_fibquant.ops.checks import check_pair
 from vllm_fibquant.ops.features import features_of
 from vllm_fibquant.ops.kernels import GpuKernels, Kernels
@@ -46,6 +46,7 @@ class Triton(GpuKernels):
         slot_mapping: torch.Tensor,
         pages: Pages,
         positions: torch.Tensor | None = None,
+        copied: Copied | None = None,
     ) -> int:
         from vllm_fibquant.kernels import encode
 

@@ -19,7 +19,7 @@ from vllm_fibquant.ops.features import features_of
 
 if TYPE_CHECKING:
     from vllm_fibquant.keys.key_map import KeyMap
-    from vllm_fibquant.ops.call import Attend, Batch, Fresh, Pages
+    from vllm_fibquant.ops.call import Attend, Batch, Copied, Fresh, Pages
 
 
 @functools.cache
@@ -41,6 +41,12 @@ class Kernels(ABC):
 
     max_group_size: int | None = None
     """Query heads per KV head, at most; None for any number."""
+
+    copies_while: tuple[str, ...] = ("attending",)
+    """When new tokens are copied: while they are encoded or attended (`call.Copied`)."""
+
+    copy_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+    """Those of copies of tokens."""
 
     @property
     def name(self) -> str:
@@ -67,6 +73,7 @@ class Kernels(ABC):
         slot_mapping: torch.Tensor,
         pages: Pages,
         positions: torch.Tensor | None = None,
+        copied: Copied | None = None,
     ) -> int:
         """See `ops.encode_kv`."""
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from vllm_fibquant.codec.codec import KVCodec
-from vllm_fibquant.ops.call import Attend, Batch, Fresh, Pages
+from vllm_fibquant.ops.call import Attend, Batch, Copied, Fresh, Pages
 from vllm_fibquant.ops.kernels import Kernels
 
 
@@ -20,6 +20,7 @@ def encode_kv(
     slot_mapping: torch.Tensor,
     pages: Pages,
     positions: torch.Tensor | None = None,
+    copied: Copied | None = None,
 ) -> int:
     """Encodes new keys and values and stores their records at the mapped slots.
 
@@ -30,6 +31,7 @@ def encode_kv(
         pages: where the records go, and how they are encoded.
         positions: int64 [at least num_slots], where tokens stand in their requests; read with
             a key_map alone.
+        copied: see `call`; vectors that hold a NaN or infinity are copied as zeros.
 
     Returns:
         How many stored vectors held a NaN or infinity (they are stored as zero vectors).
@@ -48,8 +50,18 @@ def encode_kv(
         stands = None if positions is None else positions[:num_slots][keep]
         records = key_map.encode_records(new_key, new_value, codec, stands)
     cache[slots // block_size, :, slots % block_size] = records
+    if copied is not None:
+        rows = copied.rows[:num_slots][keep].long()
+        _copy(copied.copies.key, rows[rows >= 0], new_key[rows >= 0])
+        _copy(copied.copies.value, rows[rows >= 0], new_value[rows >= 0])
     finite = torch.isfinite(torch.stack((new_key, new_value))).all(-1)
     return int((~finite).sum())
+
+
+def _copy(copies: torch.Tensor, rows: torch.Tensor, new: torch.Tensor) -> None:
+    """Copies vectors to rows; those that hold a NaN or infinity become zeros."""
+    finite = torch.isfinite(new).all(-1, keepdim=True)
+    copies[rows] = torch.where(finite, new, 0.0).to(copies.dtype)
 
 
 def paged_attention(
@@ -120,9 +132,7 @@ def paged_attention(
     if attend.copies is not None and batch.new_rows is not None:
         for copies, raw in ((attend.copies.key, raw_key), (attend.copies.value, raw_value)):
             if raw is not None:
-                new = raw[batch.new_tokens]  # vectors that hold a NaN or infinity become zeros
-                finite = torch.isfinite(new).all(-1, keepdim=True)
-                copies[batch.new_rows] = torch.where(finite, new, 0.0).to(copies.dtype)
+                _copy(copies, batch.new_rows, raw[batch.new_tokens])
 
 
 def copied_rows(table_row: torch.Tensor, num_first: int, context_len: int) -> torch.Tensor:
@@ -144,6 +154,7 @@ class Reference(Kernels):
     """The oracle in the place of kernels, for CPU tensors."""
 
     implementation = "reference"
+    copies_while = ("encoding", "attending")
 
     def refuses(self, codec: KVCodec, cache: torch.Tensor | None = None) -> str | None:
         if cache is not None and not cache.is_cpu:

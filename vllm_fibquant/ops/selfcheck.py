@@ -19,7 +19,7 @@ import torch
 from vllm_fibquant import ops
 from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.keys.key_map import KeyMap
-from vllm_fibquant.ops import Attend, Batch, Fresh, Pages, reference
+from vllm_fibquant.ops import Attend, Batch, Copied, Copies, Fresh, Pages, reference
 
 MAX_RECORD_MISMATCH = 0.02
 """Share of records that may differ between kernel and oracle: ties of the two nearest codewords."""
@@ -42,6 +42,7 @@ class _Case:
         window, soft_cap: as in ops.Attend.
         sinks: whether heads have sinks.
         raw: whether new tokens are attended raw.
+        copies: whether half of the first and newest tokens are read from copies.
     """
 
     query_lens: tuple[int, ...] = _QUERY_LENS
@@ -50,6 +51,7 @@ class _Case:
     soft_cap: float = 0.0
     sinks: bool = False
     raw: bool = False
+    copies: bool = False
 
 
 _CPU_CASES = (_Case(),)
@@ -64,6 +66,9 @@ _GPU_CASES = (
     _Case(window=20, soft_cap=5.0, sinks=True),
 )
 _RAW_CASES = (_Case(raw=True), _Case(table_tokens=16384, window=20, sinks=True, raw=True))
+_COPY_CASES = tuple(replace(case, copies=True) for case in _RAW_CASES)
+_NUM_FIRST, _NUM_RECENT = 4, 40
+"""Tokens of a request that may have copies."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,7 @@ def run_self_check(
     key_map: KeyMap | None = None,
     attends_raw: bool = False,
     all_cases: bool | None = None,
+    has_copies: bool = False,
 ) -> SelfCheckResult:
     """Encodes and attends a small random batch with the kernel and with the oracle.
 
@@ -106,6 +112,8 @@ def run_self_check(
         all_cases: whether attention is called in every way that a GPU's kernels differ in, once
             more from a captured CUDA graph where there is a GPU; None on a GPU alone. Queries, keys
             and values are views of one tensor always, as models hand them out.
+        has_copies: whether some tokens will have copies in 16 bits; checked where kernels make them
+            while they encode.
 
     Returns:
         The result of the case nearest to its tolerance, when all are within bounds.
@@ -150,9 +158,20 @@ def run_self_check(
     # As views of one tensor, whose strides are not those of a tensor of its own.
     keys, values = torch.cat((key, value), 1).to(device).split(num_kv_heads, dim=1)
     pages = ops.pages_of(cache, codec, key_map)
-    ops.encode_kv(keys, values, slot_mapping.to(device), pages, positions.to(device))
+    copied = expected_copied = None
+    if has_copies and "encoding" in pages.kernels.copies_while:
+        rows = _half_of_the_rows(len(key), generator)
+        copied, expected_copied = (_no_copies(key, rows, at) for at in (cache.device, None))
+    ops.encode_kv(keys, values, slot_mapping.to(device), pages, positions.to(device), copied)
     oracle = Pages(expected_cache, codec, key_map, ops.REFERENCE)
-    reference.encode_kv(key, value, slot_mapping, oracle, positions)
+    reference.encode_kv(key, value, slot_mapping, oracle, positions, expected_copied)
+    if copied is not None and expected_copied is not None:
+        for got, wanted in zip(copied.copies[:2], expected_copied.copies[:2], strict=True):
+            if not torch.equal(got.cpu(), wanted):
+                raise RuntimeError(
+                    f"run_self_check: kernel {pages.kernels.name} must copy tokens as they are, "
+                    "got others; refusing to serve: rebuild the library"
+                )
     written = len(slot_mapping) * num_kv_heads
     mismatch = int((cache.cpu() != expected_cache).any(-1).sum()) / written
 
@@ -160,6 +179,7 @@ def run_self_check(
     cases: tuple[_Case, ...] = _CPU_CASES
     if all_cases if all_cases is not None else cache.is_cuda:
         cases = _GPU_CASES + (_RAW_CASES if attends_raw else ())
+        cases += _COPY_CASES if copied is not None else ()
     results = []
     for case in cases:
         num_tokens = sum(case.query_lens)
@@ -173,8 +193,14 @@ def run_self_check(
         table = torch.nn.functional.pad(block_table, (0, max(0, missing)), value=-1)
         sinks = torch.linspace(-2, 2, num_q_heads, dtype=torch.float32) if case.sinks else None
         attend = Attend(codec.head_dim**-0.5, case.window, case.soft_cap, sinks)
-        out = _attend(new, pages, Batch(bounds, seq_lens, table), attend, case.raw)
-        batch, fresh = Batch(bounds, seq_lens, block_table), Fresh(*new[1:]) if case.raw else None
+        copy_table, given = None, attend
+        if case.copies and copied is not None and expected_copied is not None:
+            copy_table = _copy_table(expected_copied.rows, case.query_lens)
+            given = replace(attend, copies=copied.copies)
+            attend = replace(attend, copies=expected_copied.copies)
+        out = _attend(new, pages, Batch(bounds, seq_lens, table, copy_table), given, case.raw)
+        batch = Batch(bounds, seq_lens, block_table, copy_table)
+        fresh = Fresh(*new[1:]) if case.raw else None
         expected, plain = torch.empty(query.shape, dtype=torch.float64), torch.empty_like(query)
         for found, compute_dtype in ((expected, torch.float64), (plain, torch.float32)):
             reference.paged_attention(query, found, shown, batch, attend, fresh, compute_dtype)
@@ -194,6 +220,36 @@ def run_self_check(
     return max(results, key=lambda result: result.error / result.tolerance)
 
 
+def _half_of_the_rows(num_tokens: int, generator: torch.Generator) -> torch.Tensor:
+    """A row for half of the tokens, -1 for the others."""
+    order = torch.randperm(num_tokens, generator=generator, dtype=torch.int64)
+    has_row = torch.rand(num_tokens, generator=generator, dtype=torch.float32) < 0.5
+    return torch.where(has_row, order, -1).to(torch.int32)
+
+
+def _no_copies(key: torch.Tensor, rows: torch.Tensor, device: torch.device | None) -> Copied:
+    """Where tokens are to be copied; the rows hold what would show."""
+    dtype = torch.bfloat16 if key.dtype == torch.float32 else key.dtype
+    new = torch.full((2, *key.shape), 1e4, dtype=dtype, device=device)
+    return Copied(Copies(new[0], new[1], _NUM_FIRST), rows.to(device))
+
+
+def _copy_table(rows: torch.Tensor, query_lens: tuple[int, ...]) -> torch.Tensor:
+    """`Batch.copy_table` of tokens that are copied to `rows`."""
+    table = torch.full((len(_SEQ_LENS), _NUM_FIRST + _NUM_RECENT), -1, dtype=torch.int32)
+    begin = 0
+    for req, (seq_len, query_len) in enumerate(zip(_SEQ_LENS, query_lens, strict=True)):
+        context = seq_len - query_len
+        for position in range(context):
+            column = position
+            if position >= _NUM_FIRST:
+                column = table.shape[1] - (context - position)
+            if position < _NUM_FIRST or column >= _NUM_FIRST:
+                table[req, column] = rows[begin + position]
+        begin += seq_len
+    return table
+
+
 def _attend(
     new: tuple[torch.Tensor, ...], pages: Pages, batch: Batch, attend: Attend, raw: bool
 ) -> torch.Tensor:
@@ -209,8 +265,8 @@ def _attend(
     """
     device = pages.cache.device
     query, key, value = torch.cat(new, 1).to(device).split([x.shape[1] for x in new], dim=1)
-    tensors = batch.query_start_loc, batch.seq_lens, batch.block_table
-    on_device = Batch(*(x.to(device) for x in tensors))
+    tensors = batch.query_start_loc, batch.seq_lens, batch.block_table, batch.copy_table
+    on_device = Batch(*(x if x is None else x.to(device) for x in tensors))  # type: ignore[arg-type]
     if attend.sinks is not None:
         attend = replace(attend, sinks=attend.sinks.to(device))
     fresh = Fresh(key, value) if raw else None

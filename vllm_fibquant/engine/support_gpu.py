@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is asked of a configuration on a GPU beside what is asked everywhere (`support`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vllm_fibquant.engine.head_dims import features_on, head_dim_of
+from vllm_fibquant.ops import cuda_tables, gpu
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from vllm_fibquant.options import Options
+
+
+def require_on_gpu(
+    vllm_config: VllmConfig, options: Options, require: Callable[[bool, str, str, Any, str], None]
+) -> None:
+    """Asks for what GPUs need.
+
+    Args:
+        require: notes that what is not met: what it is about, must be, is, and a remedy.
+    """
+    model = vllm_config.model_config
+    require(
+        not _is_rocm(),
+        "device",
+        "an NVIDIA GPU",
+        "an AMD GPU (ROCm)",
+        "use --kv-cache-dtype auto for this model",
+    )
+    require(
+        model is None or model.dtype != torch.float32,
+        "dtype",
+        "bfloat16 or float16 on a GPU, whose kernels multiply in float16",
+        "float32",
+        "give --dtype bfloat16",
+    )
+    for feature, name, asked in (
+        ("copies", "recent_window", options.recent_window),
+        ("keep_first", "retain", options.retain),
+        ("monitor", "monitor", options.monitor),
+        # "auto" asks for no more than a device has.
+        ("means", "calibrate", options.calibrate not in ("none", "auto") and options.calibrate),
+        ("layers", "layers", dict(options.layers)),
+    ):
+        hint = 'use "mode": "exact" without it'
+        is_met = not asked or feature in features_on(vllm_config)
+        if name == "recent_window":
+            hint = 'give "prefill": "raw", which GPUs have, in the place of "mode": "quality"'
+            why = copies_problem(vllm_config) or gpu.why_no_maps(head_dim_of(vllm_config))
+            hint = f"{why}; {hint}" if why else hint
+            is_met = is_met and not (asked and copies_problem(vllm_config))
+        if name == "calibrate" and (why := gpu.why_no_maps(head_dim_of(vllm_config))):
+            hint = f"{why}; leave it out"
+        require(is_met, name, "left out on a GPU", asked, hint)
+    require(
+        options.first_tokens <= cuda_tables.TILE,
+        "first_tokens",
+        f"at most {cuda_tables.TILE} on a GPU",
+        options.first_tokens,
+        "give fewer",
+    )
+
+
+def copies_problem(vllm_config: VllmConfig) -> str | None:
+    """Why tokens cannot be copied on a GPU in this run, where a plan is carried out by all layers
+    before the next one is made; or None."""
+    if vllm_config.parallel_config.use_ubatching:
+        return "with microbatches one plan of copies would overtake another"
+    speculation = vllm_config.speculative_config
+    if speculation is not None and speculation.method not in ("ngram", "suffix"):
+        return f"a draft model ({speculation.method}) plans copies that the model's layers lack"
+    return None
+
+
+def _is_rocm() -> bool:
+    """Whether vLLM runs on AMD GPUs, which it calls "cuda" as well."""
+    from vllm.platforms import current_platform
+
+    return current_platform.is_rocm()
+
+
+def key_bias_problem(biased: list[str], why: str | None) -> str:
+    """Why a model whose layers `biased` have a bias on keys is not served on a GPU.
+
+    Args:
+        why: what there is instead of kernels that read such keys.
+    """
+    return (
+        f"model: must have no bias on keys on a GPU, got one in {len(biased)} layers, the first "
+        f"{biased[0]}; codes lose such keys unless their mean is subtracted, as the CUDA library "
+        f"does, and {why}; or use --kv-cache-dtype auto for this model"
+    )
