@@ -112,7 +112,8 @@ def all_rows(step: int) -> list[Row]:
                     retrieval=mode == "quality" and preset in LADDER[1:3],
                 )
             )  # fmt: skip
-    return rows + _uncalibrated(step) + _ablation(step) + _rivals() + _checks(step) + _frontier()
+    ours = rows + _uncalibrated(step) + _ablation(step) + _splits(step)
+    return ours + _rivals() + _checks(step) + _frontier()
 
 
 def _short(preset: str) -> str:
@@ -161,6 +162,23 @@ def _ablation(step: int) -> list[Row]:
             rows.append(engine_row(f"{bits}, {name}", "ablation", preset,
                                    {"calibrate": "none", **options}, step))  # fmt: skip
         rows.append(Row(f"{bits}, gains, first 4", "ablation", FibQuant(codes, first=4)))
+    return rows
+
+
+def _splits(step: int) -> list[Row]:
+    """Splits of bits between keys and values that are no preset: whose errors a loss is made of."""
+    splits: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
+        ("k2v1, quality", "fibquant_2bit", "fibquant_1bit", {}),
+        ("k1v2, quality", "fibquant_1bit", "fibquant_2bit", {}),
+        ("k3v4, exact", "fibquant_3bit", "fibquant_4bit", EXACT),
+        ("k5v4, quality", "fibquant_k5v3", "fibquant_4bit", {}),
+        ("k5v4, exact", "fibquant_k5v3", "fibquant_4bit", EXACT),
+    )
+    parts = ("subvec_dim", "num_codewords", "folded", "storage")
+    rows = []
+    for name, keys, values, options in splits:
+        value = {part: getattr(PRESETS[values].value, part) for part in parts}
+        rows.append(engine_row(name, "ablation", keys, {**options, "value": value}, step))
     return rows
 
 
