@@ -183,6 +183,7 @@ class Vllm:
         ours = {"fibquant": {**self._options, "fidelity_gate": False}}
         self._llm = LLM(
             str(folder), dtype=self._dtype, enforce_eager=True, kv_cache_dtype=preset,
+            hf_overrides={"max_position_embeddings": room},  # its table of rotary angles
             additional_config=ours if is_fibquant(preset) else {}, max_model_len=room,
             max_num_batched_tokens=BATCH, max_num_seqs=1, kv_cache_memory_bytes=2 << 30,
             enable_prefix_caching=True, skip_tokenizer_init=True, seed=0,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Codes of latent vectors, key and value at once (docs/mla.md); nothing serves them yet."""
+"""Codes of latent vectors, key and value at once (docs/mla.md), and attention over their pages."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 
 from vllm_fibquant.codec.codec import VectorCodec
 from vllm_fibquant.codec.config import PRESETS
+from vllm_fibquant.codec.latent import LatentCodec, attend_latents, write_latents
 
 LATENT, ROTARY, HEAD_DIM, HEADS, TOKENS = 512, 64, 128, 4, 96
 
@@ -68,3 +69,58 @@ def test_more_bits_are_nearer():
         for bits in (4, 3, 2, 1)
     ]
     assert errors == sorted(errors) and errors[0] < 0.02 < errors[2] < 0.15, errors
+
+
+def paged(num_reqs: int = 3, block_size: int = 16):
+    """Requests of 0, 1 and 40 tokens in shuffled blocks of a cache that is poisoned elsewhere."""
+    codec = LatentCodec.from_preset(PRESETS["fibquant_2bit"], LATENT, ROTARY)
+    generator = torch.Generator().manual_seed(1)
+    seq_lens = torch.tensor([0, 1, 40])[:num_reqs]
+    blocks = torch.randperm(12, generator=generator)[:9].reshape(3, 3)
+    cache = torch.full((12, block_size, codec.record_bytes), 0xFF, dtype=torch.uint8)
+    latent = torch.randn(41, LATENT, generator=generator)
+    rotary = torch.randn(41, ROTARY, generator=generator)
+    at = torch.arange(40)
+    slots = torch.cat((blocks[1, :1] * block_size, blocks[2, at // block_size] * block_size))
+    slots[1:] += at % block_size
+    mapping = torch.cat((slots, torch.tensor([-1])))
+    padded = torch.cat((latent, latent[:1])), torch.cat((rotary, rotary[:1]))
+    write_latents(codec, *padded, cache, mapping)
+    query = torch.randn(3, HEADS, LATENT + ROTARY, generator=generator)
+    return codec, latent, rotary, query, cache, blocks, seq_lens
+
+
+def test_records_are_as_long_as_the_page_says():
+    sizes = {
+        name: LatentCodec.from_preset(PRESETS[name], LATENT, ROTARY).record_bytes
+        for name in ("fibquant_3bit", "fibquant_2bit")
+    }
+    assert sizes == {"fibquant_3bit": 322, "fibquant_2bit": 258}  # docs/mla.md
+
+
+def test_attention_over_pages_is_attention_over_decoded_latents():
+    codec, latent, rotary, query, cache, blocks, seq_lens = paged()
+    got = attend_latents(codec, query, cache, blocks, seq_lens, 0.1)
+    indices, norms = codec.latent.encode(latent)
+    read = codec.latent.decode(indices, norms).double()
+    keys = torch.cat((read, rotary.bfloat16().double()), -1)
+    want = torch.zeros(3, HEADS, LATENT, dtype=torch.float64)
+    for row, (begin, end) in {1: (0, 1), 2: (1, 41)}.items():
+        scores = 0.1 * query[row].double() @ keys[begin:end].T
+        want[row] = scores.softmax(-1) @ read[begin:end]
+    assert (got - want).abs().max() < 1e-5
+    assert got[0].eq(0).all()
+    assert torch.equal(got, attend_latents(codec, query, cache, blocks, seq_lens, 0.1))
+
+
+@pytest.mark.parametrize("byte", [0, 129, 131], ids=["index", "norm", "rotary"])
+def test_every_part_of_a_record_is_read(byte):
+    codec, _, _, query, cache, blocks, seq_lens = paged()
+    before = attend_latents(codec, query, cache, blocks, seq_lens, 0.1)
+    cache[blocks[2, 1], 3, byte] ^= 0x08
+    after = attend_latents(codec, query, cache, blocks, seq_lens, 0.1)
+    assert not torch.equal(before[2], after[2])
+    assert torch.equal(before[:2], after[:2])
+    others = blocks.clone()
+    others[2, 0] = blocks[2, 2]
+    assert not torch.equal(after, attend_latents(codec, query, cache, others, seq_lens, 0.1))

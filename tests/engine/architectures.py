@@ -150,7 +150,7 @@ FAMILIES: dict[str, Callable[[], Made]] = {
     "granite-moe": of("GraniteMoe", **LOCAL_EXPERTS),
     "hunyuan": of("HunYuanDenseV1"),
     "llama": llama(),
-    "minimax-m2": of("MiniMaxM2", rotary_dim=64, **LOCAL_EXPERTS),
+    "minimax-m2": of("MiniMaxM2", rotary_dim=64, scoring_func="sigmoid", **LOCAL_EXPERTS),
     "ministral3": of("Ministral3"),
     # A sliding window on every layer.
     "mistral": of("Mistral", hidden_size=192, num_attention_heads=6, sliding_window=64),
@@ -210,6 +210,35 @@ HYBRIDS: dict[str, Callable[[], Made]] = {
 }
 """Layers beside attention keep a state."""
 
+# vLLM's kernel for CPUs knows latents of 512 with rotary keys of 64.
+LATENT = {
+    "num_key_value_heads": 4,
+    "head_dim": None,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 64,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "n_shared_experts": 1,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+}
+LATENTS: dict[str, Callable[[], Made]] = {
+    "deepseek-v2": of("DeepseekV2", q_lora_rank=None, **LATENT),
+    "deepseek-v3": of(
+        "DeepseekV3",
+        q_lora_rank=128,
+        num_nextn_predict_layers=0,
+        topk_method="noaux_tc",
+        scoring_func="sigmoid",
+        **LATENT,
+    ),
+}
+"""Layers whose cache is one latent vector for all heads."""
+
 QUICK = {"gemma2", "gemma4-shared", "gpt-oss", "mistral", "phi3", "lfm2", "qwen3-next"}
 """Of both, those that the fast tests are about."""
 
@@ -225,6 +254,7 @@ def quickly(shapes: Iterable[str]) -> list[Any]:
 SHAPES: dict[str, Callable[[], Made]] = {
     **FAMILIES,
     **HYBRIDS,
+    **LATENTS,
     # Its layers take no notice of --kv-cache-dtype.
     "falcon": of(
         "Falcon",

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 
 from vllm_fibquant.cli import plan
@@ -160,7 +162,7 @@ def test_plan_refuses_models_with_states_as_the_engine_does(model_folder, settin
 
 @pytest.mark.parametrize(("shape", "share"), [("gemma4", 0.3), ("gemma4-112", 0.3)])
 def test_fitting_pages_saves_padding_and_changes_nothing_else(
-    model_folder, shape, share, monkeypatch
+    model_folder, shape, share, monkeypatch, caplog
 ):
     model, prompts = make_model(shape, model_folder), varied_prompts(6, VOCAB_SIZE)
 
@@ -171,10 +173,13 @@ def test_fitting_pages_saves_padding_and_changes_nothing_else(
 
     answers, fits = served()
     monkeypatch.setattr(compat_pages, "fitted", dict)
-    expected, padded = served()
+    assert "of the cache holds nothing" not in caplog.text
+    with caplog.at_level(logging.WARNING):
+        expected, padded = served()
     assert answers == expected
     assert fits["stored"].padding < 0.06 < share < padded["stored"].padding
     assert fits["stored"].num_tokens > 1.3 * padded["stored"].num_tokens
     assert capacity.padding_advice(fits, "fibquant_2bit") is None
     told = capacity.padding_advice(padded, "fibquant_2bit")
     assert "of the cache holds nothing; least is wasted with fibquant_1bit" in told
+    assert told in caplog.text  # as the start warned

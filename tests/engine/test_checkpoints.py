@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints whose weights are quantised.
+"""Checkpoints whose weights are quantised, and those that bring scales for an fp8 cache.
 
 Weights are random, so what they stand for does not matter: with the same ones, a fresh prompt whose
 tokens are read as computed must give what vLLM's own cache gives.
@@ -8,6 +8,7 @@ tokens are read as computed must give what vLLM's own cache gives.
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -112,3 +113,30 @@ def test_quantised_weights(model_folder, method):
             answers.append(generate(llm, prompts, 1))
     other_tokens, _, largest = largest_difference(*answers)
     assert (other_tokens, largest < 0.1) == (0, True), largest
+
+
+def test_scales_of_an_fp8_cache_are_left_alone(model_folder, caplog):
+    """They are of another format: with them and without, the same bits, and the log says so."""
+    plain = Path(checkpoint("compressed-tensors", model_folder))
+    path = model_folder / "llama-kv-scales"
+    path.mkdir(exist_ok=True)
+    tensors = load_file(plain / "model.safetensors")
+    for name in [n for n in tensors if n.endswith("k_proj.weight")]:
+        for scale in ("k_proj.k_scale", "v_proj.v_scale"):
+            tensors[name.replace("k_proj.weight", scale)] = torch.tensor(0.25)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((plain / "config.json").read_text())
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True}
+    config["quantization_config"]["kv_cache_scheme"] = {**scheme, "dynamic": False}
+    (path / "config.json").write_text(json.dumps(config))
+    prompts, answers = varied_prompts(6, VOCAB_SIZE), []
+    for model, is_told in ((plain, False), (path, True)):
+        caplog.clear()
+        with (
+            caplog.at_level(logging.INFO),
+            engine(str(model), "fibquant_2bit", dtype="bfloat16") as llm,
+        ):
+            answers.append([answer.bits for answer in generate(llm, prompts, 4)])
+        told = "does not use what this checkpoint says of an fp8 cache: kv_cache_scheme"
+        assert (told in caplog.text) == is_told
+    assert answers[0] == answers[1]

@@ -158,6 +158,22 @@ def test_non_finite_keys_are_counted_and_do_not_spread(model_folder, monkeypatch
         assert bits(generate(llm, prompts[:1], 4)) == bits(expected)
 
 
+def test_structured_output(model_folder):
+    """Masks are of tokens, after attention: the answer keeps to them."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    model, prompts = make_model("llama", model_folder), varied_prompts(4, VOCAB_SIZE)
+    params = SamplingParams(
+        temperature=0, max_tokens=3,
+        structured_outputs=StructuredOutputsParams(choice=["w5w7w8", "w6w9w2"]),
+    )  # fmt: skip
+    with engine(model, "fibquant_2bit", skip_tokenizer_init=False) as llm:
+        given = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        answers = [list(o.outputs[0].token_ids) for o in llm.generate(given, params)]
+    assert all(answer in ([5, 7, 8], [6, 9, 2]) for answer in answers), answers
+
+
 def test_kv_events_are_stock_vllms(model_folder):
     """Which blocks are stored and removed follows from tokens alone."""
     from vllm.config import KVEventsConfig

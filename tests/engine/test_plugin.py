@@ -175,6 +175,9 @@ def test_the_backend_answers_for_itself():
     assert ours.validate_configuration(**layer) == []
     wrong = {"head_size": 62, "block_size": 12, "use_mla": True, "attn_type": "encoder"}
     assert len(ours.validate_configuration(**{**layer, **wrong})) == 4
+    # vLLM's mode for it replaces PyTorch's operators by Triton kernels, which CPUs do not run.
+    told = ours.validate_configuration(**layer, use_batch_invariant=True)
+    assert told == ["batch invariance not supported"]
     assert plugin.BACKEND_PATH.rpartition(".")[2] == backend.FibQuantBackend.__name__
     assert ours.get_name() == support.BACKEND_NAME
 

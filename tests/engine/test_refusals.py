@@ -78,12 +78,20 @@ def test_unknown_preset(model_folder):
     assert "fibquant_5bit" in told
 
 
-def test_latent_attention(model_folder):
-    told = refusal_of(make_config_only("mla", MLA_MODEL, model_folder))
-    assert "--kv-cache-dtype fibquant_2bit cannot be used here" in told
-    assert (
-        "multi-head latent attention (MLA), whose cache is one latent vector (docs/mla.md)" in told
-    )
+def test_chunked_local_attention(model_folder):
+    text = {"architectures": ["Llama4ForCausalLM"], "model_type": "llama4_text"}
+    shape = {**HEAD_DIM_68, **text, "hidden_size": 256, "attention_chunk_size": 64, "head_dim": 64}
+    told = refusal_of(make_config_only("llama4", shape, model_folder))
+    assert "got chunked local attention (attention_chunk_size 64)" in told
+
+
+def test_images_that_attend_both_ways(model_folder, monkeypatch):
+    """Known of the architecture: the tokens of an image see each other both ways."""
+    from vllm.config import ModelConfig
+
+    monkeypatch.setattr(ModelConfig, "is_mm_prefix_lm", property(lambda self: True))
+    told = refusal_of(make_model("gemma3", model_folder))
+    assert "got bidirectional attention between the tokens of an image" in told
 
 
 def test_embedding_model(model_folder):
@@ -113,6 +121,18 @@ def test_unknown_option(model_folder):
 def test_options_one_level_too_high(model_folder):
     told = refusal_of(make_model("llama", model_folder), additional_config={"mode": "quality"})
     assert 'options must be under "fibquant", got mode in its place' in told
+
+
+def test_decode_context_parallel(model_folder):
+    """Ranks would need each other's softmax sums, which attention does not return. (For prefill
+    vLLM itself refuses: its runner for CPUs has none.)"""
+    told = refusal_of(
+        make_model("llama-mqa128", model_folder),
+        tensor_parallel_size=2,
+        distributed_executor_backend="mp",
+        decode_context_parallel_size=2,
+    )
+    assert "decode_context_parallel_size: must be 1, got 2; use tensor, pipeline or data" in told
 
 
 @pytest.mark.parametrize("block_size", [8, 24, 100])
@@ -201,7 +221,7 @@ def test_every_reason_is_given_at_once(model_folder):
         kv_sharing_fast_prefill=True,
         kv_transfer_config={"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"},
     )
-    for part in ("MLA", "--kv-sharing-fast-prefill", "LMCacheConnectorV1"):
+    for part in ("latent attention", "--kv-sharing-fast-prefill", "LMCacheConnectorV1"):
         assert part in told
     assert told.count("\n  - ") == 3
 

@@ -7,6 +7,7 @@ Drafters have random weights, so few drafts are accepted; every step verifies so
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from .architectures import VOCAB_SIZE
-from .harness import engine, generate, one_by_one, varied_prompts
+from .harness import cache_tensors, engine, generate, one_by_one, varied_prompts
 from .models import make_model
 
 
@@ -31,6 +32,31 @@ def eagle_head(folder: Path) -> str:
         head["fc.weight"] = torch.randn(hidden, 2 * hidden) * 0.08
         save_file(head, path / "model.safetensors")
         (path / "config.json").write_text((draft / "config.json").read_text())
+    return str(path)
+
+
+def mtp_model(folder: Path) -> str:
+    """A MiMo model: Qwen2's layers, and one more that reads their last state to draft a token."""
+    source, path = Path(make_model("qwen2", folder)), folder / "mimo"
+    if path.exists():
+        return str(path)
+    weights = load_file(source / "model.safetensors")
+    layer, head = "model.layers.0.", "model.mtp_layers.0."
+    weights |= {
+        head + name.removeprefix(layer): x.clone()
+        for name, x in weights.items()
+        if name.startswith(layer)
+    }
+    hidden = weights["model.norm.weight"].shape[0]
+    for norm in ("token_layernorm", "hidden_layernorm", "final_layernorm"):
+        weights[f"{head}{norm}.weight"] = torch.ones(hidden)
+    generator = torch.Generator().manual_seed(0)
+    weights[f"{head}input_proj.weight"] = torch.randn(hidden, 2 * hidden, generator=generator) / 20
+    path.mkdir()
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    config |= {"architectures": ["MiMoForCausalLM"], "num_nextn_predict_layers": 1}
+    (path / "config.json").write_text(json.dumps(config))
     return str(path)
 
 
@@ -54,5 +80,21 @@ def test_drafts_do_not_matter(model_folder, method):
         alone = [answer.bits for answer in one_by_one(llm, prompts, 12)]
         together = [answer.bits for answer in generate(llm, prompts, 12)]
         assert drafted(llm) > 0
+    assert alone == expected
+    assert together == expected
+
+
+def test_mtp_does_not_matter(model_folder):
+    """Its head is a layer with pages of its own, written and read as the model's."""
+    prompts, model = varied_prompts(8, VOCAB_SIZE), mtp_model(model_folder)
+    speculation = {"method": "mtp", "num_speculative_tokens": 1}
+    with engine(model, "fibquant_2bit") as llm:
+        expected = [answer.bits for answer in one_by_one(llm, prompts, 12)]
+    with engine(model, "fibquant_2bit", speculative_config=speculation) as llm:
+        alone = [answer.bits for answer in one_by_one(llm, prompts, 12)]
+        together = [answer.bits for answer in generate(llm, prompts, 12)]
+        assert drafted(llm) > 0
+        shapes = [tuple(cache.shape[1:]) for cache in cache_tensors(llm)]
+    assert shapes == [(2, 32, 36)] * 3
     assert alone == expected
     assert together == expected

@@ -14,13 +14,7 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from vllm_fibquant.cli.shape import (
-    ModelShape,
-    keeps_states,
-    max_context,
-    read_config,
-    shape_of,
-)
+from vllm_fibquant.cli.shape import ModelShape, max_context, needs_vllm, read_config, shape_of
 from vllm_fibquant.codec.config import PRESETS
 from vllm_fibquant.codec.layout import preset_layout
 from vllm_fibquant.codec.page_fit import fit_pages
@@ -129,13 +123,13 @@ def plan_model(
     options = options or {}
     config = read_config(model)
     context = context or max_context(config)
-    if keeps_states(config):
+    if needs_vllm(config):
         from vllm_fibquant.cli.plan_states import plan_states
 
         if tensor_parallel_size != 1:
             raise ValueError(
-                f"plan: --tensor-parallel-size must be 1 for models with layers beside attention, "
-                f"got {tensor_parallel_size}; a start's own log has the numbers"
+                "plan: --tensor-parallel-size must be 1 for models with states or latents, got "
+                f"{tensor_parallel_size}; a start's own log has the numbers"
             )
         shape, capacities = plan_states(
             model,

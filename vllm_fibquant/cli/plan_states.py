@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plan of a model whose layers are not all attention: vLLM itself is asked (engine/planned)."""
+"""The plan of a model whose layers are not all attention to keys and values: vLLM itself is asked
+(engine/planned)."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import re
 from typing import Any
 
 from vllm_fibquant.cli.plan import DENSE_BYTES, Capacity, effective_rate
-from vllm_fibquant.cli.shape import ModelShape
+from vllm_fibquant.cli.shape import ModelShape, has_latents, read_config
 from vllm_fibquant.codec.config import PRESETS
 
 DTYPE_NAMES = {"bf16": "auto", "fp8": "fp8"}
@@ -15,7 +16,12 @@ DTYPE_NAMES = {"bf16": "auto", "fp8": "fp8"}
 
 
 def plan_states(
-    model: str, max_context: int, memory_bytes: int, context: int, options: dict, **settings: Any
+    model: str,
+    max_context: int,
+    memory_bytes: int,
+    context: int,
+    options: dict,
+    **settings: Any,
 ) -> tuple[ModelShape, list[Capacity]]:
     """What fits with bf16, fp8 and every preset that is not refused; and the model's shape.
 
@@ -34,13 +40,15 @@ def plan_states(
         from vllm_fibquant.engine.planned import Planned, planned
     except ImportError as error:
         raise ValueError(
-            f"plan: layers of {model} must all be attention where vLLM is missing ({error}), got "
-            "some that keep a state; install vLLM, which knows how large it is"
+            f"plan: layers of {model} must all be attention to keys and values where vLLM is "
+            f"missing ({error}), got others; install vLLM, which knows how large their cache is"
         ) from error
 
+    # vLLM's CPU build keeps latents in 16 bits alone.
+    is_latent = has_latents(read_config(model))
     found: dict[str, Planned] = {}
     refusals = {}
-    for name in [*DENSE_BYTES, *PRESETS]:
+    for name in ["bf16", *PRESETS] if is_latent else [*DENSE_BYTES, *PRESETS]:
         try:
             found[name] = planned(
                 model,
@@ -66,7 +74,9 @@ def plan_states(
         heads if len(set(heads)) > 1 else (),
         found["bf16"].num_states,
     )
-    return shape, [_capacity(name, plan, context) for name, plan in found.items()]
+    return shape, [
+        _capacity(name, plan, context, 1 if is_latent else 2) for name, plan in found.items()
+    ]
 
 
 def reasons(text: str) -> list[str]:
@@ -78,14 +88,14 @@ def reasons(text: str) -> list[str]:
     return [reason.strip() for reason in told.split("\n  - ") if reason.strip()]
 
 
-def _capacity(name: str, plan: Any, context: int) -> Capacity:
+def _capacity(name: str, plan: Any, context: int, num_vectors: int) -> Capacity:
     coded = [layer for layer in plan.layers if layer.is_coded] or plan.layers
     return Capacity(
         kv_cache_dtype=name,
         bytes_per_token=sum(layer.num_kv_heads * layer.record_bytes for layer in plan.layers),
         effective_rate=effective_rate(
             sum(layer.num_kv_heads * layer.record_bytes for layer in coded),
-            sum(2 * layer.num_kv_heads * layer.head_dim for layer in coded),
+            sum(num_vectors * layer.num_kv_heads * layer.head_dim for layer in coded),
             plan.num_copies,
             context,
         ),

@@ -75,6 +75,16 @@ def keeps_states(config: dict[str, Any]) -> bool:
     return bool(kinds & STATE_LAYERS) or any(name.startswith(STATE_FIELDS) for name in config)
 
 
+def has_latents(config: dict[str, Any]) -> bool:
+    """Whether a token's cache is one latent vector (MLA)."""
+    return bool(config.get("kv_lora_rank"))
+
+
+def needs_vllm(config: dict[str, Any]) -> bool:
+    """Whether vLLM alone knows how large a model's cache is."""
+    return keeps_states(config) or has_latents(config)
+
+
 def shape_of(name: str, config: dict[str, Any]) -> ModelShape:
     """The shape a Hugging Face configuration describes.
 
@@ -139,7 +149,7 @@ def _refusals(config: dict[str, Any]) -> list[str | bool]:
     head_dim, value_dim = config.get("head_dim"), config.get("v_head_dim")
     chunk = config.get("attention_chunk_size")
     return [
-        bool(config.get("kv_lora_rank"))
+        has_latents(config)
         and "its cache must be keys and values, got multi-head latent attention (MLA)",
         bool(head_dim and value_dim and head_dim != value_dim)
         and f"its values must be as long as its keys, got {value_dim} and {head_dim}",

@@ -256,6 +256,11 @@ class KVCodec:
         """
         return _kv_codec(get_preset(preset) if isinstance(preset, str) else preset, head_dim)
 
+    @property
+    def codes(self) -> tuple[tuple[str, VectorCodec], ...]:
+        """Every code, after whose vectors it is."""
+        return (("keys'", self.key), ("values'", self.value))
+
     def encode_records(self, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Encode tokens to their records.
 

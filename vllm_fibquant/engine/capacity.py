@@ -18,6 +18,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm_fibquant.codec.config import PRESETS
 from vllm_fibquant.codec.layout import preset_layout
 from vllm_fibquant.engine import compat_pages
+from vllm_fibquant.engine.latent_support import is_latent
 
 TOLD_PADDING = 0.1
 """Share of pages that holds nothing, above which a start warns."""
@@ -39,8 +40,9 @@ class Fit:
 def what_fits(vllm_config: VllmConfig, memory_bytes: int) -> dict[str, Fit]:
     """What fits into this worker's memory: "stored", as it is, "16bit", and every preset.
 
-    Presets whose codes do not divide a head_dim are left out, and for a model with state-space
-    layers all but "stored": for those vLLM chooses other block sizes with another cache dtype.
+    Presets whose codes do not divide a head_dim are left out, with latent attention all of them,
+    and for a model with state-space layers all but "stored": for those vLLM chooses other block
+    sizes with another cache dtype.
 
     Args:
         memory_bytes: of all pages.
@@ -58,6 +60,8 @@ def what_fits(vllm_config: VllmConfig, memory_bytes: int) -> dict[str, Fit]:
         for name, spec in attention.items()
     }
     fits["16bit"] = _fit(vllm_config, dense, memory_bytes)
+    if is_latent(vllm_config):
+        return fits
     for preset in PRESETS.values():
         try:
             sizes = {n: preset_layout(preset, attention[n].head_size).record_bytes for n in is_ours}

@@ -99,6 +99,12 @@ def check_fidelity(
     )
 
 
+def leave_unmeasured(vllm_config: VllmConfig, reason: str) -> None:
+    """Remembers why this start does not measure."""
+    global _latest
+    _latest = vllm_config, Outcome("unmeasured", reason=reason)
+
+
 def outcome_of(vllm_config: VllmConfig) -> Outcome:
     """What this process's start of an engine found."""
     if _latest is None or _latest[0] is not vllm_config:

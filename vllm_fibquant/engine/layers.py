@@ -50,6 +50,17 @@ def check_layers(vllm_config: VllmConfig) -> None:
         raise ValueError(refusal(cache.cache_dtype, [problem]))
 
 
+def tell_unused_scales(vllm_config: VllmConfig) -> None:
+    """Says that scales a checkpoint has for an fp8 cache are not used: codes have norms."""
+    model = vllm_config.model_config
+    given = getattr(model.hf_config, "quantization_config", None) if model is not None else None
+    given = given if isinstance(given, dict) else {}
+    if told := [name for name, value in given.items() if name.startswith("kv_cache") and value]:
+        logger.info(
+            "FibQuant does not use what this checkpoint says of an fp8 cache: %s", ", ".join(told)
+        )
+
+
 def copy_rows(vllm_config: VllmConfig, available_bytes: int) -> tuple[int, int]:
     """How many tokens of this process's layers are copied, as full batches need but few beside the
     pages, and the bytes of one in all layers; (0, 0) without a recent window.

@@ -18,6 +18,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_fibquant.engine import compat_pages, layers
+from vllm_fibquant.engine.latent_support import latent_layers
 from vllm_fibquant.engine.support import is_ours, run_options
 
 
@@ -96,7 +97,7 @@ def planned(
 
 def _ask(config: VllmConfig, memory_bytes: int) -> Planned:
     specs = compat_pages.plain_specs(config)
-    coded = layers.our_layers(config)
+    coded = {*layers.our_layers(config), *latent_layers(config)}
     if is_ours(config.cache_config.cache_dtype):
         layers.check_layers(config)
         specs = compat_pages.fitted(specs)

@@ -7,7 +7,7 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from vllm_fibquant.codec.config import PRESETS
-from vllm_fibquant.engine import compat, compat_pages, ranks, support
+from vllm_fibquant.engine import compat, compat_pages, latent_support, ranks, support
 from vllm_fibquant.options import SECTION
 
 if TYPE_CHECKING:
@@ -90,7 +90,14 @@ def _choose_backend(vllm_config: VllmConfig, layer: dict[str, Any]) -> type:
     from vllm_fibquant.engine.backend import backend_for
 
     name = layer["kv_cache_dtype"]
-    backend = backend_for(support.run_options(vllm_config).for_layer(name))
+    options = support.run_options(vllm_config).for_layer(name)
+    backend: Any
+    if layer["use_mla"]:
+        from vllm_fibquant.engine.latent import latent_backend_for
+
+        backend = latent_backend_for(options, *latent_support.latent_dims(vllm_config))
+    else:
+        backend = backend_for(options)
     problems = backend.validate_configuration(device_capability=None, **layer)
     if problems:
         raise ValueError(
@@ -127,7 +134,11 @@ def _prepare(worker: Any, available_bytes: int) -> int:
     from vllm_fibquant.engine import layers as loaded
     from vllm_fibquant.ops import gpu
 
+    if latent_support.is_latent(vllm_config):
+        _prepare_latent(vllm_config)
+        return available_bytes
     loaded.check_layers(vllm_config)
+    loaded.tell_unused_scales(vllm_config)
     layers = loaded.our_layers(vllm_config)
     has_maps = "means" in head_dims.features_on(vllm_config)
     if not has_maps:
@@ -154,6 +165,22 @@ def _prepare(worker: Any, available_bytes: int) -> int:
     return left
 
 
+def _prepare_latent(vllm_config: VllmConfig) -> None:
+    """`_prepare` for a model with latent attention, of which nothing is measured.
+
+    Raises:
+        ValueError: layers take no notice of our dtype, or ranks would encode or read differently.
+    """
+    from vllm_fibquant.engine import gate
+
+    layers = list(latent_support.latent_layers(vllm_config).values())
+    if not layers:
+        problem = "model: layers must take their cache's dtype from --kv-cache-dtype, got none"
+        raise ValueError(support.refusal(vllm_config.cache_config.cache_dtype, [problem]))
+    _compare_ranks(vllm_config, layers)
+    gate.leave_unmeasured(vllm_config, latent_support.UNMEASURED)
+
+
 def _compare_ranks(vllm_config: VllmConfig, layers: list[Any]) -> dict[str, str]:
     """Refuses to serve with ranks that differ. Returns what they have in common.
 
@@ -163,7 +190,9 @@ def _compare_ranks(vllm_config: VllmConfig, layers: list[Any]) -> dict[str, str]
     """
     # Not each layer's own options: other pipeline stages have layers with other presets.
     options = support.run_options(vllm_config)
-    facts = ranks.facts_of((options, layer.codec, layer.calibration) for layer in layers)
+    facts = ranks.facts_of(
+        (options, layer.codec, getattr(layer, "calibration", "none")) for layer in layers
+    )
     # Every rank takes part, also one of whose layers none is ours.
     problems = ranks.differences(compat.gather_from_ranks(facts, RANKS_TIMEOUT_S))
     if problems:

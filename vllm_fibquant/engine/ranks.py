@@ -14,6 +14,7 @@ from dataclasses import fields
 
 from vllm_fibquant import __version__
 from vllm_fibquant.codec.codec import KVCodec
+from vllm_fibquant.codec.latent import LatentCodec
 from vllm_fibquant.options import Options
 
 SHOWN_DIGITS = 16
@@ -28,7 +29,7 @@ _NOT_COMPARED = ("calibration",)
 """Options that say where something is, not what it is: its digest is compared."""
 
 
-def facts_of(layers: Iterable[tuple[Options, KVCodec, str]]) -> dict[str, str]:
+def facts_of(layers: Iterable[tuple[Options, KVCodec | LatentCodec, str]]) -> dict[str, str]:
     """What decides the bytes of a rank's pages and how they are read, by name.
 
     Args:
@@ -45,7 +46,7 @@ def facts_of(layers: Iterable[tuple[Options, KVCodec, str]]) -> dict[str, str]:
         for field in fields(options):
             if field.name not in _NOT_COMPARED:
                 facts[field.name] = str(getattr(options, field.name))
-        for side, half in (("keys'", codec.key), ("values'", codec.value)):
+        for side, half in codec.codes:
             spec = half.codebook.spec
             name = f"{side} codebook {spec.name} in {spec.storage} for head_dim {half.head_dim}"
             facts[name] = half.codebook.digest[:SHOWN_DIGITS]

@@ -15,6 +15,7 @@ from vllm_fibquant.codec.codec import KVCodec, VectorCodec
 from vllm_fibquant.engine.attention import FibQuantImpl
 from vllm_fibquant.engine.capacity import what_fits
 from vllm_fibquant.engine.gate import outcome_of
+from vllm_fibquant.engine.latent_support import latent_layers
 from vllm_fibquant.engine.ranks import NO_FILE
 from vllm_fibquant.engine.self_checks import passed_self_checks
 from vllm_fibquant.observe.counters import own_counters
@@ -56,15 +57,22 @@ def worker_report(vllm_config: VllmConfig) -> dict[str, Any]:
             num_coded_layers += 1
         else:
             stored_bytes += layer_coordinates * itemsize
+    latents, every = latent_layers(vllm_config), list(layers.values())
+    for name, impl in latents.items():
+        layer = vllm_config.compilation_config.static_forward_context[name]
+        num_coordinates += layer.head_size  # one vector, key and value at once
+        stored_bytes += impl.codec.record_bytes
+        num_coded_layers += 1
+        every.append(layer)
     storages = {
         layer.kv_cache.untyped_storage().data_ptr(): layer.kv_cache.untyped_storage().nbytes()
-        for layer in layers.values()
+        for layer in every
         if layer.kv_cache.numel()
     }
     return {
         "counters": own_counters().path,
-        "kernel": _kernel(layers.values()),
-        "num_layers": len(layers),
+        "kernel": "PyTorch" if latents else _kernel(layers.values()),
+        "num_layers": len(every),
         "num_coded_layers": num_coded_layers,
         "token_bytes": {
             "stored": stored_bytes,
@@ -84,13 +92,33 @@ def worker_report(vllm_config: VllmConfig) -> dict[str, Any]:
                 "value": _code(codec.value),
             }
             for (head_dim, preset), codec in sorted(coded.items())
-        ],
+        ]
+        + _latent_codes(list(latents.values())),
         "calibration": _calibration(
             [layer.impl for layer in layers.values() if isinstance(layer.impl, FibQuantImpl)]
         ),
         "self_checks": [asdict(result) for result in passed_self_checks()],
         "fidelity": outcome_of(vllm_config).facts(),
     }
+
+
+def _latent_codes(impls: list[Any]) -> list[dict[str, Any]]:
+    """As an entry of "codes": the one vector is key and value."""
+    if not impls:
+        return []
+    codec, preset = impls[0].codec, impls[0].options.preset.name
+    code = _code(codec.latent)
+    return [
+        {
+            "head_dim": codec.latent.head_dim,
+            "preset": preset,
+            "record_bytes": codec.record_bytes,
+            "rate": codec.latent.spec.rate,
+            "effective_rate": codec.effective_rate,
+            "key": code,
+            "value": code,
+        }
+    ]
 
 
 def _calibration(impls: list[FibQuantImpl]) -> dict[str, Any]:

@@ -20,6 +20,12 @@ from vllm_fibquant.engine.head_dims import (
     head_dim_of,
     head_dim_problem,
 )
+from vllm_fibquant.engine.latent_support import (
+    NO_COPIES,
+    UNMEASURED,
+    is_latent,
+    latent_problems,
+)
 from vllm_fibquant.keys.transform import transform_problem
 from vllm_fibquant.ops import cuda_tables, gpu
 from vllm_fibquant.ops.checks import DTYPES
@@ -76,6 +82,9 @@ def run_options(vllm_config: VllmConfig) -> Options:
         vllm_config.additional_config,
         lacking_parts(vllm_config),
     )
+    given = given_options(vllm_config.additional_config)
+    if is_latent(vllm_config) and "mode" not in given and "prefill" not in given:
+        return replace(options, prefill="raw")
     if options.calibrate == "auto" and _moves_pages(vllm_config):
         return replace(options, calibrate="means")  # a transform is not the same on two machines
     return options
@@ -99,6 +108,8 @@ def lacking_parts(vllm_config: VllmConfig) -> dict[Part, str]:
             found.append((problem is not None, part, problem or ""))
         found.append((given.get("retain") is not None, part, "retain bounds what is kept"))
         found.append((_moves_pages(vllm_config), part, UNMOVED[part]))
+    if is_latent(vllm_config):
+        found += [(True, "copies", NO_COPIES), (True, "calibration", UNMEASURED)]
     is_hybrid = model is not None and model.is_hybrid
     found.append((is_hybrid, "calibration", UNMEASURED_HYBRID))
     for is_lacking, part, reason in found:
@@ -109,8 +120,11 @@ def lacking_parts(vllm_config: VllmConfig) -> dict[Part, str]:
 
 def told_defaults(vllm_config: VllmConfig) -> list[str]:
     """A sentence for each part of the defaults that this run goes without."""
+    without_copies = 'mode is "exact"'
+    if is_latent(vllm_config):
+        without_copies = "no token is kept in 16 bits"
     named = {
-        "copies": ("mode", 'mode is "exact"', "recent_window"),
+        "copies": ("mode", without_copies, "recent_window"),
         "calibration": ("calibrate", "keys are not calibrated", "calibration"),
     }
     given = given_options(vllm_config.additional_config)
@@ -143,9 +157,6 @@ def config_problems(vllm_config: VllmConfig) -> list[str]:
     if model is not None:
         chunk = getattr(model.hf_text_config, "attention_chunk_size", None)
         for is_met, what, must, got, remedy in (
-            (not model.use_mla, "attention", "standard multi-head or grouped-query attention",
-             "multi-head latent attention (MLA), whose cache is one latent vector (docs/mla.md)",
-             other_dtype),
             (not model.is_encoder_decoder, "model", "decoder-only", "an encoder-decoder model",
              other_dtype),
             (model.runner_type != "pooling", "runner", "generate", model.runner_type,
@@ -161,7 +172,9 @@ def config_problems(vllm_config: VllmConfig) -> list[str]:
              f"chunked local attention (attention_chunk_size {chunk})", other_dtype),
         ):  # fmt: skip
             require(is_met, what, must, got, remedy)
-        if not model.use_mla:
+        if model.use_mla:
+            problems += latent_problems(vllm_config, options)
+        else:
             found = (head_dim_problem(p, model.get_head_size(), device) for p in options.presets)
             problems += [problem for problem in found if problem]
             problems += draft_problems(vllm_config, options, device)
@@ -243,7 +256,7 @@ def config_problems(vllm_config: VllmConfig) -> list[str]:
         problems += [f"retain: {problem}" for problem in retain_problems(vllm_config)]
     if options.layers:
         problems += [f"layers: {problem}" for problem in layers_problems(vllm_config, options)]
-    if options.calibrate != "none":
+    if options.calibrate != "none" and not is_latent(vllm_config):
         problems += [
             f"calibrate: {problem}" for problem in calibrate_problems(vllm_config, options)
         ]
