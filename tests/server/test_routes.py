@@ -39,7 +39,7 @@ class Engines:
         self.outcomes = [OUTCOME] * num_engines
         self.vllm_config = SimpleNamespace(
             model_config=SimpleNamespace(
-                served_model_name="model", dtype=torch.bfloat16, is_hybrid=False
+                served_model_name="model", dtype=torch.bfloat16, is_hybrid=False, use_mla=False
             ),
             device_config=SimpleNamespace(device_type="cpu"),
             kv_transfer_config=None,
