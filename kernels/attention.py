@@ -34,7 +34,7 @@ from vllm_fibquant.kernels.states import (
     softmax_step,
 )
 from vllm_fibquant.kernels.tables import device_codec, next_power_of_two, prefixed
-from vllm_fibquant.ops import splits
+from vllm_fibquant.ops import raw_states, splits
 from vllm_fibquant.ops.call import Attend, Batch, Fresh, Pages
 
 BLOCK_T = 32
@@ -162,31 +162,20 @@ def _attend_split(
         tl.store(state_ml + num_rows.to(tl.int64) * num_splits + at, l, mask=valid)
 
 
-def workspace_floats(num_rows: int, head_dim: int, num_splits: int, raw: bool) -> int:
+def workspace_floats(num_rows: int, head_dim: int, num_splits: int) -> int:
     """float32 elements `paged_attention` needs: rotated queries and the states of all splits.
 
     Args:
         num_rows: tokens of the query tensor times its heads.
         head_dim, num_splits: as given to `paged_attention`.
-        raw: whether raw keys and values are given.
     """
-    num_states = num_splits + (1 if raw else 0)
-    return num_rows * (head_dim + num_states * (head_dim + 2))
+    return num_rows * (head_dim + num_splits * (head_dim + 2))
 
 
 def raw_token_states(
     query: torch.Tensor, batch: Batch, attend: Attend, fresh: Fresh
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """States of every row over its request's new tokens, for another kernel to merge.
-
-    Args:
-        query: [num_tokens, num_q_heads, head_dim].
-        batch, attend, fresh: as in `ops.paged_attention`; raw keys and values are given.
-
-    Returns:
-        float32 o [num_tokens * num_q_heads, head_dim], m and l [num_tokens * num_q_heads]; weights
-        are relative to exp(m).
-    """
+    """See `ops.raw_states.of`; by our own kernel."""
     raw_key, raw_value = fresh.raw_key, fresh.raw_value
     if raw_key is None or raw_value is None:
         raise ValueError("raw_token_states: raw_key and raw_value must be given, got None")
@@ -231,12 +220,12 @@ def paged_attention(
     query_start_loc, seq_lens = batch.query_start_loc, batch.seq_lens
     block_table = batch.block_table
     scale, window, soft_cap = attend.scale, attend.window, attend.soft_cap
-    sinks, (raw_key, raw_value, _) = attend.sinks, fresh or Fresh()
+    sinks = attend.sinks
     num_tokens, num_q_heads, head_dim = query.shape
     num_blocks, num_kv_heads, block_size, record_bytes = cache.shape
     num_reqs, table_width = seq_lens.shape[0], block_table.shape[1]
     group_size, num_rows = num_q_heads // num_kv_heads, num_tokens * num_q_heads
-    raw = raw_key is not None
+    raw = fresh is not None and fresh.raw_key is not None
     tables, at, dim = device_codec(codec, cache.device), codec.layout, next_power_of_two(head_dim)
 
     block_m = DECODE_ROWS if num_tokens <= 4 * num_reqs else PREFILL_ROWS
@@ -249,16 +238,14 @@ def paged_attention(
         num_splits = choose_splits(
             num_row_blocks * num_kv_heads, table_width * block_size, cache.device
         )
-    floats = workspace_floats(num_rows, head_dim, num_splits, raw)
+    floats = workspace_floats(num_rows, head_dim, num_splits)
     workspace = allocate(floats, cache.device)
     sizes = [
         num_rows * head_dim,
         num_splits * num_rows * head_dim,
         num_splits * num_rows * 2,
-        num_rows * head_dim if raw else 0,
-        num_rows * 2 if raw else 0,
     ]
-    rotated, state_o, state_ml, raw_o, raw_ml = workspace[:floats].split(sizes)
+    rotated, state_o, state_ml = workspace[:floats].split(sizes)
     rows = {"HEADS": num_q_heads, "GROUP_SIZE": group_size, "HEAD_DIM": head_dim, "DIM": dim}
     blocks = {"BLOCK_Q": block_q, "BLOCK_M": block_m}
 
@@ -276,20 +263,16 @@ def paged_attention(
         EXACT=query.dtype == torch.float32, **prefixed("KEY", tables.key.constants),
         **prefixed("VALUE", tables.value.constants), num_warps=4,
     )  # fmt: skip
-    # Fewer rows than attend's: these two keep them in float32, and more would spill.
+    # Fewer rows than attend's: this one keeps them in float32, and more would spill.
     block_m = max(DECODE_ROWS, next_power_of_two(group_size))
     blocks = {"BLOCK_Q": block_m // group_size, "BLOCK_M": block_m}
     num_row_blocks = num_tokens // blocks["BLOCK_Q"] + num_reqs
-    if raw_key is not None and raw_value is not None:
-        attend_raw[(num_row_blocks, num_kv_heads)](
-            query, raw_key, raw_value, query_start_loc, seq_lens, raw_o, raw_ml, num_reqs, num_rows,
-            scale, soft_cap, window, query.stride(0), query.stride(1), raw_key.stride(0),
-            raw_key.stride(1), raw_value.stride(0), raw_value.stride(1), **rows, **blocks,
-            BLOCK_T=BLOCK_T, SOFT_CAP=soft_cap > 0,
-        )  # fmt: skip
+    raw_o, raw_m, raw_l = (state_o, state_ml, state_ml)
+    if fresh is not None and raw:
+        raw_o, raw_m, raw_l = raw_states.of(query, batch, attend, fresh)
     merge_states[(num_row_blocks, num_kv_heads)](
-        state_o, state_ml, raw_o, raw_ml, tables.matrix, sinks if sinks is not None else state_ml,
-        out, query_start_loc, seq_lens, num_splits, num_reqs, num_rows, tables.value.table_scale,
-        out.stride(0), out.stride(1), **rows, **blocks, RAW=raw,
+        state_o, state_ml, raw_o, raw_m, raw_l, tables.matrix,
+        sinks if sinks is not None else state_ml, out, query_start_loc, seq_lens, num_splits,
+        num_reqs, num_rows, tables.value.table_scale, out.stride(0), out.stride(1), **rows, **blocks, RAW=raw,
         SINKS=sinks is not None,
     )  # fmt: skip

@@ -115,7 +115,7 @@ def attend_raw(
 
 @triton.jit(do_not_specialize=PER_BATCH)
 def merge_states(
-    state_o, state_ml, raw_o, raw_ml, matrix, sinks, out, query_start_loc, seq_lens,
+    state_o, state_ml, raw_o, raw_m_of, raw_l_of, matrix, sinks, out, query_start_loc, seq_lens,
     num_splits, num_reqs, num_rows, factor, stride_out_token, stride_out_head,
     HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, RAW: tl.constexpr, SINKS: tl.constexpr,
@@ -156,8 +156,8 @@ def merge_states(
         new_m, raw_weight = m, tl.zeros([BLOCK_M], tl.float32)
         raw_l = tl.zeros([BLOCK_M], tl.float32)
         if RAW:
-            raw_m = tl.load(raw_ml + row, mask=valid, other=EMPTY)
-            raw_l = tl.load(raw_ml + num_rows + row, mask=valid, other=0.0)
+            raw_m = tl.load(raw_m_of + row, mask=valid, other=EMPTY)
+            raw_l = tl.load(raw_l_of + row, mask=valid, other=0.0)
             new_m = tl.maximum(new_m, raw_m)
         if SINKS:
             sink = tl.load(sinks + head, mask=valid, other=0.0)

@@ -309,7 +309,7 @@ def test_cuda_graphs_are_declared_for_batches_of_equal_query_lengths():
 def test_a_profiled_step_takes_the_memory_of_a_real_one(monkeypatch):
     """vLLM sizes the cache by the peak of a step in which nothing is attended."""
     attention = pytest.importorskip("vllm_fibquant.kernels.attention", reason="needs Triton")
-    from vllm_fibquant.ops import gpu, splits
+    from vllm_fibquant.ops import gpu, raw_states, splits
 
     monkeypatch.setattr(splits, "num_sms", lambda device: 132)
     device, taken = torch.device("cpu"), []
@@ -319,4 +319,5 @@ def test_a_profiled_step_takes_the_memory_of_a_real_one(monkeypatch):
     gpu.reserve(query, raw=True)
     row_blocks = 8192 // (attention.PREFILL_ROWS // 4)
     num_splits = attention.choose_splits(row_blocks * 8, 32768, device)
-    assert taken == [attention.workspace_floats(8192 * 32, 128, num_splits, raw=True)]
+    floats = attention.workspace_floats(8192 * 32, 128, num_splits)
+    assert taken == [floats + raw_states.most_floats(8192 * 32, 128)]

@@ -27,7 +27,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from vllm_fibquant import ops
 from vllm_fibquant.codec.codec import KVCodec
-from vllm_fibquant.engine import backend, non_finite, rotary
+from vllm_fibquant.engine import backend, non_finite, raw_library, rotary
 from vllm_fibquant.engine.metadata import FibQuantMetadata
 from vllm_fibquant.engine.support import refusal, run_options
 from vllm_fibquant.keys.key_map import KeyMap
@@ -88,6 +88,9 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
         )
         self.codec = KVCodec.from_preset(self.options.preset, head_size)
         self.attends_raw = self.options.prefill == "raw"
+        if self.attends_raw:
+            library = raw_library.library_for(head_size, logits_soft_cap)
+            self.attend = replace(self.attend, raw_library=library)
         self._sinks_param = sinks
         self._sinks_version = -1
         self._pages: Pages | None = None

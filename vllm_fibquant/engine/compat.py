@@ -335,6 +335,18 @@ def token_verifier(args: Namespace) -> Callable[[Mapping[str, str]], bool] | Non
     return lambda headers: middleware.verify_token(Headers(headers))
 
 
+def flash_attention(head_dim: int) -> tuple[Callable[..., Any], int] | None:
+    """vLLM's FlashAttention over sequences of any lengths, and its version for a head_dim on the
+    GPU at hand; None where it does not run. vLLM's own backend asks for both in the same way."""
+    try:
+        from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+        from vllm.vllm_flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return None
+    version = get_flash_attn_version(head_size=head_dim)
+    return None if version is None else (flash_attn_varlen_func, version)
+
+
 def metrics_registry() -> Any:
     """The Prometheus registry vLLM serves at /metrics: the process's own, or with several API
     servers a new one that reads the files of all.

@@ -70,9 +70,16 @@ class FibQuantMetadata(AttentionMetadata):
             return [(self.num_tokens, whole)]
         loc, lens, table = whole.query_start_loc, whole.seq_lens, whole.block_table
         copies = (None, None) if (x := whole.copy_table) is None else (x[:n], x[n:])
+        starts = (None, None) if (x := whole.query_starts) is None else (x[: n + 1], x[n:])
         return [
-            (self.num_decode_tokens, Batch(loc[: n + 1], lens[:n], table[:n], copies[0])),
-            (self.num_tokens, Batch(loc[n:], lens[n:], table[n:], copies[1])),
+            (
+                self.num_decode_tokens,
+                Batch(loc[: n + 1], lens[:n], table[:n], copies[0], query_starts=starts[0]),
+            ),
+            (
+                self.num_tokens,
+                Batch(loc[n:], lens[n:], table[n:], copies[1], query_starts=starts[1]),
+            ),
         ]
 
 
@@ -104,6 +111,8 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
         if self._needs_positions and device.type == "cuda":
             most = vllm_config.scheduler_config.max_num_batched_tokens
             self._positions = torch.zeros(most, dtype=torch.int64, device=device)
+        on_gpu = device.type == "cuda"
+        self._needs_starts = on_gpu and any(impl.attends_raw for impl in impls.values())
         self._with_sinks = [impl for impl in impls.values() if impl.has_sinks]
         is_loss_accepted = outcome_of(vllm_config).state == "accepted"
         self._monitor = monitor_of(vllm_config, impls, kv_cache_spec.block_size, is_loss_accepted)
@@ -148,8 +157,12 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
         return FibQuantMetadata(
             num_tokens=common.num_actual_tokens,
             batch=Batch(
-                common.query_start_loc, common.seq_lens, common.block_table_tensor, *copies
-            ),
+                common.query_start_loc,
+                common.seq_lens,
+                common.block_table_tensor,
+                *copies,
+                query_starts=common.query_start_loc_cpu.tolist() if self._needs_starts else None,
+            ),  # fmt: skip
             num_gone=self._num_gone(common),
             probe=self._monitor.plan(*_as_numpy(common)) if self._monitor else None,
             positions=self._keep_positions(common) if self._needs_positions else None,

@@ -14,7 +14,7 @@ what it must be and what it is.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -22,6 +22,9 @@ from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.keys.key_map import KeyMap
 from vllm_fibquant.ops.checks import check_cache, check_integers, require_features
 from vllm_fibquant.ops.kernels import Kernels
+
+if TYPE_CHECKING:
+    from vllm_fibquant.ops.raw_states import RawLibrary
 
 
 @dataclass(eq=False)
@@ -94,6 +97,8 @@ class Batch:
             everything, so that a row may change hands within a step. On a GPU None: there `Copied`
             says what is copied, before anything is attended.
         new_rows: int64 [n] or None: distinct rows they are copied to.
+        query_starts: query_start_loc where the host knows it, or None. What attends raw new tokens
+            by a library needs it; nothing else of a GPU's does.
         kept: what kernels keep here from layer to layer.
 
     Raises:
@@ -106,6 +111,7 @@ class Batch:
     copy_table: torch.Tensor | None = None
     new_tokens: torch.Tensor | None = None
     new_rows: torch.Tensor | None = None
+    query_starts: list[int] | None = None
     kept: Any = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -123,6 +129,13 @@ class Batch:
             )
         # A GPU's bounds are not read back: there this is the caller's to keep.
         self.num_rows = int(loc[-1]) if loc.is_cpu else 0
+        if self.query_starts is not None:
+            if len(self.query_starts) != self.num_reqs + 1:
+                raise ValueError(
+                    f"Batch: query_starts must have {self.num_reqs + 1} entries, got "
+                    f"{len(self.query_starts)}"
+                )
+            self.num_rows = self.query_starts[-1]
         if (copies := self.copy_table) is not None:
             check_integers("Batch", "copy_table", copies, torch.int32, 2, self.device)
             if copies.shape[0] != self.num_reqs or not copies.is_contiguous():
@@ -139,6 +152,13 @@ class Batch:
                 )
             check_integers("Batch", "new_tokens", tokens, torch.int64, 1, self.device)
             check_integers("Batch", "new_rows", self.new_rows, torch.int64, 1, self.device)
+
+    @property
+    def host_starts(self) -> list[int] | None:
+        """query_start_loc on the host, or None where reading it would wait for a GPU."""
+        if self.query_starts is None and self.query_start_loc.is_cpu:
+            self.query_starts = self.query_start_loc.tolist()
+        return self.query_starts
 
 
 class Copies(NamedTuple):
@@ -183,6 +203,8 @@ class Attend:
         keep_first: a query sees positions below this one whatever the window, in a split of their
             own; not together with raw new tokens or a map of keys.
         copies: the layer's copies of tokens, or None.
+        raw_library: what attends raw new tokens on a GPU where it takes them; None for our own
+            kernel always.
         kept: what the kernels keep here from call to call.
 
     Raises:
@@ -195,6 +217,7 @@ class Attend:
     sinks: torch.Tensor | None = None
     keep_first: int = 0
     copies: Copies | None = None
+    raw_library: RawLibrary | None = None
     kept: Any = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:

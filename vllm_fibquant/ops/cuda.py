@@ -30,7 +30,7 @@ import torch
 from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.files import PACKAGE_DIR
 from vllm_fibquant.keys.key_map import KeyMap
-from vllm_fibquant.ops import splits
+from vllm_fibquant.ops import raw_states, splits
 from vllm_fibquant.ops.abi import DTYPES, FqPages, load_library, pages_of
 from vllm_fibquant.ops.call import Attend, Batch, Copied, Fresh, Pages
 from vllm_fibquant.ops.checks import check_pair
@@ -211,7 +211,7 @@ class Cuda(GpuKernels):
         allocate: (float32 elements, device) to scratch memory; what is allocated while a CUDA
             graph is captured stays valid in the graph's memory pool.
         raw_states: (query, batch, attend, fresh) to the states of new tokens over raw keys and
-            values; None for the Triton kernel, on which they depend.
+            values; None for `attend.raw_library` where it takes them, else the Triton kernel.
     """
 
     implementation = "cuda"
@@ -288,7 +288,7 @@ class Cuda(GpuKernels):
         if fresh is None or fresh.raw_key is None:
             args.raw_o = args.raw_m = args.raw_l = None
         else:
-            raw = (self._raw_states or _raw_states())(query, batch, attend, fresh)
+            raw = (self._raw_states or raw_states.of)(query, batch, attend, fresh)
             args.raw_o, args.raw_m, args.raw_l = (x.data_ptr() for x in raw)
         num_rows, num_splits = args.num_tokens * args.num_q_heads, args.num_splits
         args.state_o = args.state_ml = args.prepared = None
@@ -333,12 +333,6 @@ class Cuda(GpuKernels):
         args.dtype, args.wide, args.num_splits = DTYPES[query.dtype], wide, num_splits
         args.stride_query_token, args.stride_query_head, _ = query.stride()
         args.stride_out_token, args.stride_out_head, _ = out.stride()
-
-
-def _raw_states() -> Callable[..., tuple[torch.Tensor, ...]]:
-    from vllm_fibquant.kernels.attention import raw_token_states
-
-    return raw_token_states
 
 
 def current(device: torch.device) -> contextlib.AbstractContextManager[object]:

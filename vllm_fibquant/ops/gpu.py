@@ -2,7 +2,7 @@
 """GPUs: the Triton kernels as an implementation, and which implementation is taken.
 
 The CUDA library is taken where it is built, runs on the device and has the codec; the Triton
-kernels everywhere else, and for the raw new tokens of a batch.
+kernels everywhere else, and for raw new tokens that no library takes (`raw_states`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import logging
 import torch
 
 from vllm_fibquant.codec.codec import KVCodec
-from vllm_fibquant.ops import cuda
+from vllm_fibquant.ops import cuda, raw_states
 from vllm_fibquant.ops.call import Attend, Batch, Copied, Fresh, Pages
 from vllm_fibquant.ops.checks import check_pair
 from vllm_fibquant.ops.features import features_of
@@ -147,9 +147,9 @@ def reserve(query: torch.Tensor, raw: bool) -> None:
 
     num_rows, head_dim = query.shape[0] * query.shape[1], query.shape[2]
     # A step of many rows has enough row blocks to need no splits.
-    floats = workspace_floats(num_rows, head_dim, 1, raw)
+    floats = workspace_floats(num_rows, head_dim, 1)
     if not why_no_maps(head_dim):
-        floats = max(
-            floats, num_rows * (cuda.most_prepared_floats(head_dim) + raw * (head_dim + 2))
-        )
+        floats = max(floats, num_rows * cuda.most_prepared_floats(head_dim))
+    if raw:
+        floats += raw_states.most_floats(num_rows, head_dim)
     torch.empty(floats, dtype=torch.float32, device=query.device)

@@ -20,6 +20,7 @@ from vllm_fibquant import ops
 from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.keys.key_map import KeyMap
 from vllm_fibquant.ops import Attend, Batch, Copied, Copies, Fresh, Pages, reference
+from vllm_fibquant.ops.raw_states import RawLibrary
 
 MAX_RECORD_MISMATCH = 0.02
 """Share of records that may differ between kernel and oracle: ties of the two nearest codewords."""
@@ -65,7 +66,13 @@ _GPU_CASES = (
     _Case((1, 1, 1), table_tokens=16384, window=20, soft_cap=5.0, sinks=True),
     _Case(window=20, soft_cap=5.0, sinks=True),
 )
-_RAW_CASES = (_Case(raw=True), _Case(table_tokens=16384, window=20, sinks=True, raw=True))
+_RAW_CASES = (
+    _Case(raw=True),
+    _Case(table_tokens=16384, window=20, sinks=True, raw=True),
+    # Of many new tokens, which a library attends where there is one.
+    _Case((1, 20, 130), raw=True),
+    _Case((1, 37, 100), table_tokens=16384, window=20, soft_cap=5.0, sinks=True, raw=True),
+)
 _COPY_CASES = tuple(replace(case, copies=True) for case in _RAW_CASES)
 _NUM_FIRST, _NUM_RECENT = 4, 40
 """Tokens of a request that may have copies."""
@@ -97,6 +104,7 @@ def run_self_check(
     device: torch.device | None = None,
     key_map: KeyMap | None = None,
     attends_raw: bool = False,
+    raw_library: RawLibrary | None = None,
     all_cases: bool | None = None,
     has_copies: bool = False,
 ) -> SelfCheckResult:
@@ -109,6 +117,7 @@ def run_self_check(
         device: where the kernel runs; None for the CPU. The oracle runs on the CPU.
         key_map: the map of a layer's keys, or None.
         attends_raw: whether new tokens will be attended raw.
+        raw_library: as in ops.Attend.
         all_cases: whether attention is called in every way that a GPU's kernels differ in, once
             more from a captured CUDA graph where there is a GPU; None on a GPU alone. Queries, keys
             and values are views of one tensor always, as models hand them out.
@@ -192,7 +201,9 @@ def run_self_check(
         missing = -(-case.table_tokens // block_size) - block_table.shape[1]
         table = torch.nn.functional.pad(block_table, (0, max(0, missing)), value=-1)
         sinks = torch.linspace(-2, 2, num_q_heads, dtype=torch.float32) if case.sinks else None
-        attend = Attend(codec.head_dim**-0.5, case.window, case.soft_cap, sinks)
+        attend = Attend(
+            codec.head_dim**-0.5, case.window, case.soft_cap, sinks, raw_library=raw_library
+        )
         copy_table, given = None, attend
         if case.copies and copied is not None and expected_copied is not None:
             copy_table = _copy_table(expected_copied.rows, case.query_lens)
@@ -266,14 +277,19 @@ def _attend(
     device = pages.cache.device
     query, key, value = torch.cat(new, 1).to(device).split([x.shape[1] for x in new], dim=1)
     tensors = batch.query_start_loc, batch.seq_lens, batch.block_table, batch.copy_table
-    on_device = Batch(*(x if x is None else x.to(device) for x in tensors))  # type: ignore[arg-type]
+    starts = batch.host_starts if raw else None
+    on_device = Batch(
+        *(x if x is None else x.to(device) for x in tensors),  # type: ignore[arg-type]
+        query_starts=starts,
+    )
     if attend.sinks is not None:
         attend = replace(attend, sinks=attend.sinks.to(device))
     fresh = Fresh(key, value) if raw else None
     out = torch.full(query.shape, torch.nan, dtype=query.dtype, device=device)
     ops.paged_attention(query, out, pages, on_device, attend, fresh)
-    if not pages.cache.is_cuda:
-        return out
+    library = attend.raw_library if raw else None
+    if not pages.cache.is_cuda or (library and library.takes(query, on_device, attend)):
+        return out.cpu()  # libraries are not asked in what is captured
     graph, replayed = torch.cuda.CUDAGraph(), torch.full_like(out, torch.nan)
     with torch.cuda.graph(graph):
         ops.paged_attention(query, replayed, pages, on_device, attend, fresh)
