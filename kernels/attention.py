@@ -273,6 +273,6 @@ def paged_attention(
     merge_states[(num_row_blocks, num_kv_heads)](
         state_o, state_ml, raw_o, raw_m, raw_l, tables.matrix,
         sinks if sinks is not None else state_ml, out, query_start_loc, seq_lens, num_splits,
-        num_reqs, num_rows, tables.value.table_scale, out.stride(0), out.stride(1), **rows, **blocks, RAW=raw,
-        SINKS=sinks is not None,
+        num_reqs, num_rows, tables.value.table_scale, out.stride(0), out.stride(1), **rows,
+        **blocks, RAW=raw, SINKS=sinks is not None,
     )  # fmt: skip
