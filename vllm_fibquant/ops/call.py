@@ -111,7 +111,7 @@ class Batch:
     copy_table: torch.Tensor | None = None
     new_tokens: torch.Tensor | None = None
     new_rows: torch.Tensor | None = None
-    query_starts: list[int] | None = None
+    query_starts: list[int] | None = field(default=None, kw_only=True)
     kept: Any = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
