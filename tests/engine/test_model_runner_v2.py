@@ -35,6 +35,7 @@ def builder(threshold: int | None, has_maps: bool = False) -> FibQuantMetadataBu
     made.reorder_batch_threshold = threshold
     made.retain = made._pool = made._monitor = made._device_reader = None
     made._needs_positions, made._counts_steps = has_maps, False
+    made._needs_starts = True
     made._positions = torch.full((64,), -7) if has_maps else None
     made._with_sinks = []
     return made
@@ -124,6 +125,7 @@ def test_decodes_beside_a_chunk_have_a_launch_of_their_own() -> None:
     metadata = metadata_of_v2([1, 1, 20], paged, 3, 22)
     assert [(end, batch.num_reqs) for end, batch in metadata.parts] == [(2, 2), (22, 1)]
     assert metadata.parts[1][1].query_start_loc.tolist() == [2, 22]
+    assert metadata.parts[1][1].query_starts == [2, 22]  # known to the host, as a library asks
     whole = metadata_of_v2([1, 1, 20], paged, 3, 22, threshold=None)
     assert [(end, batch.num_reqs) for end, batch in whole.parts] == [(22, 3)]
     assert len(metadata_of_v2([1, 1], paged_of_two(), 2, 2).parts) == 1
