@@ -70,7 +70,8 @@ class FibQuantMetadata(AttentionMetadata):
             return [(self.num_tokens, whole)]
         loc, lens, table = whole.query_start_loc, whole.seq_lens, whole.block_table
         copies = (None, None) if (x := whole.copy_table) is None else (x[:n], x[n:])
-        starts = (None, None) if (x := whole.query_starts) is None else (x[: n + 1], x[n:])
+        known = whole.query_starts
+        starts = (None, None) if known is None else (known[: n + 1], known[n:])
         return [
             (
                 self.num_decode_tokens,
