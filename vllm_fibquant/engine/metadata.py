@@ -68,19 +68,19 @@ class FibQuantMetadata(AttentionMetadata):
         whole, n = self.batch, self.num_decodes
         if n in (0, whole.num_reqs):
             return [(self.num_tokens, whole)]
-        loc, lens, table = whole.query_start_loc, whole.seq_lens, whole.block_table
-        copies = (None, None) if (x := whole.copy_table) is None else (x[:n], x[n:])
-        known = whole.query_starts
-        starts = (None, None) if known is None else (known[: n + 1], known[n:])
+
+        def part(requests: slice, bounds: slice) -> Batch:
+            copies, starts = whole.copy_table, whole.query_starts
+            return Batch(
+                whole.query_start_loc[bounds], whole.seq_lens[requests],
+                whole.block_table[requests], None if copies is None else copies[requests],
+                query_starts=None if starts is None else starts[bounds],
+            )  # fmt: skip
+
+        rest = slice(n, None)
         return [
-            (
-                self.num_decode_tokens,
-                Batch(loc[: n + 1], lens[:n], table[:n], copies[0], query_starts=starts[0]),
-            ),
-            (
-                self.num_tokens,
-                Batch(loc[n:], lens[n:], table[n:], copies[1], query_starts=starts[1]),
-            ),
+            (self.num_decode_tokens, part(slice(n), slice(n + 1))),
+            (self.num_tokens, part(rest, rest)),
         ]
 
 
