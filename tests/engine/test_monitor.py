@@ -40,6 +40,12 @@ class Findings:
         return int(own_counters()["monitor_health"])
 
 
+@pytest.fixture
+def every_step_compares(monkeypatch):
+    """Steps of a tiny model earn little, and how much depends on the machine."""
+    monkeypatch.setattr(Ledger, "can_afford", lambda self, num_comparisons=1: True)
+
+
 @pytest.mark.parametrize(
     ("shape", "settings"),
     [
@@ -49,7 +55,11 @@ class Findings:
     ],
     ids=["prefix cache and chunks", "sliding windows and preemption"],
 )
-def test_answers_are_the_same_to_the_bit_and_nothing_is_alarmed(model_folder, shape, settings):
+def test_answers_are_the_same_to_the_bit_and_nothing_is_alarmed(
+    model_folder, every_step_compares, shape, settings
+):
+    """A random model's single comparisons are far apart (cosines of .56 to .99, mean .95): of all
+    steps there are enough for the mean of the newest."""
     model = make_model(shape, model_folder)
     prompts = varied_prompts(24, VOCAB_SIZE)
     answers = {}
@@ -64,12 +74,6 @@ def test_answers_are_the_same_to_the_bit_and_nothing_is_alarmed(model_folder, sh
     assert findings.samples > 3
     assert findings.changed == 0
     assert findings.health in (UNKNOWN, HEALTHY)
-
-
-@pytest.fixture
-def every_step_compares(monkeypatch):
-    """Steps of a tiny model earn little, and how much depends on the machine."""
-    monkeypatch.setattr(Ledger, "can_afford", lambda self, num_comparisons=1: True)
 
 
 def test_drill_damage(model_folder, every_step_compares):
