@@ -150,7 +150,9 @@ def test_shared_memory_fits_every_architecture(emulated, kib: tuple[int, int]) -
                 )
                 case = f"{preset.name}, head_dim {head_dim}, wide {wide}"
                 assert used <= per_cta and ctas * (used + 1024) <= per_sm, case
-                assert ctas * warps >= MIN_WARPS, case
+                # 99 KiB have room for one warp of wide row blocks of k5v4's 292-byte records.
+                least = 1 if wide and record_bytes > 264 else MIN_WARPS
+                assert ctas * warps >= least, case
     assert emulated.occupancy(80, 100, False, per_cta, per_sm) == (0, 0, 0)
 
 

@@ -310,10 +310,11 @@ def test_the_documents_table_is_the_librarys(library) -> None:
     assert library.support.markdown() in document
 
 
-def test_every_preset_has_a_kernel_of_its_own_and_others_are_refused(library) -> None:
+def test_presets_have_a_kernel_of_their_own_but_one_and_others_are_refused(library) -> None:
     for name in PRESET_NAMES:
         preset = PRESETS[name]
-        assert (preset.key.name, preset.value.name) in library.support.pairs, name
+        own = (preset.key.name, preset.value.name) in library.support.pairs
+        assert own == (name != "fibquant_k5v4"), name  # which takes the kernel for any pair
         for head_dim in library.support.wide_columns:
             assert library.support.unsupported(codec_of(name, head_dim)) is None
     assert "head_dim must be one of 64" in library.support.unsupported(

@@ -202,6 +202,7 @@ PRESETS: dict[str, Preset] = {
         Preset("fibquant_1bit", _K1, _V1),
         # Errors of keys cost far more than errors of values: at equal bytes k5v3 is better than
         # 4bit, k4v2 than 3bit and k3v1 than 2bit (`make eval`).
+        Preset("fibquant_k5v4", _K5, _V4),
         Preset("fibquant_k5v3", _K5, _V3),
         Preset("fibquant_k4v3", _K4, _V3),
         Preset("fibquant_k4v2", _K4, _V2),

@@ -107,7 +107,7 @@ def all_rows(step: int) -> list[Row]:
             rows.append(
                 engine_row(
                     f"{_short(preset)}, {mode}", mode, preset, options, step,
-                    main=preset in LADDER, core=preset == "fibquant_k5v3",
+                    main=preset in LADDER, core=preset in ("fibquant_k5v4", "fibquant_k5v3"),
                     quick=preset == "fibquant_2bit",
                     retrieval=mode == "quality" and preset in LADDER[1:3],
                 )
@@ -171,8 +171,6 @@ def _splits(step: int) -> list[Row]:
         ("k2v1, quality", "fibquant_2bit", "fibquant_1bit", {}),
         ("k1v2, quality", "fibquant_1bit", "fibquant_2bit", {}),
         ("k3v4, exact", "fibquant_3bit", "fibquant_4bit", EXACT),
-        ("k5v4, quality", "fibquant_k5v3", "fibquant_4bit", {}),
-        ("k5v4, exact", "fibquant_k5v3", "fibquant_4bit", EXACT),
     )
     parts = ("subvec_dim", "num_codewords", "folded", "storage")
     rows = []
