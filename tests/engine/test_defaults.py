@@ -211,6 +211,17 @@ def test_reading_ends_in_time(model_folder, tmp_path, monkeypatch, short_text):
     assert found.num_tokens == len(texts.sequences[0]) - found.num_first
 
 
+def test_time_that_other_processes_had_counts_a_third(monkeypatch):
+    now = {"thread_time": 5.0, "perf_counter": 100.0}
+    clocks = {name: lambda name=name: now[name] for name in now}
+    monkeypatch.setattr(measure, "time", SimpleNamespace(**clocks))
+    clock = measure._Clock()
+    now.update(thread_time=15.0, perf_counter=112.0)
+    assert clock.seconds() == 10.0
+    now.update(perf_counter=160.0)
+    assert clock.seconds() == 20.0
+
+
 class Words:
     """A tokenizer of one token a word, with a token before every text."""
 

@@ -191,10 +191,12 @@ def _measure(
                 "another path"
             )
         logger.info(
-            "FibQuant measures this model's keys on %d texts of %d tokens, for at most %d s; %s",
+            "FibQuant measures this model's keys on %d texts of %d tokens, for at most %d s "
+            "(%d where other processes are busy); %s",
             measure.NUM_SEQUENCES,
             measure.SEQUENCE_LEN,
             measure.MAX_SECONDS,
+            measure.MAX_SECONDS * measure.MOST_BUSY,
             "nowhere to keep the result: the next start measures again"
             if path is None
             else f"the result is kept in {path}",
