@@ -44,8 +44,8 @@ MIN_TOKENS = 256
 """Tokens that a tokenizer must make of the text for its statistics to mean anything."""
 MAX_SECONDS = 60.0
 """Of a core's time: no text is begun that would end later, as far as the ones before tell; one is
-always read. Texts not read cost fidelity at every later start, so time in which other processes had
-the core hardly counts."""
+always read. What is not read may cost fidelity at every later start, so time in which other
+processes had the core hardly counts."""
 MOST_BUSY = 3
 """How many times as long it may take on a busy machine."""
 NUM_STARTS = 64
