@@ -76,6 +76,15 @@ class Paged:
     def fresh(self) -> Fresh:
         return Fresh(self.new_key, self.new_value)
 
+    def given(self, options: dict[str, Any]) -> dict[str, Any]:
+        """A case's options as `oracle` takes them: "sinks": True asks for one of each query head,
+        "raw": True for the new tokens as they are."""
+        given = {name: x for name, x in options.items() if name not in ("sinks", "raw")}
+        if options.get("sinks"):
+            seeded = torch.Generator().manual_seed(1)
+            given["sinks"] = torch.randn(self.query.shape[1], generator=seeded) * 3
+        return given | (self.raw if options.get("raw") else {})
+
     @property
     def raw(self) -> dict[str, torch.Tensor]:
         return {"raw_key": self.new_key, "raw_value": self.new_value}

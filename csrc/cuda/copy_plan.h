@@ -8,6 +8,7 @@
 #pragma once
 
 #include "cuda/params.h"
+#include "cuda/request.h"
 #include "cuda/warp.h"
 
 namespace fq {
@@ -32,20 +33,6 @@ struct CopyRows {
 
 FQ_DEVICE int64_t plan_index() { return (int64_t)cta_idx().x * num_threads() + thread_idx(); }
 
-// The last request that begins at or before a token.
-FQ_DEVICE int planned_request(const FqCudaPlan& a, int64_t token) {
-  int low = 0, high = a.num_reqs - 1;
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (a.query_start_loc[middle] <= token) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
-  }
-  return low;
-}
-
 FQ_DEVICE void drop_copy(const FqCudaPlan& a, int64_t row, int64_t slot) {
   if (a.tags[row] == slot) a.tags[row] = -1;  // no other token has this slot
 }
@@ -59,7 +46,7 @@ FQ_KERNEL(kPlanThreads, 1) want_rows(FQ_PARAM FqCudaPlan a) {
   const CopyRows rows = CopyRows::of(a, slot);
   drop_copy(a, rows.first, slot);
   drop_copy(a, rows.recent, slot);
-  const int req = planned_request(a, token), seq_len = a.seq_lens[req];
+  const int req = request_of(a, token), seq_len = a.seq_lens[req];
   const int64_t position = token - a.query_start_loc[req + 1] + seq_len;
   const bool is_first = position < a.num_first;
   if (!is_first && position < seq_len - a.num_recent) return;

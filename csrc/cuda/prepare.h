@@ -14,26 +14,13 @@
 #pragma once
 
 #include "cuda/attend.h"
+#include "cuda/request.h"
 
 namespace fq {
 
 constexpr int kPrepareWarps = 8;
 
 constexpr int prepare_shared_bytes(int head_dim) { return kPrepareWarps * 2 * head_dim * 4; }
-
-// The last request that begins at or before a token.
-FQ_DEVICE int request_of(const FqCudaAttend& a, int token) {
-  int low = 0, high = a.num_reqs - 1;
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (a.query_start_loc[middle] <= token) {
-      low = middle;
-    } else {
-      high = middle - 1;
-    }
-  }
-  return low;
-}
 
 // y[c] = sum_j matrix_t[j, c] x[j] of x [head_dim] and y [num_coded], both in shared memory of the
 // warp; lanes take neighbouring columns.

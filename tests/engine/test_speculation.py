@@ -65,6 +65,21 @@ def drafted(llm) -> int:
     return count
 
 
+def answers_as_without(model, prompts, speculation) -> list[tuple[int, ...]]:
+    """Drafts, and answers to the bit as an engine that does not: requests alone and in a batch.
+    Returns the shapes of its caches' blocks."""
+    with engine(model, "fibquant_2bit") as llm:
+        expected = [answer.bits for answer in one_by_one(llm, prompts, 12)]
+    with engine(model, "fibquant_2bit", speculative_config=speculation) as llm:
+        alone = [answer.bits for answer in one_by_one(llm, prompts, 12)]
+        together = [answer.bits for answer in generate(llm, prompts, 12)]
+        assert drafted(llm) > 0
+        shapes = [tuple(cache.shape[1:]) for cache in cache_tensors(llm)]
+    assert alone == expected
+    assert together == expected
+    return shapes
+
+
 @pytest.mark.parametrize("method", ["draft_model", "eagle"])
 def test_drafts_do_not_matter(model_folder, method):
     prompts, model = varied_prompts(8, VOCAB_SIZE), make_model("llama", model_folder)
@@ -74,27 +89,11 @@ def test_drafts_do_not_matter(model_folder, method):
         "model": draft if method == "draft_model" else eagle_head(model_folder),
         "num_speculative_tokens": 2,
     }
-    with engine(model, "fibquant_2bit") as llm:
-        expected = [answer.bits for answer in one_by_one(llm, prompts, 12)]
-    with engine(model, "fibquant_2bit", speculative_config=speculation) as llm:
-        alone = [answer.bits for answer in one_by_one(llm, prompts, 12)]
-        together = [answer.bits for answer in generate(llm, prompts, 12)]
-        assert drafted(llm) > 0
-    assert alone == expected
-    assert together == expected
+    answers_as_without(model, prompts, speculation)
 
 
 def test_mtp_does_not_matter(model_folder):
     """Its head is a layer with pages of its own, written and read as the model's."""
     prompts, model = varied_prompts(8, VOCAB_SIZE), mtp_model(model_folder)
     speculation = {"method": "mtp", "num_speculative_tokens": 1}
-    with engine(model, "fibquant_2bit") as llm:
-        expected = [answer.bits for answer in one_by_one(llm, prompts, 12)]
-    with engine(model, "fibquant_2bit", speculative_config=speculation) as llm:
-        alone = [answer.bits for answer in one_by_one(llm, prompts, 12)]
-        together = [answer.bits for answer in generate(llm, prompts, 12)]
-        assert drafted(llm) > 0
-        shapes = [tuple(cache.shape[1:]) for cache in cache_tensors(llm)]
-    assert shapes == [(2, 32, 36)] * 3
-    assert alone == expected
-    assert together == expected
+    assert answers_as_without(model, prompts, speculation) == [(2, 32, 36)] * 3

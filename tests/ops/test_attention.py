@@ -71,12 +71,7 @@ def test_every_group_size(name: str, group_size: int) -> None:
 def test_options(options: dict, head_dim: int, dtype: torch.dtype) -> None:
     codec, settings = codec_of("fibquant_3bit", head_dim), {"group_size": 3, "dtype": dtype}
     paged = make_paged(codec, [100, 640, 5], [60, 2, 5], **settings)
-    options = dict(options)
-    if options.pop("sinks", False):
-        options["sinks"] = torch.randn(6, generator=torch.Generator().manual_seed(1)) * 3
-    if options.pop("raw", False):
-        options |= paged.raw
-    check_against_oracle(paged, **options)
+    check_against_oracle(paged, **paged.given(options))
 
 
 @pytest.mark.parametrize("block_size", [5, 16, 32, 128])

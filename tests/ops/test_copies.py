@@ -49,11 +49,8 @@ def make_copies(
 def test_equals_the_oracle(options: dict, share: float, dtype: torch.dtype) -> None:
     lens, new = [100, 640, 5, 3, 70, 33], [60, 2, 5, 1, 1, 1]
     paged = make_paged(codec_of("fibquant_2bit", 64), lens, new, group_size=3, dtype=dtype)
-    options = dict(options)
-    if options.pop("sinks", False):
-        options["sinks"] = torch.randn(6, generator=torch.Generator().manual_seed(1)) * 3
     copies = make_copies(paged, 4, 48, torch.bfloat16, share)
-    check_against_oracle(paged, copies=copies, **paged.raw, **options)
+    check_against_oracle(paged, copies=copies, **paged.raw, **paged.given(options))
 
 
 @pytest.mark.parametrize(("num_first", "num_recent"), [(0, 1), (1, 0), (4, 0), (0, 64), (40, 100)])

@@ -11,7 +11,7 @@ import torch
 
 from tests import emulated as emu
 from tests.ops.test_copies import make_copies
-from tests.ops.test_cuda_emulated import PRESET_NAMES, codec_of, paged_of
+from tests.ops.test_cuda_emulated import OPTIONS, PRESET_NAMES, codec_of, paged_of
 from tests.ops.test_cuda_mapped import KINDS, map_of, mapped_of
 from vllm_fibquant import ops
 from vllm_fibquant.ops import Copied, Copies, Pages, cuda, reference, selfcheck
@@ -73,24 +73,11 @@ def test_every_head_dim(library, name: str, head_dim: int) -> None:
 
 
 @pytest.mark.parametrize("wide", [False, True])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"window": 1},
-        {"window": 20},
-        {"soft_cap": 2.0},
-        {"sinks": True},
-        {"window": 20, "soft_cap": 5.0, "sinks": True},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_options(library, options: dict, wide: bool) -> None:
     paged = paged_of(codec_of("fibquant_3bit", 64), [50, 101, 5], [9, 2, 5], group_size=3)
-    options = dict(options)
-    if options.pop("sinks", False):
-        options["sinks"] = torch.randn(6, generator=torch.Generator().manual_seed(1)) * 3
     copies = make_copies(paged, 4, 40, torch.float16, 0.7)
-    check(library, paged, copies=copies, num_splits=3, wide=wide, **options)
+    check(library, paged, copies=copies, num_splits=3, wide=wide, **paged.given(options))
 
 
 @pytest.mark.parametrize(("num_first", "num_recent"), [(0, 1), (1, 0), (4, 0), (0, 64), (16, 100)])

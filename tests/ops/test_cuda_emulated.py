@@ -83,24 +83,20 @@ def test_a_pair_of_codes_without_a_kernel_of_its_own(library) -> None:
         check(library, paged_of(codec, [50, 9], [1, 1], num_kv_heads=1), wide=wide)
 
 
-@pytest.mark.parametrize("wide", [False, True])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"window": 1},
-        {"window": 20},
-        {"soft_cap": 2.0},
-        {"sinks": True},
-        {"window": 20, "soft_cap": 5.0, "sinks": True},
-    ],
-    ids=str,
+OPTIONS = (
+    {"window": 1},
+    {"window": 20},
+    {"soft_cap": 2.0},
+    {"sinks": True},
+    {"window": 20, "soft_cap": 5.0, "sinks": True},
 )
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_options(library, options: dict, wide: bool) -> None:
     paged = paged_of(codec_of("fibquant_3bit", 64), [50, 101, 5], [9, 2, 5], group_size=3)
-    options = dict(options)
-    if options.pop("sinks", False):
-        options["sinks"] = torch.randn(6, generator=torch.Generator().manual_seed(1)) * 3
-    check(library, paged, num_splits=3, wide=wide, **options)
+    check(library, paged, num_splits=3, wide=wide, **paged.given(options))
 
 
 @pytest.mark.parametrize("block_size", [16, 48])

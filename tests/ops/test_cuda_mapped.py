@@ -12,7 +12,7 @@ import torch
 
 from tests import emulated as emu
 from tests.keys.test_key_map import make_map, make_turns
-from tests.ops.test_cuda_emulated import check, codec_of, paged_of
+from tests.ops.test_cuda_emulated import OPTIONS, check, codec_of, paged_of
 from vllm_fibquant import ops
 from vllm_fibquant.keys.key_map import TurningMean
 from vllm_fibquant.ops import Pages, cuda, cuda_tables, kernels, reference, selfcheck, splits
@@ -89,23 +89,10 @@ def test_means_of_keys_too_precise_for_a_transform(library, name: str) -> None:
 
 
 @pytest.mark.parametrize("wide", [False, True])
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"window": 2},
-        {"window": 20},
-        {"soft_cap": 2.0},
-        {"sinks": True},
-        {"window": 20, "soft_cap": 5.0, "sinks": True},
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("options", [{"window": 2}, *OPTIONS[1:]], ids=str)
 def test_options(library, options: dict, wide: bool) -> None:
     paged = mapped_of("fibquant_3bit", 64, [50, 101, 5], [9, 2, 5], group_size=3)
-    options = dict(options)
-    if options.pop("sinks", False):
-        options["sinks"] = torch.randn(6, generator=torch.Generator().manual_seed(1)) * 3
-    check(library, paged, num_splits=3, wide=wide, **options)
+    check(library, paged, num_splits=3, wide=wide, **paged.given(options))
 
 
 @pytest.mark.parametrize("num_splits", [1, 5])

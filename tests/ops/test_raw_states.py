@@ -123,11 +123,7 @@ CASES = [*((FLASH, options) for options in OPTIONS + CAPPED), *((XFORMERS, o) fo
 @pytest.mark.parametrize(("by", "options"), CASES, ids=lambda x: getattr(x, "name", str(x)))
 def test_new_tokens_by_a_library(library, by, options: dict, group_size: int) -> None:  # noqa: F811
     paged = paged_of(codec_of("fibquant_2bit", 64), LENS, NEW, group_size=group_size)
-    options = dict(options)
-    if options.pop("sinks", False):
-        seeded = torch.Generator().manual_seed(1)
-        options["sinks"] = torch.randn(2 * group_size, generator=seeded) * 3
-    check(library, paged, raw_library=by, **paged.raw, **options, wide=True)
+    check(library, paged, raw_library=by, **paged.raw, **paged.given(options), wide=True)
 
 
 @pytest.mark.parametrize("by", [FLASH, XFORMERS], ids=lambda by: by.name)

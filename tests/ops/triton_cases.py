@@ -81,12 +81,7 @@ def test_every_head_dim(head_dim: int) -> None:
 )
 def test_options(options: dict) -> None:
     paged = paged_of(codec_of("fibquant_3bit", 64), [50, 101, 5], [20, 2, 5], group_size=3)
-    options = dict(options)
-    if options.pop("sinks", False):
-        options["sinks"] = torch.randn(6, generator=torch.Generator().manual_seed(1)) * 3
-    if options.pop("raw", False):
-        options |= paged.raw
-    check_attention(paged, **options)
+    check_attention(paged, **paged.given(options))
 
 
 @pytest.mark.parametrize("block_size", [5, 16, 64])

@@ -29,6 +29,9 @@ from vllm_fibquant.options import Options
 class FibQuantLatentImpl(CPUMLAImpl):
     """Latent attention of one layer over its pages of codes."""
 
+    calibration: ClassVar[str] = "none"
+    """As `FibQuantImpl.calibration`."""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.options = run_options(get_current_vllm_config())

@@ -100,8 +100,9 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self.retain: Retain | None = None
         self._pool: CopyPool | device_pool.DevicePool | None = None
-        self._device_reader = DeviceReader(device) if device.type == "cuda" else None
-        if device.type == "cuda":  # else the order of requests is left alone
+        on_gpu = device.type == "cuda"
+        self._device_reader = DeviceReader(device) if on_gpu else None
+        if on_gpu:  # else the order of requests is left alone
             self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         self._counts_steps = _holds_first_layer(layer_names, vllm_config)
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
@@ -109,10 +110,9 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
         self._needs_positions = any(impl.key_map is not None for impl in impls.values())
         # Captured CUDA graphs read positions where they were.
         self._positions: torch.Tensor | None = None
-        if self._needs_positions and device.type == "cuda":
+        if self._needs_positions and on_gpu:
             most = vllm_config.scheduler_config.max_num_batched_tokens
             self._positions = torch.zeros(most, dtype=torch.int64, device=device)
-        on_gpu = device.type == "cuda"
         self._needs_starts = on_gpu and any(impl.attends_raw for impl in impls.values())
         self._with_sinks = [impl for impl in impls.values() if impl.has_sinks]
         is_loss_accepted = outcome_of(vllm_config).state == "accepted"
@@ -163,7 +163,7 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
                 common.block_table_tensor,
                 *copies,
                 query_starts=common.query_start_loc_cpu.tolist() if self._needs_starts else None,
-            ),  # fmt: skip
+            ),
             num_gone=self._num_gone(common),
             probe=self._monitor.plan(*_as_numpy(common)) if self._monitor else None,
             positions=self._keep_positions(common) if self._needs_positions else None,

@@ -190,9 +190,7 @@ def _compare_ranks(vllm_config: VllmConfig, layers: list[Any]) -> dict[str, str]
     """
     # Not each layer's own options: other pipeline stages have layers with other presets.
     options = support.run_options(vllm_config)
-    facts = ranks.facts_of(
-        (options, layer.codec, getattr(layer, "calibration", "none")) for layer in layers
-    )
+    facts = ranks.facts_of((options, layer.codec, layer.calibration) for layer in layers)
     # Every rank takes part, also one of whose layers none is ours.
     problems = ranks.differences(compat.gather_from_ranks(facts, RANKS_TIMEOUT_S))
     if problems:

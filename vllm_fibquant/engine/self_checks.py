@@ -35,12 +35,8 @@ def check_kernels(
     for impl in impls.values():
         if impl.options.self_check:
             shape = dtype, impl.num_heads, impl.num_kv_heads, block_size, device
-            new_tokens = (
-                impl.attends_raw,
-                impl.attend.raw_library,
-                None,
-                impl.attend.copies is not None,
-            )
+            attend = impl.attend
+            new_tokens = impl.attends_raw, attend.raw_library, attend.copies is not None
             _check(impl.codec, *shape, None, *new_tokens)
             if impl.key_map is not None and not has_checked_map:
                 _check(impl.codec, *shape, impl.key_map, *new_tokens)

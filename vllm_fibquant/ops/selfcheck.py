@@ -105,8 +105,8 @@ def run_self_check(
     key_map: KeyMap | None = None,
     attends_raw: bool = False,
     raw_library: RawLibrary | None = None,
-    all_cases: bool | None = None,
     has_copies: bool = False,
+    all_cases: bool | None = None,
 ) -> SelfCheckResult:
     """Encodes and attends a small random batch with the kernel and with the oracle.
 
@@ -118,11 +118,11 @@ def run_self_check(
         key_map: the map of a layer's keys, or None.
         attends_raw: whether new tokens will be attended raw.
         raw_library: as in ops.Attend.
+        has_copies: whether some tokens will have copies in 16 bits; checked where kernels make them
+            while they encode.
         all_cases: whether attention is called in every way that a GPU's kernels differ in, once
             more from a captured CUDA graph where there is a GPU; None on a GPU alone. Queries, keys
             and values are views of one tensor always, as models hand them out.
-        has_copies: whether some tokens will have copies in 16 bits; checked where kernels make them
-            while they encode.
 
     Returns:
         The result of the case nearest to its tolerance, when all are within bounds.
