@@ -8,7 +8,7 @@ import torch
 
 from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.codec.config import HEAD_DIMS, PRESETS, CodeSpec
-from vllm_fibquant.codec.layout import preset_layout, record_layout
+from vllm_fibquant.codec.layout import RecordLayout, preset_layout
 
 # (preset, head_dim): key index bytes, value index bytes, key norm at, value norm at, record bytes
 BY_HAND = {
@@ -39,7 +39,7 @@ def test_offsets_by_hand(preset, head_dim):
 
 def test_odd_index_bytes_are_padded_before_the_norms():
     # 8 indices of 1 bit are 1 byte, 16 of 5 bits are 10: the norms begin at 12, not at 11.
-    at = record_layout(CodeSpec(8, 2), CodeSpec(4, 32), 64)
+    at = RecordLayout(64, CodeSpec(8, 2).index_bytes(64), CodeSpec(4, 32).index_bytes(64))
     assert (at.key_index_bytes, at.value_index_offset, at.value_index_bytes) == (1, 1, 10)
     assert (at.key_norm_offset, at.value_norm_offset, at.record_bytes) == (12, 14, 16)
 

@@ -124,7 +124,9 @@ def test_tensors_that_the_library_would_misread_are_refused() -> None:
     table, slots = torch.zeros(1, 1, dtype=torch.int32), torch.arange(3)
     with pytest.raises(ValueError, match="slot_mapping must be torch.int64"):
         pool.step(loc, lens, table, slots.int())
-    with pytest.raises(ValueError, match="each of 3 new tokens, got 2"):
+    with pytest.raises(
+        ValueError, match=r"slot_mapping must be .*at least 3.* got torch.int64 \[2\]"
+    ):
         pool.step(loc, lens, table, slots[:2])
 
 

@@ -141,7 +141,7 @@ def test_positions_stay_in_one_place_for_captured_graphs() -> None:
     second = metadata_of_v2([3, 3], paged, 4, 12, made=made).positions
     assert second is first and first[:6].tolist() == [37, 38, 39, 27, 28, 29]
     made._positions = first[:3]
-    with pytest.raises(ValueError, match="num_actual_tokens must be at most 3, got 12"):
+    with pytest.raises(ValueError, match=r"positions must be .*at most 3.* got .*\[12\]"):
         metadata_of_v2([3, 3], paged, 4, 12, made=made)
 
 

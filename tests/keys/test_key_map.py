@@ -298,8 +298,8 @@ def test_the_self_check_allows_what_long_keys_make_of_rounding(
 @pytest.mark.parametrize(
     ("key_map", "message"),
     [
-        (lambda: make_map(64, num_kv_heads=3), "key_map must be of 2 KV heads"),
-        (lambda: make_map(128), "head_dim 64"),
+        (lambda: make_map(64, num_kv_heads=3), r"key_map.mean must be .*\[2, 64\]"),
+        (lambda: make_map(128), r"key_map.mean must be .*\[2, 64\]"),
         (lambda: make_map(64, index_bytes=8), "a transform to 16 index bytes.* got one to 8"),
         (lambda: KeyMap(torch.zeros(2, 64, dtype=torch.float64), 4), "contiguous float32"),
         (lambda: KeyMap(torch.full((2, 64), torch.nan), 4), "must be finite"),
@@ -317,7 +317,7 @@ def test_bad_maps_are_refused(key_map, message: str) -> None:
 def test_positions_are_needed_and_known() -> None:
     paged = mapped([30, 9], [1, 1], turning=True)
     encode = (paged.key, paged.value, paged.slots, paged.pages)
-    with pytest.raises(ValueError, match="positions must be given with key_map, .* 39 slots"):
+    with pytest.raises(ValueError, match="positions must be .*at least 39.* got None"):
         ops.encode_kv(*encode)
     for wrong in (-1, 1152):
         paged.positions[3] = wrong

@@ -117,8 +117,8 @@ def test_new_tokens_are_copied_after_everything_is_attended(dtype: torch.dtype) 
         ([1], [0], "new_tokens and new_rows must be tokens of the batch"),
         ([0], [5], "new_tokens and new_rows must be tokens of the batch"),
         ([-1], [0], "new_tokens and new_rows must be tokens of the batch"),
-        ([0], [0, 1], "must be of one length"),
-        ([0], None, "must be of one length"),
+        ([0], [0, 1], r"new_rows must be torch.int64 \[1\]"),
+        ([0], None, "new_rows must be .* got None"),
         ([0.0], [0], "new_tokens must be torch.int64"),
     ],
 )

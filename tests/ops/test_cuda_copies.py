@@ -227,7 +227,7 @@ def test_what_the_kernels_do_not_have_is_refused(library) -> None:
         batch, attend, fresh = paged.split({"copies": of_step, **paged.raw})
         ops.paged_attention(paged.query, out, pages, batch, attend, fresh)
 
-    with pytest.raises(ValueError, match=r"copies.key must be .* of torch.bfloat16 or"):
+    with pytest.raises(ValueError, match="copies.key must be torch.bfloat16 or"):
         attend(copies, table)
     half = Copies(copies.key.half(), copies.value.half(), 4)
     new = torch.zeros(1, dtype=torch.int64)
@@ -237,7 +237,9 @@ def test_what_the_kernels_do_not_have_is_refused(library) -> None:
     where = torch.zeros(1, dtype=torch.int64)
     with pytest.raises(ValueError, match="copied must be None with the cpu"):
         ops.encode_kv(paged.key[:1], paged.value[:1], where, paged.pages, copied=Copied(half, rows))
-    with pytest.raises(ValueError, match="copied.rows must have a row for each of 1 slots, got 0"):
+    with pytest.raises(
+        ValueError, match=r"copied.rows must be .*at least 1.* got torch.int32 \[0\]"
+    ):
         ops.encode_kv(paged.key[:1], paged.value[:1], where, pages, copied=Copied(half, rows[:0]))
 
 

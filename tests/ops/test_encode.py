@@ -192,7 +192,7 @@ def test_slot_outside_the_cache_is_refused(slot: int) -> None:
     ("key", "value", "slots", "message"),
     [
         (torch.zeros(2, 3, 64), torch.zeros(2, 2, 64), torch.zeros(2).long(), "key must be"),
-        (torch.zeros(2, 2, 64), torch.zeros(3, 2, 64), torch.zeros(2).long(), "value must have"),
+        (torch.zeros(2, 2, 64), torch.zeros(3, 2, 64), torch.zeros(2).long(), "value must be"),
         (torch.zeros(2, 2, 64), torch.zeros(2, 2, 64), torch.zeros(3).long(), "at most"),
         (torch.zeros(2, 2, 64), torch.zeros(2, 2, 64), torch.zeros(2).int(), "torch.int64"),
     ],

@@ -125,7 +125,10 @@ def test_blocks_between_are_not_read() -> None:
     [
         ({"keep_first": -1}, "keep_first must be at least 0"),
         ({"first_query": torch.zeros(2, 4, 64)}, "a keep_first above 0"),
-        ({"keep_first": 2, "first_query": torch.zeros(1, 4, 64)}, "query's 2 rows"),
+        (
+            {"keep_first": 2, "first_query": torch.zeros(1, 4, 64)},
+            "first_query must be .*at least 2",
+        ),
         ({"keep_first": 2, "first_query": torch.zeros(2, 4, 80)}, "first_query must be"),
         (
             {

@@ -211,7 +211,7 @@ def test_the_door_takes_and_refuses() -> None:
         Pages(pages.cache[..., 1:], codec, None, gpu.TRITON)
     for changes, message in (
         ({"seq_lens": paged.seq_lens.long()}, "seq_lens must be"),
-        ({"block_table": paged.block_table[:1]}, "block_table at least 2 rows"),
+        ({"block_table": paged.block_table[:1]}, "block_table must be .*at least 2"),
     ):
         fields = ("query_start_loc", "seq_lens", "block_table")
         with pytest.raises(ValueError, match=message):

@@ -13,7 +13,7 @@ import torch
 
 from vllm_fibquant.codec.codebook import Codebook, load_codebook
 from vllm_fibquant.codec.config import MAX_INDEX_BITS, CodeSpec, Preset, get_preset
-from vllm_fibquant.codec.layout import NORM_BYTES, RecordLayout, record_layout
+from vllm_fibquant.codec.layout import NORM_BYTES, RecordLayout
 from vllm_fibquant.codec.rotation import Rotation, make_rotation
 from vllm_fibquant.codec.search import (
     CodewordLists,
@@ -245,7 +245,8 @@ class KVCodec:
         self.value = value
         self.preset = preset
         self.head_dim = key.head_dim
-        self.layout: RecordLayout = record_layout(key.spec, value.spec, key.head_dim)
+        sizes = (spec.index_bytes(key.head_dim) for spec in (key.spec, value.spec))
+        self.layout = RecordLayout(key.head_dim, *sizes)
 
     @classmethod
     def from_preset(cls, preset: Preset | str, head_dim: int) -> KVCodec:

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vllm_fibquant.codec.config import CodeSpec, Preset
+from vllm_fibquant.codec.config import Preset
 
 NORM_BYTES = 2
 """Of a norm."""
@@ -67,15 +67,11 @@ class RecordLayout:
         return 8 * self.record_bytes / (2 * self.head_dim)
 
 
-def record_layout(key: CodeSpec, value: CodeSpec, head_dim: int) -> RecordLayout:
+def preset_layout(preset: Preset, head_dim: int) -> RecordLayout:
     """The record of one token and KV head.
 
     Raises:
         ValueError: a subvec_dim does not divide head_dim.
     """
-    return RecordLayout(head_dim, key.index_bytes(head_dim), value.index_bytes(head_dim))
-
-
-def preset_layout(preset: Preset, head_dim: int) -> RecordLayout:
-    """The record of `preset` at `head_dim`."""
-    return record_layout(preset.key, preset.value, head_dim)
+    key, value = preset.key.index_bytes(head_dim), preset.value.index_bytes(head_dim)
+    return RecordLayout(head_dim, key, value)

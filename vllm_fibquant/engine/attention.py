@@ -117,11 +117,6 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
         owner._is_shared = True
         return owner
 
-    @property
-    def num_copy_rows(self) -> int:
-        """Rows of this layer's copies, 0 without a recent window."""
-        return 0 if self.attend.copies is None else len(self.attend.copies.key)
-
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         self._sinks_version = -1
         self.refresh_sinks()
@@ -132,10 +127,6 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
                 )
             except ValueError as error:
                 raise ValueError(f"retain: {error}; or leave retain out") from error
-
-    @property
-    def has_sinks(self) -> bool:
-        return self._sinks_param is not None
 
     def refresh_sinks(self) -> None:
         """Takes over sinks that changed: weights may be updated while the model is served.

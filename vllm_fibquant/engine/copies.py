@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_fibquant.ops.checks import check_integers
+from vllm_fibquant.ops.checks import at_least, check_tensor
 from vllm_fibquant.ops.cpu_library import FqBatch, FqCopyPool, library
 
 MAX_COPY_SHARE = 0.1
@@ -106,18 +106,12 @@ class CopyPool:
         Raises:
             ValueError: dtype or layout of a tensor, or fewer slots than new tokens.
         """
-        check = functools.partial(check_integers, "CopyPool.step", device=seq_lens.device)
-        check("query_start_loc", query_start_loc, torch.int32, 1)
-        check("seq_lens", seq_lens, torch.int32, 1)
-        check("block_table", block_table, torch.int32, 2)
-        check("slot_mapping", slot_mapping, torch.int64, 1)
-        num_tokens = int(query_start_loc[-1])
-        if slot_mapping.shape[0] < num_tokens:
-            raise ValueError(
-                f"CopyPool.step: slot_mapping must have a slot for each of {num_tokens} new "
-                f"tokens, got {slot_mapping.shape[0]}"
-            )
+        check = functools.partial(check_tensor, "CopyPool.step", device=seq_lens.device)
+        check("seq_lens", seq_lens, ("num_reqs",), torch.int32)
         num_reqs = seq_lens.shape[0]
+        check("query_start_loc", query_start_loc, (num_reqs + 1,), torch.int32)
+        check("block_table", block_table, (at_least(num_reqs), "max_blocks"), torch.int32)
+        check("slot_mapping", slot_mapping, (at_least(int(query_start_loc[-1])),), torch.int64)
         batch = self._batch
         batch.query_start_loc, batch.seq_lens = query_start_loc.data_ptr(), seq_lens.data_ptr()
         batch.block_table, batch.num_reqs = block_table.data_ptr(), num_reqs

@@ -24,13 +24,14 @@ take.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 from vllm_fibquant.ops import cuda
-from vllm_fibquant.ops.checks import check_integers
+from vllm_fibquant.ops.checks import at_least, check_tensor
 from vllm_fibquant.ops.cuda_structs import FqCudaPlan
 
 UNIT = 16
@@ -162,14 +163,12 @@ class DevicePool:
             ValueError: dtype, layout or device of a tensor, or more requests or tokens than the
                 pool was made for.
         """
-        for name, x, dtype, axes in (
-            ("query_start_loc", query_start_loc, torch.int32, 1),
-            ("seq_lens", seq_lens, torch.int32, 1),
-            ("block_table", block_table, torch.int32, 2),
-            ("slot_mapping", slot_mapping, torch.int64, 1),
-        ):
-            check_integers("DevicePool.step", name, x, dtype, axes, self._tags.device)
+        check = functools.partial(check_tensor, "DevicePool.step", device=self._tags.device)
+        check("seq_lens", seq_lens, ("num_reqs",), torch.int32)
+        check("slot_mapping", slot_mapping, ("num_tokens",), torch.int64)
         num_reqs, num_tokens = seq_lens.shape[0], slot_mapping.shape[0]
+        check("query_start_loc", query_start_loc, (num_reqs + 1,), torch.int32)
+        check("block_table", block_table, (at_least(num_reqs), "max_blocks"), torch.int32)
         if num_reqs > len(self._table) or num_tokens > len(self._rows):
             raise ValueError(
                 f"DevicePool.step: must have at most {len(self._table)} requests and "

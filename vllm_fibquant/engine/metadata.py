@@ -28,6 +28,7 @@ from vllm_fibquant.engine.self_checks import check_kernels
 from vllm_fibquant.observe.counters import own_counters
 from vllm_fibquant.observe.monitor import Probe, monitor_of
 from vllm_fibquant.ops import Batch
+from vllm_fibquant.ops.checks import check_tensor
 from vllm_fibquant.options import Retain
 
 
@@ -114,14 +115,14 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
             most = vllm_config.scheduler_config.max_num_batched_tokens
             self._positions = torch.zeros(most, dtype=torch.int64, device=device)
         self._needs_starts = on_gpu and any(impl.attends_raw for impl in impls.values())
-        self._with_sinks = [impl for impl in impls.values() if impl.has_sinks]
+        self._with_sinks = [impl for impl in impls.values() if impl.attend.sinks is not None]
         is_loss_accepted = outcome_of(vllm_config).state == "accepted"
         self._monitor = monitor_of(vllm_config, impls, kv_cache_spec.block_size, is_loss_accepted)
         for impl in impls.values():
             # The layers of a group have the same options, and share block tables and so one pool.
             options, self.retain = impl.options, impl.options.retain
-            if impl.num_copy_rows and self._pool is None:
-                shape = (impl.num_copy_rows, options.num_copied_first, options.recent_window,
+            if (copies := impl.attend.copies) is not None and self._pool is None:
+                shape = (len(copies.key), options.num_copied_first, options.recent_window,
                          kv_cache_spec.block_size)  # fmt: skip
                 if device_pool.serves(device.type):
                     most = _largest_step(vllm_config)
@@ -191,11 +192,8 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
         positions = _positions(common).long()
         if self._positions is None:
             return positions
-        if len(positions) > len(self._positions):
-            raise ValueError(
-                f"build: num_actual_tokens must be at most {len(self._positions)}, got "
-                f"{len(positions)}; report this model and command line"
-            )
+        at_most = range(len(self._positions) + 1)
+        check_tensor("build", "positions", positions, (at_most,), torch.int64)
         self._positions[: len(positions)] = positions
         return self._positions
 

@@ -22,26 +22,6 @@ from vllm_fibquant.ops.choice import (
 )
 from vllm_fibquant.ops.kernels import Kernels
 
-__all__ = [
-    "CPU",
-    "REFERENCE",
-    "Attend",
-    "Batch",
-    "Copied",
-    "Copies",
-    "Fresh",
-    "Kernels",
-    "Pages",
-    "choose",
-    "encode_kv",
-    "kernel_name",
-    "paged_attention",
-    "pages_of",
-    "reserve",
-    "unsupported_codec",
-    "use_reference",
-]
-
 
 def pages_of(cache: torch.Tensor, codec: KVCodec, key_map: KeyMap | None = None) -> Pages:
     """The pages of one layer, with the kernels chosen for them; to be made once and kept.
@@ -53,7 +33,6 @@ def pages_of(cache: torch.Tensor, codec: KVCodec, key_map: KeyMap | None = None)
         ValueError: as in `Pages` and `choose`.
         RuntimeError: as in `choose`.
     """
-    checks.check_cache(cache, codec)
     return Pages(cache, codec, key_map, choose(codec, cache))
 
 

@@ -13,6 +13,7 @@ what it must be and what it is.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,7 +21,7 @@ import torch
 
 from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.keys.key_map import KeyMap
-from vllm_fibquant.ops.checks import check_cache, check_integers, require_features
+from vllm_fibquant.ops.checks import at_least, check_tensor, require_features
 from vllm_fibquant.ops.kernels import Kernels
 
 if TYPE_CHECKING:
@@ -52,33 +53,25 @@ class Pages:
     encoded: Any = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        check_cache(self.cache, self.codec)
-        if self.key_map is not None:
-            self._check_key_map(self.key_map)
-        asked = ["lists"] if self.codec.key.num_lists or self.codec.value.num_lists else []
-        if self.key_map is not None:
-            asked += ["means"] if self.key_map.transform is None else ["means", "transform"]
-        require_features("pages_of", self.kernels, asked)
-        if self.key_map is not None and (reason := self.kernels.refuses_key_map(self.key_map)):
-            raise ValueError(f'pages_of: {reason}; give "calibrate": "means" or "none"')
+        layout, kernels = self.codec.layout, self.kernels
+        shape = "num_blocks", "num_kv_heads", "block_size", layout.record_bytes
+        check_tensor("pages_of", "cache", self.cache, shape, torch.uint8, num_packed=2)
         self.num_kv_heads, self.block_size = self.cache.shape[1:3]
-        at = self.num_kv_heads, self.codec.head_dim, self.cache.device
-        self.kind = (*at, self.kernels, self.key_map is None)
+        at = self.num_kv_heads, self.codec.head_dim
+        asked = ["lists"] if self.codec.key.num_lists or self.codec.value.num_lists else []
+        if (key_map := self.key_map) is not None:
+            check_tensor("pages_of", "key_map.mean", key_map.mean, at, torch.float32)
+            if (transform := key_map.transform) and transform.index_bytes != layout.key_index_bytes:
+                raise ValueError(
+                    f"pages_of: key_map must have a transform to {layout.key_index_bytes} index "
+                    f"bytes, as the codec's keys, got one to {transform.index_bytes}"
+                )
+            asked += ["means"] if transform is None else ["means", "transform"]
+        require_features("pages_of", kernels, asked)
+        if key_map is not None and (reason := kernels.refuses_key_map(key_map)):
+            raise ValueError(f'pages_of: {reason}; give "calibrate": "means" or "none"')
+        self.kind = (*at, self.cache.device, kernels, key_map is None)
         """What the checks of a call's tensors depend on."""
-
-    def _check_key_map(self, key_map: KeyMap) -> None:
-        expected = (self.cache.shape[1], self.codec.head_dim)
-        if key_map.mean.shape != expected:
-            raise ValueError(
-                f"pages_of: key_map must be of {expected[0]} KV heads and head_dim {expected[1]}, "
-                f"got {list(key_map.mean.shape)}"
-            )
-        index_bytes = self.codec.layout.key_index_bytes
-        if key_map.transform is not None and key_map.transform.index_bytes != index_bytes:
-            raise ValueError(
-                f"pages_of: key_map must have a transform to {index_bytes} index bytes, as the "
-                f"codec's keys, got one to {key_map.transform.index_bytes}"
-            )
 
 
 @dataclass(eq=False)
@@ -115,43 +108,27 @@ class Batch:
     kept: Any = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        loc, lens, table = self.query_start_loc, self.seq_lens, self.block_table
-        self.device = lens.device
-        check_integers("Batch", "query_start_loc", loc, torch.int32, 1, self.device)
-        check_integers("Batch", "seq_lens", lens, torch.int32, 1, self.device)
-        check_integers("Batch", "block_table", table, torch.int32, 2, self.device)
-        self.num_reqs = lens.shape[0]
-        if loc.shape[0] != self.num_reqs + 1 or table.shape[0] < self.num_reqs:
-            raise ValueError(
-                f"Batch: query_start_loc must have {self.num_reqs + 1} entries and block_table at "
-                f"least {self.num_reqs} rows for {self.num_reqs} seq_lens, got {loc.shape[0]} and "
-                f"{table.shape[0]}"
-            )
+        check = functools.partial(check_tensor, "Batch", device=self.seq_lens.device)
+        check("seq_lens", self.seq_lens, ("num_reqs",), torch.int32)
+        loc, n = self.query_start_loc, self.seq_lens.shape[0]
+        self.device, self.num_reqs = self.seq_lens.device, n
+        check("query_start_loc", loc, (n + 1,), torch.int32)
+        check("block_table", self.block_table, (at_least(n), "max_blocks"), torch.int32)
         # A GPU's bounds are not read back: there this is the caller's to keep.
         self.num_rows = int(loc[-1]) if loc.is_cpu else 0
-        if self.query_starts is not None:
-            if len(self.query_starts) != self.num_reqs + 1:
+        if (starts := self.query_starts) is not None:
+            if len(starts) != n + 1:
                 raise ValueError(
-                    f"Batch: query_starts must have {self.num_reqs + 1} entries, got "
-                    f"{len(self.query_starts)}"
+                    f"Batch: query_starts must have {n + 1} entries, got {len(starts)}"
                 )
-            self.num_rows = self.query_starts[-1]
-        if (copies := self.copy_table) is not None:
-            check_integers("Batch", "copy_table", copies, torch.int32, 2, self.device)
-            if copies.shape[0] != self.num_reqs or not copies.is_contiguous():
-                raise ValueError(
-                    f"Batch: copy_table must be contiguous with {self.num_reqs} rows, got "
-                    f"{list(copies.shape)} with strides {copies.stride()}"
-                )
-        if (tokens := self.new_tokens) is not None or self.new_rows is not None:
-            given = [x if x is None else list(x.shape) for x in (tokens, self.new_rows)]
-            if copies is None or tokens is None or self.new_rows is None or given[0] != given[1]:
-                raise ValueError(
-                    f"Batch: new_tokens and new_rows must be of one length, and come with a "
-                    f"copy_table, got {given[0]} and {given[1]}"
-                )
-            check_integers("Batch", "new_tokens", tokens, torch.int64, 1, self.device)
-            check_integers("Batch", "new_rows", self.new_rows, torch.int64, 1, self.device)
+            self.num_rows = starts[-1]
+        if self.copy_table is not None:
+            check("copy_table", self.copy_table, (n, "columns"), torch.int32, num_packed=2)
+        if self.new_tokens is not None or self.new_rows is not None:
+            tokens = check("new_tokens", self.new_tokens, ("num_new",), torch.int64)
+            check("new_rows", self.new_rows, tokens.shape, torch.int64)
+            if self.copy_table is None:
+                raise ValueError("Batch: copy_table must be given with new_tokens, got None")
 
     @property
     def host_starts(self) -> list[int] | None:
@@ -226,24 +203,13 @@ class Attend:
                 "Attend: window, soft_cap and keep_first must be at least 0, got "
                 f"{self.window}, {self.soft_cap} and {self.keep_first}"
             )
-        sinks, num_sinks = self.sinks, 0
-        if sinks is not None:
-            if sinks.dtype != torch.float32 or sinks.dim() != 1 or not sinks.is_contiguous():
-                raise ValueError(
-                    "Attend: sinks must be contiguous float32 [num_q_heads], got "
-                    f"{sinks.dtype} {list(sinks.shape)} with strides {sinks.stride()}"
-                )
-            num_sinks = sinks.shape[0]
-        if self.copies is not None:
-            for name, x in (("key", self.copies.key), ("value", self.copies.value)):
-                if not x.is_contiguous():
-                    raise ValueError(
-                        f"Attend: copies.{name} must be contiguous, got strides {x.stride()}"
-                    )
+        if self.sinks is not None:
+            check_tensor("Attend", "sinks", self.sinks, ("num_q_heads",), torch.float32)
         numbers, objects = ("window", "soft_cap", "keep_first"), ("sinks", "copies")
         self.asked = [name for name in numbers if getattr(self, name)]
         self.asked += [name for name in objects if getattr(self, name) is not None]
         """Names of the features that this layer needs."""
+        num_sinks = 0 if self.sinks is None else self.sinks.shape[0]
         num_first = None if self.copies is None else self.copies.num_first
         self.kind = num_sinks, self.keep_first > 0, num_first
         """What the checks of a call's tensors depend on."""

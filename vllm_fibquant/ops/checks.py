@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is required of the operations' arguments on every device; see `call` for when it is checked.
 
-Each check raises ValueError, naming the argument, what it must be and what it is. All tensors must
-be on the cache's device.
+Each check raises ValueError, naming the argument, what it must be and what it is.
 """
 
 from __future__ import annotations
 
+import functools
+import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.ops.features import FEATURES
 from vllm_fibquant.ops.kernels import Kernels
 
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from vllm_fibquant.ops.call import Attend, Batch, Copied, Copies, Fresh, Pages
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+Axis = int | str | range
+"""What an axis of a tensor must be: its length, the lengths it may have, or, where any will do, the
+name of what it counts."""
 
 # Combinations that have passed; each is an entry of a few hundred bytes.
 _MAX_PASSED = 4096
@@ -57,63 +62,31 @@ def check_encode(
     if given == pages.encoded:
         return
     kind = pages.kind, given
-    if kind in _passed:
-        pages.encoded = given
-        return
-    name, device, heads = "encode_kv", pages.cache.device, pages.num_kv_heads
-    for which, x in (("key", key), ("value", value)):
-        _check_vectors(name, which, x, heads, pages)
-    if key.dtype != value.dtype or key.shape != value.shape:
-        raise ValueError(
-            f"encode_kv: value must have key's dtype and shape {key.dtype} {list(key.shape)}, "
-            f"got {value.dtype} {list(value.shape)}"
-        )
-    check_integers(name, "slot_mapping", slot_mapping, torch.int64, 1, device)
-    if slot_mapping.shape[0] > key.shape[0]:
-        raise ValueError(
-            f"encode_kv: slot_mapping must have at most key's {key.shape[0]} entries, "
-            f"got {slot_mapping.shape[0]}"
-        )
-    if pages.key_map is not None:
-        if positions is None or positions.shape[0] < slot_mapping.shape[0]:
-            raise ValueError(
-                "encode_kv: positions must be given with key_map, one for each of "
-                f"{slot_mapping.shape[0]} slots, got "
-                f"{None if positions is None else list(positions.shape)}"
-            )
-        check_integers(name, "positions", positions, torch.int64, 1, device)
-    if copied is not None:
-        _check_copied(copied, pages, slot_mapping.shape[0])
-    _pass(kind)
+    if kind not in _passed:
+        check = functools.partial(check_tensor, "encode_kv", device=pages.cache.device)
+        check("key", key, ("num_tokens", pages.num_kv_heads, pages.codec.head_dim), *DTYPES)
+        check("value", value, key.shape, key.dtype)
+        check("slot_mapping", slot_mapping, (range(len(key) + 1),), torch.int64)
+        num_slots = slot_mapping.shape[0]
+        if pages.key_map is not None:
+            check("positions", positions, (at_least(num_slots),), torch.int64)
+        if copied is not None:
+            if "encoding" not in pages.kernels.copies_while:
+                raise ValueError(
+                    f"encode_kv: copied must be None with the {pages.kernels.name} kernels, which "
+                    "copy new tokens when all are attended; give Batch.new_rows"
+                )
+            check("copied.rows", copied.rows, (at_least(num_slots),), torch.int32)
+            _check_copies("encode_kv", copied.copies, pages)
+        _pass(kind)
     pages.encoded = given
 
 
-def _check_copied(copied: Copied, pages: Pages, num_slots: int) -> None:
-    if "encoding" not in pages.kernels.copies_while:
-        raise ValueError(
-            f"encode_kv: copied must be None with the {pages.kernels.name} kernels, which copy new "
-            "tokens when all are attended; give Batch.new_rows"
-        )
-    check_integers("encode_kv", "copied.rows", copied.rows, torch.int32, 1, pages.cache.device)
-    if copied.rows.shape[0] < num_slots:
-        raise ValueError(
-            f"encode_kv: copied.rows must have a row for each of {num_slots} slots, got "
-            f"{copied.rows.shape[0]}"
-        )
-    _check_copies("encode_kv", copied.copies, pages)
-    if not (copied.copies.key.is_contiguous() and copied.copies.value.is_contiguous()):
-        raise ValueError("encode_kv: copied.copies must be contiguous, got others")
-
-
 def _check_copies(function: str, copies: Copies, pages: Pages) -> None:
-    for which, x in (("key", copies.key), ("value", copies.value)):
-        dtypes = pages.kernels.copy_dtypes if which == "key" else (copies.key.dtype,)
-        _check_vectors(function, f"copies.{which}", x, pages.num_kv_heads, pages, dtypes)
-    if copies.key.shape != copies.value.shape:
-        raise ValueError(
-            f"{function}: copies.value must have copies.key's shape {list(copies.key.shape)}, got "
-            f"{list(copies.value.shape)}"
-        )
+    check = functools.partial(check_tensor, function, device=pages.cache.device, num_packed=3)
+    shape = "num_rows", pages.num_kv_heads, pages.codec.head_dim
+    check("copies.key", copies.key, shape, *pages.kernels.copy_dtypes)
+    check("copies.value", copies.value, copies.key.shape, copies.key.dtype)
 
 
 def check_attention(
@@ -162,32 +135,23 @@ def _check_shapes(
     fresh: Fresh | None,
 ) -> None:
     raw_key, raw_value, first_query = fresh or (None, None, None)
-    name, heads, rows = "paged_attention", pages.num_kv_heads, query.shape[0]
-    num_q_heads = query.shape[1] if query.dim() == 3 else -1
-    if num_q_heads <= 0 or num_q_heads % heads:
-        raise ValueError(
-            f"{name}: query must be [num_tokens, a multiple of {heads} heads, "
-            f"{pages.codec.head_dim}], got {list(query.shape)}"
-        )
-    most = pages.kernels.max_group_size
-    if most is not None and num_q_heads > most * heads:
-        raise ValueError(
-            f"{name}: query must have at most {most} heads per KV head, got {num_q_heads // heads}"
-        )
-    given = (("query", query, num_q_heads), ("out", out, num_q_heads),
-             ("raw_key", raw_key, heads), ("raw_value", raw_value, heads),
-             ("first_query", first_query, num_q_heads))  # fmt: skip
-    for which, x, num_heads in given:
-        if x is None:
-            continue
-        dtypes = DTYPES if which == "query" else (query.dtype,)
-        _check_vectors(name, which, x, num_heads, pages, dtypes)
-        if x.shape[0] < rows:
-            raise ValueError(f"{name}: {which} must have query's {rows} rows, got {x.shape[0]}")
-    if batch.device != pages.cache.device:
-        raise ValueError(
-            f"{name}: batch must be on the cache's {pages.cache.device}, got {batch.device}"
-        )
+    name, device, kernels = "paged_attention", pages.cache.device, pages.kernels
+    heads, head_dim = pages.num_kv_heads, pages.codec.head_dim
+    check = functools.partial(check_tensor, name, device=device)
+    most = heads * (kernels.max_group_size or sys.maxsize // (2 * heads))
+    check("query", query, ("num_tokens", range(heads, most + 1, heads), head_dim), *DTYPES)
+    num_q_heads, rows = query.shape[1], at_least(query.shape[0])
+    check("out", out, (rows, num_q_heads, head_dim), query.dtype)
+    for which, x, num_heads in (
+        ("raw_key", raw_key, heads),
+        ("raw_value", raw_value, heads),
+        ("first_query", first_query, num_q_heads),
+    ):
+        if x is not None:
+            check(which, x, (rows, num_heads, head_dim), query.dtype)
+    require_features(name, kernels, [] if raw_key is None else ["raw"])
+    if batch.device != device:
+        raise ValueError(f"{name}: batch must be on the cache's {device}, got {batch.device}")
     if attend.kind[0] not in (0, num_q_heads):
         raise ValueError(f"{name}: sinks must be of {num_q_heads} heads, got {attend.kind[0]}")
     if (raw_key is None) != (raw_value is None):
@@ -196,41 +160,19 @@ def _check_shapes(
         raise ValueError(f"{name}: keep_first must be 0 with raw_key, got {attend.keep_first}")
     if first_query is not None and attend.keep_first == 0:
         raise ValueError(f"{name}: first_query must come with a keep_first above 0, got 0")
-    require_features(name, pages.kernels, [] if raw_key is None else ["raw"])
-    if batch.copy_table is not None:
+    if (table := batch.copy_table) is not None:
         if attend.copies is None or raw_key is None:
+            lacking = "copies" if attend.copies is None else "raw_key"
             raise ValueError(
-                f"{name}: copy_table must come with copies and raw_key, got "
-                f"{'no copies' if attend.copies is None else 'no raw_key'}"
+                f"{name}: copy_table must come with copies and raw_key, got no {lacking}"
             )
-        if not 0 <= attend.copies.num_first <= batch.copy_table.shape[1]:
+        if not 0 <= (num_first := attend.copies.num_first) <= (columns := table.shape[1]):
+            raise ValueError(f"{name}: num_first must be 0 to {columns}, got num_first {num_first}")
+        if batch.new_rows is not None and "attending" not in kernels.copies_while:
             raise ValueError(
-                f"{name}: copy_table must have at least num_first {attend.copies.num_first} "
-                f"columns, got {batch.copy_table.shape[1]}"
+                f"{name}: new_rows must be None with the {kernels.name} kernels, which copy new "
+                "tokens when they are encoded; give encode_kv copied"
             )
-        if batch.new_rows is not None and "attending" not in pages.kernels.copies_while:
-            raise ValueError(
-                f"{name}: new_rows must be None with the {pages.kernels.name} kernels, which copy "
-                "new tokens when they are encoded; give encode_kv copied"
-            )
-
-
-def check_cache(cache: torch.Tensor, codec: KVCodec) -> None:
-    """Raises ValueError unless `cache` has the shape and layout of the codec's pages."""
-    record_bytes = codec.layout.record_bytes
-    shape, stride = cache.shape, cache.stride()
-    if (
-        cache.dtype != torch.uint8
-        or len(shape) != 4
-        or shape[3] != record_bytes
-        or stride[3] != 1
-        or stride[2] != record_bytes
-    ):
-        raise ValueError(
-            f"pages_of: cache must be uint8 [num_blocks, num_kv_heads, block_size, "
-            f"{record_bytes}] with contiguous records, got {cache.dtype} {list(shape)} "
-            f"with strides {stride}"
-        )
 
 
 def require_features(function: str, kernels: Kernels, asked: list[str]) -> None:
@@ -243,45 +185,51 @@ def require_features(function: str, kernels: Kernels, asked: list[str]) -> None:
             )
 
 
-def _check_vectors(
+def check_tensor(
     function: str,
     name: str,
-    x: torch.Tensor,
-    num_heads: int,
-    pages: Pages,
-    dtypes: tuple[torch.dtype, ...] = DTYPES,
-) -> None:
-    shape, head_dim, device = x.shape, pages.codec.head_dim, pages.cache.device
+    x: torch.Tensor | None,
+    shape: Sequence[Axis],
+    *dtypes: torch.dtype,
+    device: torch.device | None = None,
+    num_packed: int = 1,
+) -> torch.Tensor:
+    """The tensor, an argument of a function; raises ValueError unless it is as required.
+
+    Args:
+        dtypes: those it may have.
+        device: where it must be; None for anywhere.
+        num_packed: how many of its last axes must be contiguous.
+    """
     if (
-        len(shape) != 3
-        or shape[1] != num_heads
-        or shape[2] != head_dim
-        or x.stride()[2] != 1
-        or x.dtype not in dtypes
-        or x.device != device
+        x is not None
+        and x.dtype in dtypes
+        and device in (None, x.device)
+        and x.dim() == len(shape)
+        and all(map(_fits, shape, x.shape))
+        and (not x.numel() or x[(0,) * (x.dim() - num_packed)].is_contiguous())
     ):
-        raise ValueError(
-            f"{function}: {name} must be [num_tokens, {num_heads}, {head_dim}] of "
-            f"{' or '.join(map(str, dtypes))} on {device} with a contiguous last axis, "
-            f"got {x.dtype} {list(x.shape)} with strides {x.stride()} on {x.device}"
-        )
+        return x
+    got = x if x is None else f"{x.dtype} {list(x.shape)} on {x.device}, strides {x.stride()}"
+    last = "last axis" if num_packed == 1 else f"last {num_packed} axes"
+    raise ValueError(
+        f"{function}: {name} must be {' or '.join(map(str, dtypes))} "
+        f"[{', '.join(map(_told, shape))}] on {device or 'any device'}, its {last} contiguous, "
+        f"got {got}"
+    )
 
 
-def check_integers(
-    function: str,
-    name: str,
-    x: torch.Tensor,
-    dtype: torch.dtype,
-    num_axes: int,
-    device: torch.device,
-) -> None:
-    if (
-        x.dtype != dtype
-        or x.dim() != num_axes
-        or (x.stride()[-1] != 1 and x.numel())
-        or x.device != device
-    ):
-        raise ValueError(
-            f"{function}: {name} must be {dtype} with {num_axes} axes on {device}, the last "
-            f"contiguous, got {x.dtype} {list(x.shape)} on {x.device}"
-        )
+def _fits(axis: Axis, length: int) -> bool:
+    return length in axis if isinstance(axis, range) else isinstance(axis, str) or axis == length
+
+
+def at_least(length: int) -> range:
+    return range(length, sys.maxsize)
+
+
+def _told(axis: Axis) -> str:
+    if not isinstance(axis, range):
+        return str(axis)
+    if axis.stop == sys.maxsize:
+        return f"at least {axis.start}"
+    return f"at most {axis[-1]}" + (f", a multiple of {axis.step}" if axis.step > 1 else "")
