@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The peers' table: sizes as their formats say, weights in llama.cpp's order."""
+"""The peers' tables: sizes as their formats say, weights in llama.cpp's order, runs that go on."""
 
 from __future__ import annotations
 
+import argparse
+import itertools
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from benchmarks.peers import __main__ as peers
-from benchmarks.peers import gguf_model, report
+from benchmarks.peers import gguf_model, plot, report, shapes
+from benchmarks.peers.engines import random_tokens
 
 
 @pytest.mark.parametrize(
@@ -26,14 +32,100 @@ def test_everything_that_is_stored_is_counted(kind, bits):
     assert report.bits_of(kind, 64) == bits
 
 
+ROW = {"engine": "llama.cpp", "kind": "q4_0", "model": "m", "head_dim": 64, "cpu": "a",
+       "vectors_per_token": 180}  # fmt: skip
+SPEED = {"bench": "speed", "context": 1024, "tokens_per_second": 12.34, "threads": 2,
+         "seconds": [1.0, 1.0, 1.0, 1.0], "version": "v1", "run": "today"}  # fmt: skip
+
+
 def test_the_table_has_the_newest_result_of_each_cache():
-    row = {"engine": "llama.cpp", "kind": "q4_0", "head_dim": 64, "vectors_per_token": 180}
     quality = {"bench": "quality", "against": "f16", "delta_ppl": 0.1, "kl": 0.05, "kl_999": 1.5}
-    speed = {"bench": "speed", "context": 1024, "tokens_per_second": 12.34}
-    rows = [row | quality | {"kl": 9.0}, row | quality, row | speed]
+    rows = [ROW | quality | {"kl": 9.0}, ROW | quality, ROW | SPEED]
     lines = report.table(rows).splitlines()
     assert lines[2] == "| llama.cpp | `q4_0` | 4.50 | 6,480 | +10.0% | 0.0500 | 1.50 | 12.3 |"
     assert len(lines) == 3
+
+
+def test_random_models_have_a_table_of_their_own_and_gaps_are_explained():
+    shape = ROW | SPEED | {"model": "random-8x4x64"}
+    gone = shape | {"context": 32768, "left_out": "too slow", "tokens_per_second": None}
+    unsteady = shape | {"context": 8192, "seconds": [1.0, 1.0, 2.0, 2.0], "tokens_per_second": 3}
+    rows = [ROW | SPEED, shape, gone | {"engine": "OpenVINO", "kind": "u4"}, unsteady]
+    assert len(report.table(rows).splitlines()) == 3
+    lines = report.shapes_table(rows).splitlines()
+    assert lines[0].endswith("8 x 4 x 64, 8,192 tokens | 8 x 4 x 64, 32,768 tokens |")
+    assert lines[2:] == [
+        "| llama.cpp | `q4_0` | 12.3 | 3.0 |  |",
+        "| OpenVINO | `u4` |  |  | – |",
+    ]
+    assert report.about_speed(rows).splitlines() == [
+        "Speeds of run today, a, 2 threads; v1.",
+        "",
+        "The middle half of the steps lay further than 15% from the median in 1 of 4 cells: "
+        "llama.cpp `q4_0` on random-8x4x64 at 8,192.",
+        "",
+        "Left out (–): OpenVINO `u4` on random-8x4x64 at 32,768: too slow.",
+    ]
+
+
+def test_labels_of_a_plot_do_not_overlap(tmp_path):
+    points = [plot.Point("llama.cpp", 4.5, 10 + i / 100, f"label{i}") for i in range(8)]
+    (axis,) = plot.draw([plot.Panel("speed", points)], tmp_path / "a.png").axes
+    boxes = [text.get_window_extent() for text in axis.texts]
+    assert len(boxes) == 8
+    for one, other in itertools.combinations(boxes, 2):
+        assert not one.overlaps(other)
+
+
+def worker(monkeypatch, text: str) -> None:
+    """The worker is a script: its lines, and then as long as it takes."""
+    run = subprocess.Popen
+    monkeypatch.setattr(
+        peers.subprocess, "Popen", lambda command, **to: run([sys.executable, "-c", text], **to)
+    )
+
+
+def measured(tmp_path, **options):
+    (tmp_path / "config.json").write_text(
+        '{"head_dim": 64, "num_hidden_layers": 1, "num_key_value_heads": 1}'
+    )
+    args = argparse.Namespace(
+        out=tmp_path / "out.jsonl", run="one", kinds=["q4_0"], steps=4, limit=60
+    )
+    vars(args).update(options)
+    peers.measure_speed(args, tmp_path, [16, 32], [("llama.cpp", sys.executable)])
+    return [json.loads(line) for line in args.out.read_text().splitlines()]
+
+
+RESULT = 'import time; print(\'RESULT {"context": 16, "seconds": [1, 2, 3]}\', flush=True); '
+
+
+def test_what_exceeds_the_limit_is_left_out_and_a_stopped_run_goes_on(tmp_path, monkeypatch):
+    worker(monkeypatch, RESULT + "time.sleep(60)")
+    first, second = measured(tmp_path, limit=2)
+    assert first["context"] == 16 and first["tokens_per_second"] == 0.5
+    assert second["context"] == 32 and "within the 2 seconds" in second["left_out"]
+    assert len(measured(tmp_path)) == 2  # nothing is left to measure under this name
+    (tmp_path / "out.jsonl").write_text(json.dumps(second) + "\n")
+    worker(monkeypatch, RESULT)
+    assert [row["context"] for row in measured(tmp_path)] == [32, 16]
+
+
+def test_a_cache_that_fails_is_left_out_with_its_error(tmp_path, monkeypatch):
+    worker(monkeypatch, RESULT + "raise ValueError('no such cache')")
+    first, second = measured(tmp_path)
+    assert first["tokens_per_second"] == 0.5
+    assert second["left_out"] == "it failed: ValueError: no such cache"
+
+
+def test_a_random_model_has_the_shape_of_its_name(tmp_path):
+    folder = shapes.make("random-8x4x64", tmp_path, 512)
+    weights = gguf_model.weights_of(folder)
+    assert weights["model.layers.1.self_attn.q_proj.weight"].shape == (8 * 4 * 64, shapes.HIDDEN)
+    assert weights["model.layers.0.self_attn.k_proj.weight"].shape == (8 * 64, shapes.HIDDEN)
+    words = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
+    assert sorted(words.values()) == list(range(shapes.NUM_WORDS))
+    assert max(random_tokens(1000, folder)) < shapes.NUM_WORDS
 
 
 def test_rotated_pairs_lie_beside_each_other_in_gguf():

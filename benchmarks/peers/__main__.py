@@ -2,17 +2,21 @@
 """`make peers`: engines that keep keys and values in fewer than 16 bits on CPUs, side by side.
 
     python -m benchmarks.peers --python .venv-peers/bin/python --out docs/results/peers.jsonl
+    python -m benchmarks.peers --what speed --run 2026-11-29
     python -m benchmarks.peers --report-only
 
 The same model (SmolLM2-135M-Instruct, or --model with another Llama) and the same texts in
 llama.cpp, OpenVINO and vLLM, vLLM with its own caches and with ours; each engine's answers are
-compared with those through its own widest cache. Every engine runs in a process of its own, the
-peers in an environment of their own, and is left out with a sentence where it is not installed.
+compared with those through its own widest cache. Speed is measured on that model and on the random
+ones of shapes.py. Every engine runs in a process of its own, the peers in an environment of their
+own, and is left out with a sentence where it is not installed. Each result is written at once: what
+a run of the same name has is not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import hashlib
 import json
 import shutil
@@ -20,12 +24,15 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import append, cpu_name, model_or_demo
 from benchmarks.peers.engines import ENGINES
+from benchmarks.peers.report import key_of, write
+from benchmarks.peers.shapes import SHAPES, make
 
 PACKAGES = {"llama.cpp": "llama_cpp", "OpenVINO": "openvino_genai"}
 """What each peer's environment must import."""
@@ -61,14 +68,30 @@ def model_folder(model: Path, peers: Path) -> Path:
     return folder
 
 
-def work(python: str, engine: str, kind: str, folder: Path, *what: Any) -> dict[str, Any]:
-    """What a worker returns; exits with the end of its output when it fails."""
+def work(
+    python: str, engine: str, kind: str, folder: Path, *what: Any, limit: float | None = None
+) -> Iterator[dict[str, Any]]:
+    """What a worker returns, as it comes, for at most `limit` seconds.
+
+    Raises:
+        RuntimeError: It failed: the end of its output.
+    """
     command = [python, "-m", "benchmarks.peers.worker", engine, kind, str(folder), *map(str, what)]
-    run = subprocess.run(command, capture_output=True, text=True)
-    for line in run.stdout.splitlines():
-        if line.startswith("RESULT "):
-            return json.loads(line.removeprefix("RESULT "))
-    sys.exit(f"peers: {engine} {kind} failed:\n{run.stdout[-2000:]}\n{run.stderr[-3000:]}")
+    with tempfile.TemporaryFile("w+") as told:
+        run = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=told, text=True)
+        late = threading.Event()
+        clock = threading.Timer(limit or 1e6, lambda: (late.set(), run.kill()))
+        clock.daemon = True
+        clock.start()
+        assert run.stdout is not None
+        for line in run.stdout:
+            if line.startswith("RESULT "):
+                yield json.loads(line.removeprefix("RESULT "))
+        failed = run.wait()
+        clock.cancel()
+        if failed and not late.is_set():
+            told.seek(0)
+            raise RuntimeError(f"{engine} {kind} failed, status {failed}:\n{told.read()[-3000:]}")
 
 
 def quality(
@@ -89,10 +112,10 @@ def quality(
         for kind in kinds:
             kept = folder / f"{engine}-{digest}.npy"
             if kind == widest or not kept.exists():
-                about = work(python, engine, widest, folder, "quality", given, target)
+                (about,) = work(python, engine, widest, folder, "quality", given, target)
                 shutil.move(target, kept)
             if kind != widest:
-                about = work(python, engine, kind, folder, "quality", given, target)
+                (about,) = work(python, engine, kind, folder, "quality", given, target)
             truth, logits = (
                 torch.from_numpy(np.load(path, mmap_mode="c"))
                 for path in (kept, kept if kind == widest else target)
@@ -123,50 +146,101 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", help="of one engine; all when left out")
     parser.add_argument("--text", nargs="+", default=["prose", "code"], help="prose, code or files")
     parser.add_argument("--tokens", type=int, default=2048, help="of each text")
-    parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 8192])
+    parser.add_argument("--contexts", type=int, nargs="+", help="of speed; the model's own else")
+    parser.add_argument(
+        "--shapes",
+        nargs="*",
+        choices=SHAPES,
+        default=list(SHAPES),
+        help="random models whose speed is measured besides the model's",
+    )
+    parser.add_argument("--limit", type=float, default=300, help="seconds of a cache's speed")
+    parser.add_argument("--run", default=datetime.date.today().isoformat(),
+                        help="the run's name: what it has is not measured again")  # fmt: skip
     parser.add_argument("--steps", type=int, default=26)
     parser.add_argument("--out", type=Path, default=Path("docs/results/peers.jsonl"))
     parser.add_argument("--report-only", action="store_true")
     args = parser.parse_args()
     if not args.report_only:
         measure(args)
-    from benchmarks.peers.report import write
-
-    write(args.out, Path("docs/peers.md"), Path("docs/images/peers.png"))
+    write(args.out, Path("docs/peers.md"), Path("docs/images"))
 
 
-def measure(args: argparse.Namespace) -> None:
-    folder = model_folder(Path(model_or_demo(args.model)), args.python)
-    pythons = {name: python_of(name, args.python) for name in args.engines}
-    found = [(name, python) for name, python in pythons.items() if python]
+def facts_of(folder: Path) -> dict[str, Any]:
+    """What every result of a model says about it."""
     config = json.loads((folder / "config.json").read_text())
-    common = {
+    return {
         "model": folder.name, "cpu": cpu_name(), "head_dim": config["head_dim"],
         "vectors_per_token": 2 * config["num_hidden_layers"] * config["num_key_value_heads"],
     }  # fmt: skip
-    if "quality" in args.what:
-        from vllm_fibquant.evaluation.texts import Tokenizer, text_units
 
-        units = text_units(Tokenizer(str(folder)), args.text, args.tokens, 1)
-        texts = {unit.name: list(unit.tokens) for unit in units}
-        for name, python in found:
-            kinds = args.kinds or list(ENGINES[name].KINDS)
-            for row in quality(python, name, kinds, folder, texts):
-                append(args.out, bench="quality", engine=name, **common, **row)
-                told = f"{row['delta_ppl']:8.2%} {row['kl']:.5f} {row['kl_999']:.4f}"
-                print(f"{name:10} {row['kind']:34} {told}", flush=True)
+
+def already(args: argparse.Namespace) -> set[tuple[Any, ...]]:
+    """What a run of this name has written: its results go on where it was stopped."""
+    if not args.out.exists():
+        return set()
+    rows = [json.loads(line) for line in args.out.read_text().splitlines()]
+    return {key_of(row) for row in rows if row.get("run") == args.run}
+
+
+def measure(args: argparse.Namespace) -> None:
+    pythons = {name: python_of(name, args.python) for name in args.engines}
+    found = [(name, python) for name, python in pythons.items() if python]
+    folder = model_folder(Path(model_or_demo(args.model)), args.python)
+    if "quality" in args.what:
+        measure_quality(args, folder, found)
     if "speed" in args.what:
-        contexts = ",".join(map(str, sorted(args.contexts)))
-        for name, python in found:
-            for kind in args.kinds or ENGINES[name].KINDS:
-                about = work(python, name, kind, folder, "speed", contexts, args.steps)
-                told = f"{name:10} {kind:34}"
-                for context, seconds in about.pop("seconds").items():
-                    row = {"context": int(context), "seconds": seconds, **about}
-                    row["tokens_per_second"] = 1 / statistics.median(seconds)
-                    append(args.out, bench="speed", engine=name, kind=kind, **common, **row)
-                    told += f" {row['tokens_per_second']:8.1f} tokens/s at {context}"
-                print(told, flush=True)
+        measure_speed(args, folder, args.contexts or [1024, 8192], found)
+        for name in args.shapes:
+            contexts = args.contexts or SHAPES[name].contexts
+            made = make(name, Path("build/shapes"), max(SHAPES[name].contexts) + 256)
+            measure_speed(args, model_folder(made, args.python), contexts, found)
+
+
+def measure_quality(args: argparse.Namespace, folder: Path, engines: list[tuple[str, str]]) -> None:
+    from vllm_fibquant.evaluation.texts import Tokenizer, text_units
+
+    units = text_units(Tokenizer(str(folder)), args.text, args.tokens, 1)
+    texts, common = {unit.name: list(unit.tokens) for unit in units}, facts_of(folder)
+    for name, python in engines:
+        has = {kind for bench, _, of, kind, _ in already(args) if (bench, of) == ("quality", name)}
+        kinds = [kind for kind in args.kinds or ENGINES[name].KINDS if kind not in has]
+        for row in quality(python, name, kinds, folder, texts):
+            append(args.out, bench="quality", run=args.run, engine=name, **common, **row)
+            told = f"{row['delta_ppl']:8.2%} {row['kl']:.5f} {row['kl_999']:.4f}"
+            print(f"{name:10} {row['kind']:34} {told}", flush=True)
+
+
+def measure_speed(
+    args: argparse.Namespace, folder: Path, contexts: list[int], engines: list[tuple[str, str]]
+) -> None:
+    common = facts_of(folder)
+    for name, python in engines:
+        # f32 is what the others are compared with.
+        for kind in args.kinds or [kind for kind in ENGINES[name].KINDS if kind != "f32"]:
+            base = {"bench": "speed", "run": args.run, "engine": name, "kind": kind, **common}
+            has = already(args)
+            todo = [n for n in contexts if key_of(base | {"context": n}) not in has]
+            if not todo:
+                continue
+            why = f"it did not come within the {args.limit:.0f} seconds of a cache"
+            asked = ",".join(map(str, todo)), args.steps
+            try:
+                for row in work(python, name, kind, folder, "speed", *asked, limit=args.limit):
+                    if "seconds" in row:
+                        row["tokens_per_second"] = 1 / statistics.median(row["seconds"])
+                    append(args.out, **base, **row)
+                    todo.remove(row["context"])
+                    told = row.get("left_out") or f"{row['tokens_per_second']:8.1f} tokens/s"
+                    print(
+                        f"{folder.name} {name} {kind} after {row['context']:,}: {told}", flush=True
+                    )
+            except RuntimeError as failure:
+                print(failure, file=sys.stderr)
+                why = "it failed: " + str(failure).strip().splitlines()[-1]
+            for context in todo:
+                append(args.out, **base, context=context, left_out=why)
+                print(f"{folder.name} {name} {kind} after {context:,}: {why}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One language model in each of three engines, behind the same three verbs.
+"""One language model in each of three engines, behind the same verbs.
 
 An engine is made with `(folder, kind, room, threads, quality)` and has
 
     read(tokens) -> float32 [len(tokens), vocabulary]   goes on with the sequence
     forget()                                            begins another
+    hold(tokens)                                        begins one that has them in its cache
     about() -> dict                                     versions and settings, for the results
+
+`hold` is for timing: where an engine reads long prompts slowly, what the cache holds may be another
+text's keys and values, as a step takes as long with any. vLLM has `steps` in its place.
 
 `kind` names how keys and values are kept, as the engine names it. What is imported is imported when
 an engine is made: each runs where its own packages are.
@@ -43,6 +47,7 @@ class LlamaCpp:
         context.n_threads = context.n_threads_batch = threads
         context.type_k = context.type_v = getattr(llama_cpp, f"GGML_TYPE_{kind.upper()}")
         context.flash_attn_type = 1  # values below 16 bits need it
+        context.n_seq_max, context.kv_unified = 2, True
         self._context = llama_cpp.llama_init_from_model(self._model, context)
         if not self._context:
             raise RuntimeError(f"llama.cpp: no context with a cache of {kind}")
@@ -51,12 +56,12 @@ class LlamaCpp:
         self._batch = llama_cpp.llama_batch_init(BATCH, 0, 1)
         self._length = 0
 
-    def read(self, tokens: list[int], last_only: bool = False) -> np.ndarray:
+    def read(self, tokens: list[int], last_only: bool = False, sequence: int = 0) -> np.ndarray:
         batch, lib = self._batch, self._lib
         batch.n_tokens = len(tokens)
         for i, token in enumerate(tokens):
             batch.token[i], batch.pos[i] = token, self._length + i
-            batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
             batch.logits[i] = not last_only or i == len(tokens) - 1
         if status := lib.llama_decode(self._context, batch):
             raise RuntimeError(f"llama.cpp: llama_decode returned {status}")
@@ -68,6 +73,16 @@ class LlamaCpp:
     def forget(self) -> None:
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
         self._length = 0
+
+    def hold(self, tokens: list[int]) -> None:
+        """Pieces that do not see each other, at their places of one sequence: of a cache below 16
+        bits every piece would read all before it slowly."""
+        self.forget()
+        memory = self._lib.llama_get_memory(self._context)
+        for begin in range(0, len(tokens), BATCH):
+            self.read(tokens[begin : begin + BATCH], last_only=True, sequence=1)
+            self._lib.llama_memory_seq_cp(memory, 1, 0, -1, -1)
+            self._lib.llama_memory_seq_rm(memory, 1, -1, -1)
 
     def about(self) -> dict[str, Any]:
         info = self._lib.llama_print_system_info().decode()
@@ -83,11 +98,12 @@ class OpenVino:
     """OpenVINO's CPU plugin; the model is that of the GGUF file, as OpenVINO GenAI writes it."""
 
     KINDS = ("f32", "bf16", "u8", "u4", "turbo4", "turbo3")
+    WRITABLE = ("f32", "bf16", "u8")
 
     def __init__(self, folder: Path, kind: str, room: int, threads: int, quality: bool) -> None:
         import openvino
 
-        self._openvino = openvino
+        self._openvino, self._kind = openvino, kind
         settings = {"INFERENCE_NUM_THREADS": threads}
         if quality:  # else products are computed in bfloat16 and of activations of 8 bits
             settings |= {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
@@ -120,6 +136,23 @@ class OpenVino:
     def forget(self) -> None:
         self._request.reset_state()
         self._length = 0
+
+    def hold(self, tokens: list[int]) -> None:
+        """Read in one call, which is fast where nothing is held yet and takes memory as its square;
+        more than AT_ONCE tokens are the first ones' states again, where a state can be written."""
+        self.forget()
+        self.read(tokens[:AT_ONCE], last_only=True)
+        times, rest = divmod(len(tokens), AT_ONCE)
+        if times and (times, rest) != (1, 0):
+            if rest or self._kind not in self.WRITABLE:
+                raise LeftOut(
+                    f"OpenVINO reads {AT_ONCE:,} tokens at once, and more than these too slowly; "
+                    f"states of {self._kind} cannot be written"
+                )
+            for state in self._request.query_state():
+                held = np.tile(state.state.data, (1, 1, times, 1))
+                state.state = self._openvino.Tensor(held)
+        self._length = len(tokens)
 
     def about(self) -> dict[str, Any]:
         names = ("INFERENCE_PRECISION_HINT", "KEY_CACHE_PRECISION", "VALUE_CACHE_PRECISION")
@@ -189,15 +222,15 @@ class Vllm:
             enable_prefix_caching=True, skip_tokenizer_init=True, seed=0,
         )  # fmt: skip
 
-    def steps(self, context: int, count: int) -> list[float]:
-        """Seconds of each decode step after a context of that many tokens."""
+    def steps(self, context: list[int], count: int) -> list[float]:
+        """Seconds of each decode step after those tokens."""
         import time
 
         from vllm import SamplingParams
 
         engine = self._llm.llm_engine
         params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, detokenize=False)
-        engine.add_request("decode", {"prompt_token_ids": random_tokens(context)}, params)
+        engine.add_request("decode", {"prompt_token_ids": context}, params)
         seconds = []
         while engine.has_unfinished_requests():
             begin = time.perf_counter()
@@ -222,10 +255,18 @@ STEP = 16
 """Tokens of a text that are read at once."""
 BATCH = 512
 """Tokens of a context that are read at once where speed is measured."""
+AT_ONCE = 8192
+"""The same for OpenVINO: 1.6 GB of scores; twice as many would need four times that."""
 
 
-def random_tokens(count: int) -> list[int]:
-    return np.random.default_rng(0).integers(100, 40_000, count).tolist()
+class LeftOut(Exception):
+    """A cache whose speed after a context is not measured, and why."""
+
+
+def random_tokens(count: int, folder: Path) -> list[int]:
+    """Of the model's vocabulary, without its first hundred."""
+    num_words = json.loads((folder / "config.json").read_text())["vocab_size"]
+    return np.random.default_rng(0).integers(100, num_words, count).tolist()
 
 
 ENGINES: dict[str, Any] = {"llama.cpp": LlamaCpp, "OpenVINO": OpenVino, "vLLM": Vllm}

@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table in docs/peers.md and its plot, from what `make peers` measured."""
+"""The tables in docs/peers.md and their plots, from what `make peers` measured."""
 
 from __future__ import annotations
 
 import json
 import re
+import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.engines import ENGINES
+from benchmarks.peers.plot import Panel, Point, draw
+from benchmarks.peers.shapes import SHAPES
 from vllm_fibquant.codec.config import is_fibquant
 from vllm_fibquant.codec.layout import preset_layout
 from vllm_fibquant.options import parse_options
@@ -24,8 +28,8 @@ BITS = {
 OPENVINO = {"u8": (8, 64), "u4": (4, 64), "turbo4": (4, 32), "turbo3": (3, 32)}
 """Bits of a value, and of a vector's scale and zero point, or norm, in float32."""
 
-BEGIN, END = "<!-- peers: begin -->", "<!-- peers: end -->"
-COLOURS = {"llama.cpp": "#8c564b", "OpenVINO": "#9467bd", "vLLM": "#555555", "ours": "#2ca02c"}
+UNSTEADY = 0.15
+"""A cell whose middle half of steps lies further from the median is named."""
 
 
 def bits_of(kind: str, head_dim: int) -> float:
@@ -46,102 +50,175 @@ def label_of(row: dict[str, Any]) -> str:
     return f"`{kind}`" if ", " not in kind else "`" + kind.replace(", ", "`, ", 1)
 
 
-def newest(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], dict[str, Any]]:
+def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What a result is of: a later one takes the place of an earlier one."""
+    return row["bench"], row["model"], row["engine"], row["kind"], row.get("context")
+
+
+def newest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The last result of each thing measured."""
-    return {(r["bench"], r["engine"], r["kind"], r.get("context")): r for r in rows}
+    return list({key_of(row): row for row in rows}.values())
+
+
+def text_model(rows: list[dict[str, Any]]) -> str:
+    """The model that was measured last beside the random ones."""
+    return [row["model"] for row in rows if row["model"] not in SHAPES][-1]
+
+
+def by_cache(rows: list[dict[str, Any]]) -> Iterator[tuple[str, str, list[dict[str, Any]]]]:
+    """Engine, kind and its rows, in the engines' order."""
+    for name, engine in ENGINES.items():
+        for kind in engine.KINDS:
+            of = [row for row in rows if (row["engine"], row["kind"]) == (name, kind)]
+            if of:
+                yield name, kind, of
+
+
+def as_table(head: list[str], lines: list[list[str]]) -> str:
+    rule = "| --- | --- |" + " ---: |" * (len(head) - 2)
+    return "\n".join(
+        ["| " + " | ".join(head) + " |", rule, *("| " + " | ".join(line) + " |" for line in lines)]
+    )
+
+
+def speed_cells(rows: list[dict[str, Any]], columns: list[tuple[str, int]]) -> list[str]:
+    """Tokens per second of each (model, context): a dash where it was left out."""
+    found = {(r["model"], r["context"]): r for r in rows if r["bench"] == "speed"}
+    cells = []
+    for column in columns:
+        row = found.get(column, {})
+        speed = row.get("tokens_per_second")
+        cells.append(f"{speed:.1f}" if speed else "–" if row else "")
+    return cells
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    found = newest(rows)
-    contexts = sorted({row["context"] for row in rows if row["bench"] == "speed"})
-    head = [
-        "engine",
-        "cache",
-        "bits a value",
-        "bytes a token",
-        "ΔPPL",
-        "KL",
-        "KL of one position in a thousand",
-    ]
-    head += [f"tokens/s at {context:,}" for context in contexts]
-    lines = ["| " + " | ".join(head) + " |", "| --- | --- |" + " ---: |" * (len(head) - 2)]
-    kinds = dict.fromkeys((engine, kind) for _, engine, kind, _ in found)
-    order = [(name, kind) for name, engine in ENGINES.items() for kind in engine.KINDS]
-    for engine, kind in sorted(kinds, key=order.index):
-        quality = found.get(("quality", engine, kind, None))
-        speeds = [found.get(("speed", engine, kind, context)) for context in contexts]
-        any_row = quality or next(row for row in speeds if row)
-        bits = bits_of(kind, any_row["head_dim"])
-        size = bits * any_row["head_dim"] * any_row["vectors_per_token"] / 8
-        cells = [engine, label_of(any_row), f"{bits:.2f}", f"{size:,.0f}"]
+    """Size, quality and speed of each cache on the model of words."""
+    model = text_model(rows)
+    found = [row for row in newest(rows) if row["model"] == model]
+    contexts = sorted({row["context"] for row in found if row["bench"] == "speed"})
+    head = ["engine", "cache", "bits a value", "bytes a token", "ΔPPL", "KL"]
+    head += ["KL of one position in a thousand", *(f"tokens/s at {n:,}" for n in contexts)]
+    lines = []
+    for engine, kind, of in by_cache(found):
+        bits = bits_of(kind, of[0]["head_dim"])
+        size = bits * of[0]["head_dim"] * of[0]["vectors_per_token"] / 8
+        cells = [engine, label_of(of[0]), f"{bits:.2f}", f"{size:,.0f}"]
+        quality = next((row for row in of if row["bench"] == "quality"), None)
         if quality is None:
             cells += ["", "", ""]
         elif kind == quality["against"]:
             cells += ["0", "0", "0"]
         else:
-            cells += [
-                f"{quality['delta_ppl']:+.1%}",
-                f"{quality['kl']:.4f}",
-                f"{quality['kl_999']:.2f}",
-            ]
-        cells += [f"{row['tokens_per_second']:.1f}" if row else "" for row in speeds]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+            cells += [f"{quality['delta_ppl']:+.1%}", f"{quality['kl']:.4f}"]
+            cells.append(f"{quality['kl_999']:.2f}")
+        lines.append(cells + speed_cells(of, [(model, n) for n in contexts]))
+    return as_table(head, lines)
 
 
-def write(results: Path, page: Path, image: Path) -> None:
-    """Puts the table of `results` between the marks in `page`, and draws `image`."""
-    rows = [json.loads(line) for line in results.read_text().splitlines()]
-    before, rest = page.read_text().split(BEGIN)
-    page.write_text(f"{before}{BEGIN}\n{table(rows)}\n{END}{rest.split(END)[1]}")
-    draw(rows, image)
-
-
-def draw(rows: list[dict[str, Any]], image: Path) -> None:
-    """KL against bits a value, and tokens per second at the longest context."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    found = newest(rows)
-    contexts = [row["context"] for row in rows if row["bench"] == "speed"]
-    figure, axes = plt.subplots(
-        1, 2 if contexts else 1, figsize=(11 if contexts else 6, 4), squeeze=False
+def shapes_table(rows: list[dict[str, Any]]) -> str:
+    """Speed of each cache on the random models, bits a value at CONTEXT tokens."""
+    found = [row for row in newest(rows) if row["model"] in SHAPES]
+    columns = sorted({(row["model"], row["context"]) for row in found})
+    head = ["engine", "cache"]
+    for model, context in columns:
+        shape = SHAPES[model]
+        head.append(
+            f"{shape.num_kv_heads} x {shape.group_size} x {shape.head_dim}, {context:,} tokens"
+        )
+    return as_table(
+        head,
+        [[name, label_of(of[0]), *speed_cells(of, columns)] for name, kind, of in by_cache(found)],
     )
-    panels = [("quality", None, "kl", "mean KL, nats")]
-    if contexts:
-        text = f"decode, tokens/s at {max(contexts):,} tokens"
-        panels.append(("speed", max(contexts), "tokens_per_second", text))
-    for axis, (bench, context, field, text) in zip(axes[0], panels, strict=False):
-        groups: dict[tuple[str, str], list[tuple[float, float, str]]] = {}
-        for (of, engine, kind, at), row in found.items():
-            if of != bench or at != context or row[field] == 0:
-                continue
-            owner = "ours" if is_fibquant(kind.split(" ")[0]) else engine
-            group = owner, "exact" if "exact" in kind else ""
-            groups.setdefault(group, []).append((bits_of(kind, row["head_dim"]), row[field], kind))
-        for (owner, mode), points in groups.items():
-            points.sort()
-            x, y, kinds = zip(*points, strict=True)
-            label = f"{owner}, mode {mode}" if mode else owner
-            axis.plot(x, y, "s--" if mode else "o-", color=COLOURS[owner], label=label)
-            for at_x, at_y, kind in points:
-                short = kind.split(" ")[0].removeprefix("fibquant_")
-                axis.annotate(
-                    short,
-                    (at_x, at_y),
-                    textcoords="offset points",
-                    xytext=(5, 4 if owner != "OpenVINO" else -10),
-                    fontsize=7,
-                )
-        axis.set_xscale("log", base=2)
-        axis.set_xticks([1, 2, 4, 8, 16], ["1", "2", "4", "8", "16"])
-        if bench == "quality":
-            axis.set_yscale("log")
-        axis.set_xlabel("bits a value, everything stored counted")
-        axis.set_ylabel(text)
-        axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=8)
-    image.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(image, dpi=120, bbox_inches="tight")
+
+
+def about_speed(rows: list[dict[str, Any]]) -> str:
+    """Which run, machine and versions the speeds are of, how steady they were, and what is not
+    there."""
+    speeds = [row for row in newest(rows) if row["bench"] == "speed"]
+    if not speeds:
+        return ""
+    runs = sorted({f"run {row['run']}" if "run" in row else "pieces" for row in speeds})
+    cpus = sorted({f"{row['cpu']}, {row['threads']} threads" for row in speeds if "threads" in row})
+    versions = sorted({row["version"] for row in speeds if "version" in row})
+    lines = [f"Speeds of {' and '.join(runs)}, {'; '.join(cpus)}; {', '.join(versions)}."]
+    unsteady = [where_of(row) for row in speeds if "seconds" in row and spread_of(row) > UNSTEADY]
+    if unsteady:
+        lines.append(
+            f"The middle half of the steps lay further than {UNSTEADY:.0%} from the median in "
+            f"{len(unsteady)} of {len(speeds)} cells: {'; '.join(unsteady)}."
+        )
+    reasons: dict[str, list[str]] = {}
+    for row in speeds:
+        if "left_out" in row:
+            reasons.setdefault(row["left_out"], []).append(where_of(row))
+    lines += [f"Left out (–): {'; '.join(of)}: {reason}." for reason, of in reasons.items()]
+    return "\n\n".join(lines)
+
+
+def where_of(row: dict[str, Any]) -> str:
+    return f"{row['engine']} {label_of(row)} on {row['model']} at {row['context']:,}"
+
+
+def spread_of(row: dict[str, Any]) -> float:
+    """How far the middle half of a cell's steps lies from their median, as a part of it."""
+    low, middle, high = statistics.quantiles(row["seconds"], n=4)
+    return max(middle - low, high - middle) / middle
+
+
+def write(results: Path, page: Path, images: Path) -> None:
+    """Puts the tables of `results` between the marks in `page`, and draws them below `images`."""
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    text = put(page.read_text(), "peers", table(rows))
+    draw(quality_panel(rows), images / "peers.png")
+    if any(row["model"] in SHAPES for row in rows):
+        image = "![tokens a second against bits](images/peers-shapes.png)"
+        text = put(text, "shapes", f"{shapes_table(rows)}\n\n{image}")
+        draw(shape_panels(rows), images / "peers-shapes.png")
+    page.write_text(put(text, "speed", about_speed(rows)))
+
+
+def put(text: str, name: str, what: str) -> str:
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{what}\n{end}{rest.split(end)[1]}"
+
+
+def quality_panel(rows: list[dict[str, Any]]) -> list[Panel]:
+    """KL against bits, and speed at the longest context, of the model of words."""
+    model = text_model(rows)
+    found = [row for row in newest(rows) if row["model"] == model]
+    quality = [row for row in found if row["bench"] == "quality"]
+    return [
+        Panel("mean KL, nats", points_of(quality, "kl"), log=True),
+        *speed_panels([row for row in found if row["bench"] == "speed"], ""),
+    ]
+
+
+def shape_panels(rows: list[dict[str, Any]]) -> list[Panel]:
+    """Speed at each shape's longest context."""
+    found = newest(rows)
+    return [
+        panel
+        for name in SHAPES
+        for panel in speed_panels([row for row in found if row["model"] == name], f"{name}, ")
+    ]
+
+
+def speed_panels(rows: list[dict[str, Any]], of: str) -> list[Panel]:
+    longest = max((row["context"] for row in rows), default=0)
+    points = points_of([r for r in rows if r["context"] == longest], "tokens_per_second")
+    return [Panel(f"{of}decode, tokens/s at {longest:,} tokens", points)] if points else []
+
+
+def points_of(rows: list[dict[str, Any]], field: str) -> list[Point]:
+    points = []
+    for row in rows:
+        preset, _, options = row["kind"].partition(" ")
+        owner = "ours" if is_fibquant(preset) else row["engine"]
+        if "exact" in options:
+            owner += ", mode exact"
+        if value := row.get(field):
+            bits = bits_of(row["kind"], row["head_dim"])
+            points.append(Point(owner, bits, value, preset.removeprefix("fibquant_")))
+    return points

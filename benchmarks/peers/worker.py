@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One engine with one kind of cache, in a process of its own; prints one line of JSON.
+"""One engine with one kind of cache, in a process of its own; prints JSON: one line of quality, one
+of each context's speed as soon as it is known.
 
 python -m benchmarks.peers.worker ENGINE KIND FOLDER quality TEXTS.json LOGITS.npy
 python -m benchmarks.peers.worker ENGINE KIND FOLDER speed CONTEXTS STEPS
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.peers.engines import BATCH, ENGINES, STEP, Vllm, random_tokens
+from benchmarks.peers.engines import ENGINES, STEP, LeftOut, Vllm, random_tokens
 
 
 def quality(engine: Any, texts: list[list[int]], target: Path) -> None:
@@ -35,41 +36,43 @@ def quality(engine: Any, texts: list[list[int]], target: Path) -> None:
         logits[number] = rows
 
 
-def speed(engine: Any, contexts: list[int], count: int) -> dict[int, list[float]]:
-    """Seconds of each decode step of one request, greedy, after contexts of random tokens."""
+def steps(engine: Any, tokens: list[int], count: int) -> list[float]:
+    """Seconds of each decode step of one request, greedy, after those tokens."""
     if isinstance(engine, Vllm):
-        return {context: engine.steps(context, count) for context in contexts}
-    found, tokens, done = {}, random_tokens(max(contexts)), 0
-    for context in sorted(contexts):
-        while done < context:
-            piece = tokens[done : min(done + BATCH, context)]
-            row = engine.read(piece, last_only=True)
-            done += len(piece)
-        seconds = []
-        for _ in range(count):
-            begin = time.perf_counter()
-            row = engine.read([int(row[-1].argmax())], last_only=True)
-            seconds.append(time.perf_counter() - begin)
-        found[context] = seconds[2:]
-        done += count
-    return found
+        return engine.steps(tokens, count)
+    engine.hold(tokens)
+    seconds, token = [], tokens[0]
+    for _ in range(count):
+        begin = time.perf_counter()
+        token = int(engine.read([token], last_only=True)[-1].argmax())
+        seconds.append(time.perf_counter() - begin)
+    return seconds[2:]
 
 
 def main() -> None:
-    name, kind, folder, what, *rest = sys.argv[1:]
-    threads = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
+    name, kind, given, what, *rest = sys.argv[1:]
+    folder, threads = Path(given), int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
     if what == "quality":
         texts = json.loads(Path(rest[0]).read_text())
-        engine = ENGINES[name](Path(folder), kind, len(texts[0]) + STEP, threads, True)
+        engine = ENGINES[name](folder, kind, len(texts[0]) + STEP, threads, True)
         quality(engine, texts, Path(rest[1]))
-        result: dict[str, Any] = {}
+        tell(engine.about())
     else:
-        contexts, count = [int(n) for n in rest[0].split(",")], int(rest[1])
+        contexts, count = sorted(int(n) for n in rest[0].split(",")), int(rest[1])
         room = (max(contexts) + 2 * count + 255) // 256 * 256
-        engine = ENGINES[name](Path(folder), kind, room, threads, False)
-        result = {"seconds": speed(engine, contexts, count), "threads": threads}
-    print("RESULT " + json.dumps(result | engine.about()), flush=True)
+        engine = ENGINES[name](folder, kind, room, threads, False)
+        tokens = random_tokens(max(contexts), folder)
+        for context in contexts:
+            try:
+                found: dict[str, Any] = {"seconds": steps(engine, tokens[:context], count)}
+            except LeftOut as reason:
+                found = {"left_out": str(reason)}
+            tell({"context": context, "threads": threads} | found | engine.about())
     os._exit(0)  # engines' own threads are not waited for
+
+
+def tell(result: dict[str, Any]) -> None:
+    print("RESULT " + json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":
