@@ -4,7 +4,7 @@ kernels can do with them."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm_fibquant import ops
 from vllm_fibquant.codec.codebook import load_codebook
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
     from vllm_fibquant.options import Options
+
+Row = tuple[bool, str, str, Any, str]
+"""What is required of a run: whether it is met, what it is about, what that must be, what it is,
+and a remedy."""
 
 
 def features_on(vllm_config: VllmConfig) -> frozenset[str]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_fibquant.codec.config import PRESETS
 from vllm_fibquant.engine import support_gpu
 from vllm_fibquant.engine.head_dims import (
+    Row,
     draft_problems,
     features_on,
     head_dim_of,
@@ -32,7 +33,7 @@ from vllm_fibquant.ops.checks import DTYPES
 from vllm_fibquant.options import Options, Part, given_options, misplaced_options, parse_options
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
 
 UNMEASURED_HYBRID = (
     "layers beside attention (Mamba, linear attention) have their state only once there are pages, "
@@ -47,6 +48,8 @@ UNMOVED: dict[Part, str] = {
     "calibration": "pages that move mean the same only to those who read the same file: give it as "
     "calibration",
 }
+
+OTHER_DTYPE = "use --kv-cache-dtype auto for this model"
 
 BLOCK_MULTIPLE = 16
 """Tokens: a block has a multiple of it."""
@@ -138,120 +141,27 @@ def told_defaults(vllm_config: VllmConfig) -> list[str]:
 
 def config_problems(vllm_config: VllmConfig) -> list[str]:
     """Every reason why this configuration cannot be served with its kv_cache_dtype."""
-    problems: list[str] = []
-    cache, device = vllm_config.cache_config, vllm_config.device_config.device_type
     try:
         options = run_options(vllm_config)
     except ValueError as error:
         return [str(error)]
-
-    def require(is_met: bool, what: str, must: str, got: Any, remedy: str) -> None:
-        if not is_met:
-            problems.append(f"{what}: must be {must}, got {got}; {remedy}")
-
+    model, device = vllm_config.model_config, vllm_config.device_config.device_type
+    rows, problems = _run_rows(vllm_config, options), []
     if misplaced := misplaced_options(vllm_config.additional_config):
         problems.append(misplaced)
-    other_dtype = "use --kv-cache-dtype auto for this model"
-
-    model = vllm_config.model_config
+    if device == "cuda":
+        rows += support_gpu.gpu_rows(vllm_config, options)
     if model is not None:
-        chunk = getattr(model.hf_text_config, "attention_chunk_size", None)
-        for is_met, what, must, got, remedy in (
-            (not model.is_encoder_decoder, "model", "decoder-only", "an encoder-decoder model",
-             other_dtype),
-            (model.runner_type != "pooling", "runner", "generate", model.runner_type,
-             "embedding models keep no KV cache worth compressing; " + other_dtype),
-            (model.dtype in DTYPES, "dtype", "float32, bfloat16 or float16", model.dtype,
-             "give --dtype bfloat16"),
-            (not model.is_mm_prefix_lm, "attention mask", "causal",
-             "bidirectional attention between the tokens of an image", other_dtype),
-            (model.rswa_window is None, "attention mask",
-             "causal, optionally with a sliding window", "reference sliding-window attention",
-             other_dtype),
-            (chunk is None, "attention", "full or sliding-window",
-             f"chunked local attention (attention_chunk_size {chunk})", other_dtype),
-        ):  # fmt: skip
-            require(is_met, what, must, got, remedy)
+        rows += _model_rows(model)
         if model.use_mla:
             problems += latent_problems(vllm_config, options)
         else:
             found = (head_dim_problem(p, model.get_head_size(), device) for p in options.presets)
             problems += [problem for problem in found if problem]
             problems += draft_problems(vllm_config, options, device)
-
-    require(
-        device == "cpu" or (device == "cuda" and options.unproven_gpu),
-        "device",
-        "cpu",
-        device,
-        "run it on vLLM's CPU build, or help to prove the GPU kernels, which have been interpreted "
-        'and compiled but have not run on a GPU: give "unproven_gpu": true',
-    )
-    if device == "cuda":
-        support_gpu.require_on_gpu(vllm_config, options, require)
-
-    require(
-        not cache.user_specified_block_size or cache.block_size % BLOCK_MULTIPLE == 0,
-        "--block-size",
-        f"a multiple of {BLOCK_MULTIPLE}",
-        cache.block_size,
-        "give another or leave the flag out",
-    )
-    parallel = vllm_config.parallel_config
-    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
-        size = getattr(parallel, name)
-        require(size == 1, name, "1", size, "use tensor, pipeline or data parallel")
-
-    attention = vllm_config.attention_config
-    require(
-        not attention.use_non_causal, "use_non_causal", "false", "true", "leave the setting out"
-    )
-    require(
-        not cache.kv_sharing_fast_prefill,
-        "--kv-sharing-fast-prefill",
-        "off",
-        "on",
-        "leave the flag out; layers that share KV work without it",
-    )
-    require(
-        cache.kv_offloading_size is None or cache.kv_offloading_backend == "native",
-        "--kv-offloading-backend",
-        "native",
-        cache.kv_offloading_backend,
-        "LMCache sizes its buffers wrongly for packed pages",
-    )
-    transfer = vllm_config.kv_transfer_config
-    connectors = _connector_names(transfer)
-    refused = [c for c in connectors if any(r.lower() in c.lower() for r in REFUSED_CONNECTORS)]
-    require(
-        not refused,
-        "KV connector",
-        "one that copies pages as bytes",
-        ", ".join(refused),
-        "LMCache sizes its buffers wrongly for packed pages; use another connector",
-    )
-    offloading = [c for c in connectors if c in GPU_CONNECTORS]
-    require(
-        device != "cpu" or not offloading,
-        "KV offloading",
-        "off on CPUs, whose cache is in host memory already",
-        ", ".join(offloading),
-        "leave --kv-offloading-size out and give --kv-cache-memory-bytes more",
-    )
-    require(
-        not options.recent_window or not (connectors or cache.kv_offloading_size),
-        "recent_window",
-        "0 with a KV connector or KV offloading, which write pages behind the copies' back",
-        options.recent_window,
-        'give "mode": "exact" or "recent_window": 0 with it',
-    )
-    require(
-        options.monitor is None or not (connectors or cache.kv_offloading_size),
-        "monitor",
-        "false with a KV connector or KV offloading, which write pages behind its back",
-        "true",
-        "leave it out",
-    )
+    for is_met, what, must, got, remedy in rows:
+        if not is_met:
+            problems.append(f"{what}: must be {must}, got {got}; {remedy}")
     if options.retain:
         problems += [f"retain: {problem}" for problem in retain_problems(vllm_config)]
     if options.layers:
@@ -261,6 +171,63 @@ def config_problems(vllm_config: VllmConfig) -> list[str]:
             f"calibrate: {problem}" for problem in calibrate_problems(vllm_config, options)
         ]
     return problems
+
+
+def _model_rows(model: ModelConfig) -> list[Row]:
+    """What is required of every model."""
+    chunk = getattr(model.hf_text_config, "attention_chunk_size", None)
+    return [
+        (not model.is_encoder_decoder, "model", "decoder-only", "an encoder-decoder model",
+         OTHER_DTYPE),
+        (model.runner_type != "pooling", "runner", "generate", model.runner_type,
+         f"embedding models keep no KV cache worth compressing; {OTHER_DTYPE}"),
+        (model.dtype in DTYPES, "dtype", "float32, bfloat16 or float16", model.dtype,
+         "give --dtype bfloat16"),
+        (not model.is_mm_prefix_lm, "attention mask", "causal",
+         "bidirectional attention between the tokens of an image", OTHER_DTYPE),
+        (model.rswa_window is None, "attention mask", "causal, optionally with a sliding window",
+         "reference sliding-window attention", OTHER_DTYPE),
+        (chunk is None, "attention", "full or sliding-window",
+         f"chunked local attention (attention_chunk_size {chunk})", OTHER_DTYPE),
+    ]  # fmt: skip
+
+
+def _run_rows(vllm_config: VllmConfig, options: Options) -> list[Row]:
+    """What is required of every run, whatever its model."""
+    cache, device = vllm_config.cache_config, vllm_config.device_config.device_type
+    parallel, attention = vllm_config.parallel_config, vllm_config.attention_config
+    connectors = _connector_names(vllm_config.kv_transfer_config)
+    refused = [c for c in connectors if any(r.lower() in c.lower() for r in REFUSED_CONNECTORS)]
+    on_gpus = [c for c in connectors if c in GPU_CONNECTORS]
+    stays = not (connectors or cache.kv_offloading_size)
+    sizes = ("decode_context_parallel_size", "prefill_context_parallel_size")
+    return [
+        (device == "cpu" or (device == "cuda" and options.unproven_gpu), "device", "cpu", device,
+         "run it on vLLM's CPU build, or help to prove the GPU kernels, which have been interpreted"
+         ' and compiled but have not run on a GPU: give "unproven_gpu": true'),
+        (not cache.user_specified_block_size or cache.block_size % BLOCK_MULTIPLE == 0,
+         "--block-size", f"a multiple of {BLOCK_MULTIPLE}", cache.block_size,
+         "give another or leave the flag out"),
+        *((getattr(parallel, size) == 1, size, "1", getattr(parallel, size),
+           "use tensor, pipeline or data parallel") for size in sizes),
+        (not attention.use_non_causal, "use_non_causal", "false", "true", "leave the setting out"),
+        (not cache.kv_sharing_fast_prefill, "--kv-sharing-fast-prefill", "off", "on",
+         "leave the flag out; layers that share KV work without it"),
+        (cache.kv_offloading_size is None or cache.kv_offloading_backend == "native",
+         "--kv-offloading-backend", "native", cache.kv_offloading_backend,
+         "LMCache sizes its buffers wrongly for packed pages"),
+        (not refused, "KV connector", "one that copies pages as bytes", ", ".join(refused),
+         "LMCache sizes its buffers wrongly for packed pages; use another connector"),
+        (device != "cpu" or not on_gpus, "KV offloading",
+         "off on CPUs, whose cache is in host memory already", ", ".join(on_gpus),
+         "leave --kv-offloading-size out and give --kv-cache-memory-bytes more"),
+        (stays or not options.recent_window, "recent_window",
+         "0 with a KV connector or KV offloading, which write pages behind the copies' back",
+         options.recent_window, 'give "mode": "exact" or "recent_window": 0 with it'),
+        (stays or options.monitor is None, "monitor",
+         "false with a KV connector or KV offloading, which write pages behind its back", "true",
+         "leave it out"),
+    ]  # fmt: skip
 
 
 def _draft_problems(vllm_config: VllmConfig, why: str) -> list[str]:

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_fibquant.engine.head_dims import features_on, head_dim_of
+from vllm_fibquant.engine.head_dims import Row, features_on, head_dim_of
 from vllm_fibquant.ops import cuda_tables, gpu
 
 if TYPE_CHECKING:
@@ -17,29 +17,14 @@ if TYPE_CHECKING:
     from vllm_fibquant.options import Options
 
 
-def require_on_gpu(
-    vllm_config: VllmConfig, options: Options, require: Callable[[bool, str, str, Any, str], None]
-) -> None:
-    """Asks for what GPUs need.
-
-    Args:
-        require: notes that what is not met: what it is about, must be, is, and a remedy.
-    """
+def gpu_rows(vllm_config: VllmConfig, options: Options) -> Iterator[Row]:
+    """What GPUs need."""
     model = vllm_config.model_config
-    require(
-        not _is_rocm(),
-        "device",
-        "an NVIDIA GPU",
-        "an AMD GPU (ROCm)",
-        "use --kv-cache-dtype auto for this model",
-    )
-    require(
-        model is None or model.dtype != torch.float32,
-        "dtype",
-        "bfloat16 or float16 on a GPU, whose kernels multiply in float16",
-        "float32",
-        "give --dtype bfloat16",
-    )
+    yield (not _is_rocm(), "device", "an NVIDIA GPU", "an AMD GPU (ROCm)",
+           "use --kv-cache-dtype auto for this model")  # fmt: skip
+    yield (model is None or model.dtype != torch.float32, "dtype",
+           "bfloat16 or float16 on a GPU, whose kernels multiply in float16", "float32",
+           "give --dtype bfloat16")  # fmt: skip
     for feature, name, asked in (
         ("copies", "recent_window", options.recent_window),
         ("keep_first", "retain", options.retain),
@@ -57,14 +42,9 @@ def require_on_gpu(
             is_met = is_met and not (asked and copies_problem(vllm_config))
         if name == "calibrate" and (why := gpu.why_no_maps(head_dim_of(vllm_config))):
             hint = f"{why}; leave it out"
-        require(is_met, name, "left out on a GPU", asked, hint)
-    require(
-        options.first_tokens <= cuda_tables.TILE,
-        "first_tokens",
-        f"at most {cuda_tables.TILE} on a GPU",
-        options.first_tokens,
-        "give fewer",
-    )
+        yield is_met, name, "left out on a GPU", asked, hint
+    yield (options.first_tokens <= cuda_tables.TILE, "first_tokens",
+           f"at most {cuda_tables.TILE} on a GPU", options.first_tokens, "give fewer")  # fmt: skip
 
 
 def copies_problem(vllm_config: VllmConfig) -> str | None:
