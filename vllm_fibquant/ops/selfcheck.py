@@ -132,103 +132,128 @@ def run_self_check(
     """
     # Two KV heads are enough to see a wrong stride, and keep this well under a second.
     group_size, num_kv_heads = num_q_heads // num_kv_heads, min(num_kv_heads, 2)
-    num_q_heads = group_size * num_kv_heads
     if key_map is not None:
         key_map = key_map.first_heads(num_kv_heads)
     generator = torch.Generator().manual_seed(0)
-
-    def random(num_tokens: int, num_heads: int) -> torch.Tensor:
-        shape = (num_tokens, num_heads, codec.head_dim)
-        return torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype)
-
-    blocks_of = [-(-n // block_size) for n in _SEQ_LENS]
-    num_blocks = sum(blocks_of) + 1
-    order = torch.randperm(num_blocks, generator=generator, dtype=torch.int64)
-    block_table = torch.zeros(len(_SEQ_LENS), max(blocks_of), dtype=torch.int32)
-    slots = []
-    for req, (seq_len, count) in enumerate(zip(_SEQ_LENS, blocks_of, strict=True)):
-        begin = sum(blocks_of[:req])
-        block_table[req, :count] = order[begin : begin + count].to(torch.int32)
-        positions = torch.arange(seq_len, dtype=torch.int64)
-        slots.append(
-            block_table[req].long()[positions // block_size] * block_size + positions % block_size
-        )
-    slot_mapping = torch.cat(slots)
-    key, value = random(sum(_SEQ_LENS), num_kv_heads), random(sum(_SEQ_LENS), num_kv_heads)
-    shape = (num_blocks, num_kv_heads, block_size, codec.layout.record_bytes)
-    # 0xFF bytes are NaN norms: reading a slot nobody wrote would show.
-    cache, expected_cache = (torch.full(shape, 0xFF, dtype=torch.uint8) for _ in range(2))
-    cache = cache.to(device)
-
-    positions = torch.cat([torch.arange(n) for n in _SEQ_LENS])
-    if key_map is not None:  # as such a model's are: a mean, and what tells keys apart
-        key = (key.float() + key_map.mean_at(positions, torch.float32)).to(dtype)
-
-    # As views of one tensor, whose strides are not those of a tensor of its own.
-    keys, values = torch.cat((key, value), 1).to(device).split(num_kv_heads, dim=1)
-    pages = ops.pages_of(cache, codec, key_map)
-    copied = expected_copied = None
-    if has_copies and "encoding" in pages.kernels.copies_while:
-        rows = _half_of_the_rows(len(key), generator)
-        copied, expected_copied = (_no_copies(key, rows, at) for at in (cache.device, None))
-    ops.encode_kv(keys, values, slot_mapping.to(device), pages, positions.to(device), copied)
-    oracle = Pages(expected_cache, codec, key_map, ops.REFERENCE)
-    reference.encode_kv(key, value, slot_mapping, oracle, positions, expected_copied)
-    if copied is not None and expected_copied is not None:
-        for got, wanted in zip(copied.copies[:2], expected_copied.copies[:2], strict=True):
-            if not torch.equal(got.cpu(), wanted):
-                raise RuntimeError(
-                    f"run_self_check: kernel {pages.kernels.name} must copy tokens as they are, "
-                    "got others; refusing to serve: rebuild the library"
-                )
-    written = len(slot_mapping) * num_kv_heads
-    mismatch = int((cache.cpu() != expected_cache).any(-1).sum()) / written
-
-    shown = Pages(cache.cpu(), codec, key_map, ops.REFERENCE)
+    stored = _store(codec, dtype, num_kv_heads, block_size, device, key_map, has_copies, generator)
     cases: tuple[_Case, ...] = _CPU_CASES
-    if all_cases if all_cases is not None else cache.is_cuda:
+    if all_cases if all_cases is not None else stored.pages.cache.is_cuda:
         cases = _GPU_CASES + (_RAW_CASES if attends_raw else ())
-        cases += _COPY_CASES if copied is not None else ()
+        cases += _COPY_CASES if stored.copied else ()
     results = []
     for case in cases:
-        num_tokens = sum(case.query_lens)
-        sizes = [num_q_heads, num_kv_heads, num_kv_heads]
-        new = random(num_tokens, sum(sizes)).split(sizes, dim=1)
-        query = new[0]
-        bounds = torch.tensor([0, *case.query_lens]).cumsum(0).to(torch.int32)
-        seq_lens = torch.tensor(_SEQ_LENS, dtype=torch.int32)
-        # Entries behind a request's blocks are never read: vLLM's are left from other requests.
-        missing = -(-case.table_tokens // block_size) - block_table.shape[1]
-        table = torch.nn.functional.pad(block_table, (0, max(0, missing)), value=-1)
-        sinks = torch.linspace(-2, 2, num_q_heads, dtype=torch.float32) if case.sinks else None
-        attend = Attend(
-            codec.head_dim**-0.5, case.window, case.soft_cap, sinks, raw_library=raw_library
-        )
-        copy_table, given = None, attend
-        if case.copies and copied is not None and expected_copied is not None:
-            copy_table = _copy_table(expected_copied.rows, case.query_lens)
-            given = replace(attend, copies=copied.copies)
-            attend = replace(attend, copies=expected_copied.copies)
-        out = _attend(new, pages, Batch(bounds, seq_lens, table, copy_table), given, case.raw)
-        batch = Batch(bounds, seq_lens, block_table, copy_table)
-        fresh = Fresh(*new[1:]) if case.raw else None
-        expected, plain = torch.empty(query.shape, dtype=torch.float64), torch.empty_like(query)
-        for found, compute_dtype in ((expected, torch.float64), (plain, torch.float32)):
-            reference.paged_attention(query, found, shown, batch, attend, fresh, compute_dtype)
-        error, largest = _largest(out - expected), _largest(expected)
-        tolerance = 2 * _largest(plain - expected) + NUM_ULP * torch.finfo(dtype).eps * largest
-        tolerance += _score_rounding(query, key, attend.scale) * largest
-        result = SelfCheckResult(pages.kernels.name, mismatch, error, tolerance)
-        if not (mismatch <= MAX_RECORD_MISMATCH and error <= tolerance):
+        shape = sum(case.query_lens), (group_size + 2) * num_kv_heads, codec.head_dim
+        new = torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype)
+        sizes = group_size * num_kv_heads, num_kv_heads, num_kv_heads
+        result = _compare(case, stored, new.split(sizes, dim=1), raw_library)
+        if not (result.record_mismatch <= MAX_RECORD_MISMATCH and result.error <= result.tolerance):
             raise RuntimeError(
                 f"run_self_check: kernel {result.kernel} must equal the oracle (at most "
                 f"{MAX_RECORD_MISMATCH:.0%} of records differing, attention error at most twice "
-                f"that of plain PyTorch, {tolerance:.1e}), got {mismatch:.1%} and {error:.1e} with "
-                f"head_dim {codec.head_dim}, {case}; "
+                f"that of plain PyTorch, {result.tolerance:.1e}), got {result.record_mismatch:.1%} "
+                f"and {result.error:.1e} with head_dim {codec.head_dim}, {case}; "
                 "refusing to serve: rebuild the library, and report this processor if it persists"
             )
         results.append(result)
     return max(results, key=lambda result: result.error / result.tolerance)
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Random tokens as the kernel has stored them.
+
+    Attributes:
+        key: the keys, on the CPU.
+        block_table: where the tokens' blocks are.
+        pages: the kernel's.
+        shown: what it has written, for the oracle to read.
+        copied: what the kernel has copied, on its device, and the same on the CPU; None if nothing.
+        mismatch: share of records that the oracle would have written otherwise.
+    """
+
+    key: torch.Tensor
+    block_table: torch.Tensor
+    pages: Pages
+    shown: Pages
+    copied: tuple[Copied, Copied] | None
+    mismatch: float
+
+
+def _store(
+    codec: KVCodec,
+    dtype: torch.dtype,
+    num_kv_heads: int,
+    block_size: int,
+    device: torch.device | None,
+    key_map: KeyMap | None,
+    has_copies: bool,
+    generator: torch.Generator,
+) -> _Stored:
+    counts = [-(-n // block_size) for n in _SEQ_LENS]
+    order = torch.randperm(sum(counts) + 1, generator=generator, dtype=torch.int64)
+    blocks = order[:-1].split(counts)
+    block_table = torch.nn.utils.rnn.pad_sequence(blocks, batch_first=True).to(torch.int32)
+    positions = torch.cat([torch.arange(n) for n in _SEQ_LENS])
+    req = torch.arange(len(_SEQ_LENS)).repeat_interleave(torch.tensor(_SEQ_LENS))
+    slots = block_table[req, positions // block_size].long() * block_size + positions % block_size
+    shape = 2, len(slots), num_kv_heads, codec.head_dim
+    key, value = torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype)
+    if key_map is not None:  # as such a model's are: a mean, and what tells keys apart
+        key = (key.float() + key_map.mean_at(positions, torch.float32)).to(dtype)
+
+    # 0xFF bytes are NaN norms: reading a slot nobody wrote would show.
+    shape = len(order), num_kv_heads, block_size, codec.layout.record_bytes
+    expected = Pages(torch.full(shape, 0xFF, dtype=torch.uint8), codec, key_map, ops.REFERENCE)
+    pages = ops.pages_of(expected.cache.clone().to(device), codec, key_map)
+    made = wanted = None
+    if has_copies and "encoding" in pages.kernels.copies_while:
+        rows = _half_of_the_rows(len(key), generator)
+        made, wanted = (_no_copies(key, rows, at) for at in (device, None))
+    # As views of one tensor, whose strides are not those of a tensor of its own.
+    keys, values = torch.cat((key, value), 1).to(device).split(num_kv_heads, dim=1)
+    ops.encode_kv(keys, values, slots.to(device), pages, positions.to(device), made)
+    reference.encode_kv(key, value, slots, expected, positions, wanted)
+    if made and wanted:
+        for got, copy in zip(made.copies[:2], wanted.copies[:2], strict=True):
+            if not torch.equal(got.cpu(), copy):
+                raise RuntimeError(
+                    f"run_self_check: kernel {pages.kernels.name} must copy tokens as they are, "
+                    "got others; refusing to serve: rebuild the library"
+                )
+    written = pages.cache.cpu()
+    mismatch = int((written != expected.cache).any(-1).sum()) / (len(slots) * num_kv_heads)
+    shown = Pages(written, codec, key_map, ops.REFERENCE)
+    copied = (made, wanted) if made and wanted else None
+    return _Stored(key, block_table, pages, shown, copied, mismatch)
+
+
+def _compare(
+    case: _Case, stored: _Stored, new: tuple[torch.Tensor, ...], raw_library: RawLibrary | None
+) -> SelfCheckResult:
+    """One call of attention by the kernel and by the oracle; `new` as in `_attend`."""
+    query, pages = new[0], stored.pages
+    bounds = torch.tensor([0, *case.query_lens]).cumsum(0).to(torch.int32)
+    seq_lens = torch.tensor(_SEQ_LENS, dtype=torch.int32)
+    # Entries behind a request's blocks are never read: vLLM's are left from other requests.
+    missing = -(-case.table_tokens // pages.block_size) - stored.block_table.shape[1]
+    table = torch.nn.functional.pad(stored.block_table, (0, max(0, missing)), value=-1)
+    sinks = torch.linspace(-2, 2, query.shape[1], dtype=torch.float32) if case.sinks else None
+    scale = pages.codec.head_dim**-0.5
+    attend = Attend(scale, case.window, case.soft_cap, sinks, raw_library=raw_library)
+    copy_table, given = None, attend
+    if case.copies and stored.copied:
+        copy_table = _copy_table(stored.copied[1].rows, case.query_lens)
+        given, attend = (replace(attend, copies=copied.copies) for copied in stored.copied)
+    out = _attend(new, pages, Batch(bounds, seq_lens, table, copy_table), given, case.raw)
+    batch = Batch(bounds, seq_lens, stored.block_table, copy_table)
+    fresh = Fresh(*new[1:]) if case.raw else None
+    expected, plain = torch.empty(query.shape, dtype=torch.float64), torch.empty_like(query)
+    for found, compute_dtype in ((expected, torch.float64), (plain, torch.float32)):
+        reference.paged_attention(query, found, stored.shown, batch, attend, fresh, compute_dtype)
+    error, largest = _largest(out - expected), _largest(expected)
+    tolerance = 2 * _largest(plain - expected) + NUM_ULP * torch.finfo(query.dtype).eps * largest
+    tolerance += _score_rounding(query, stored.key, scale) * largest
+    return SelfCheckResult(pages.kernels.name, stored.mismatch, error, tolerance)
 
 
 def _half_of_the_rows(num_tokens: int, generator: torch.Generator) -> torch.Tensor:
@@ -249,14 +274,12 @@ def _copy_table(rows: torch.Tensor, query_lens: tuple[int, ...]) -> torch.Tensor
     """`Batch.copy_table` of tokens that are copied to `rows`."""
     table = torch.full((len(_SEQ_LENS), _NUM_FIRST + _NUM_RECENT), -1, dtype=torch.int32)
     begin = 0
-    for req, (seq_len, query_len) in enumerate(zip(_SEQ_LENS, query_lens, strict=True)):
-        context = seq_len - query_len
-        for position in range(context):
-            column = position
-            if position >= _NUM_FIRST:
-                column = table.shape[1] - (context - position)
-            if position < _NUM_FIRST or column >= _NUM_FIRST:
-                table[req, column] = rows[begin + position]
+    for row, seq_len, query_len in zip(table, _SEQ_LENS, query_lens, strict=True):
+        end = begin + seq_len - query_len
+        num_first = min(end - begin, _NUM_FIRST)
+        num_recent = min(end - begin - num_first, _NUM_RECENT)
+        row[:num_first] = rows[begin : begin + num_first]
+        row[len(row) - num_recent :] = rows[end - num_recent : end]
         begin += seq_len
     return table
 
