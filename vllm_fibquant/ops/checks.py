@@ -207,7 +207,7 @@ def check_tensor(
         and device in (None, x.device)
         and x.dim() == len(shape)
         and all(map(_fits, shape, x.shape))
-        and (not x.numel() or x[(0,) * (x.dim() - num_packed)].is_contiguous())
+        and (x.is_contiguous() or x[(0,) * (x.dim() - num_packed)].is_contiguous())
     ):
         return x
     got = x if x is None else f"{x.dtype} {list(x.shape)} on {x.device}, strides {x.stride()}"
