@@ -150,6 +150,19 @@ FAMILIES: dict[str, Callable[[], Made]] = {
     "granite-moe": of("GraniteMoe", **LOCAL_EXPERTS),
     "hunyuan": of("HunYuanDenseV1"),
     "llama": llama(),
+    # Chunked local attention of all positions that are served; a layer without it or rotation.
+    "llama4": of(
+        "Llama4",
+        "Llama4Text",
+        attention_chunk_size=512,
+        no_rope_layers=[1, 0],
+        interleave_moe_layer_step=1,
+        intermediate_size_mlp=384,
+        attn_temperature_tuning=True,
+        floor_scale=64,
+        num_local_experts=4,
+        num_experts_per_tok=1,
+    ),
     "minimax-m2": of("MiniMaxM2", rotary_dim=64, scoring_func="sigmoid", **LOCAL_EXPERTS),
     "ministral3": of("Ministral3"),
     # A sliding window on every layer.

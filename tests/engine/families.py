@@ -18,6 +18,7 @@ SERVED = {
     "Gemma": ("gemma", "gemma2", "gemma3", "gemma3n", "gemma4", "gemma4-shared"),
     "gpt-oss": ("gpt-oss",),
     "Llama, SmolLM, Arcee": ("llama", "smollm3", "arcee"),
+    "Llama 4, requests of one chunk": ("llama4",),
     "Mistral": ("mistral", "mixtral", "ministral3"),
     "GLM": ("glm4", "glm4-moe"),
     "Granite": ("granite", "granite-moe", "granite-hybrid"),
@@ -39,7 +40,6 @@ LATENT_TEST = "test_latent.py::test_a_fresh_prompt_is_stock_attention"
 
 REFUSED = {
     "DeepSeek V3.2, GLM-5": ("sparse attention to latents", "test_latent.py::test_what_is_refused"),
-    "Llama 4": ("chunked local attention", "test_refusals.py::test_chunked_local_attention"),
     "MiMo-V2": (
         "values shorter than keys",
         "test_plugin.py::test_only_our_layers_get_our_page_size",

@@ -43,6 +43,7 @@ def by_name(capacities) -> dict[str, tuple[int, int, float]]:
         ("gemma3", "fibquant_2bit", ("sliding_window",)),
         ("gemma4", "fibquant_2bit", ()),
         ("gemma4-112", "fibquant_2bit", ()),
+        ("llama4", "fibquant_2bit", ()),
         ("mistral", "fibquant_2bit", ()),
         ("qwen3", "fibquant_k4v2", ()),
     ],

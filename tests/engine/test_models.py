@@ -68,10 +68,11 @@ def test_kernels_equal_the_oracle_through_the_engine(model_folder, shape, monkey
     assert largest < 0.05
 
 
-@pytest.mark.parametrize("shape", quickly(["gemma3n", "gemma4-shared"]))
+@pytest.mark.parametrize("shape", ["llama4", *quickly(["gemma3n", "gemma4-shared"])])
 def test_copies_serve_layers_that_read_anothers_pages(model_folder, shape):
     """Tokens within the window are read from copies in 16 bits by every layer, those that write
-    no pages too: what is left is their rounding, where codes of 2 bits would change the text."""
+    no pages too, and by those that attend within a chunk: what is left is their rounding, where
+    codes of 2 bits would change the text."""
     prompts = varied_prompts(6, VOCAB_SIZE, longest=100)
     model = make_model(shape, model_folder)
     answers = []

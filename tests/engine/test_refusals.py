@@ -81,8 +81,9 @@ def test_unknown_preset(model_folder):
 def test_chunked_local_attention(model_folder):
     text = {"architectures": ["Llama4ForCausalLM"], "model_type": "llama4_text"}
     shape = {**HEAD_DIM_68, **text, "hidden_size": 256, "attention_chunk_size": 64, "head_dim": 64}
-    told = refusal_of(make_config_only("llama4", shape, model_folder))
-    assert "got chunked local attention (attention_chunk_size 64)" in told
+    told = refusal_of(make_config_only("llama4-alone", shape, model_folder))
+    assert "--max-model-len: must be at most 64, one chunk of this model's local attention" in told
+    assert "got 512; give --max-model-len 64" in told
 
 
 def test_images_that_attend_both_ways(model_folder, monkeypatch):

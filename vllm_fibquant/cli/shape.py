@@ -65,8 +65,9 @@ def read_config(model: str) -> dict[str, Any]:
 
 
 def max_context(config: dict[str, Any]) -> int:
-    """Tokens of a request that a model allows."""
-    return config.get("max_position_embeddings") or DEFAULT_CONTEXT
+    """Tokens of a request that a model allows, and we with it: one chunk of local attention."""
+    allowed = config.get("max_position_embeddings") or DEFAULT_CONTEXT
+    return min(allowed, config.get("attention_chunk_size") or allowed)
 
 
 def keeps_states(config: dict[str, Any]) -> bool:
@@ -82,7 +83,7 @@ def has_latents(config: dict[str, Any]) -> bool:
 
 def needs_vllm(config: dict[str, Any]) -> bool:
     """Whether vLLM alone knows how large a model's cache is."""
-    return keeps_states(config) or has_latents(config)
+    return keeps_states(config) or has_latents(config) or bool(config.get("attention_chunk_size"))
 
 
 def shape_of(name: str, config: dict[str, Any]) -> ModelShape:

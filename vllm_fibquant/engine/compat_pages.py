@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from vllm_fibquant.codec.page_fit import fit_pages
@@ -74,20 +74,17 @@ def plain_specs(vllm_config: VllmConfig) -> dict[str, Any]:
     Delete when: `VllmConfig` or the cache configuration keeps them.
     """
     from vllm.config import get_layers_from_vllm_config
-    from vllm.model_executor.layers.attention import Attention
     from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
     from vllm.v1.kv_cache_interface import AttentionSpec
     from vllm.v1.worker.utils import customize_attention_spec
 
-    ask: Callable[..., Any] = Attention.get_kv_cache_spec
-    ask = getattr(ask, "__wrapped__", ask)
     specs = {}
     layers: dict[str, Any] = get_layers_from_vllm_config(vllm_config, cast(Any, AttentionLayerBase))
     for name, layer in layers.items():
         if getattr(layer, "kv_sharing_target_layer_name", None):
             continue
-        is_attention = isinstance(layer, Attention)
-        spec = ask(layer, vllm_config) if is_attention else layer.get_kv_cache_spec(vllm_config)
+        ask = type(layer).get_kv_cache_spec
+        spec = getattr(ask, "__wrapped__", ask)(layer, vllm_config)
         if isinstance(spec, AttentionSpec):
             spec = customize_attention_spec(layer.get_attn_backend(), spec)
         if spec is not None:

@@ -187,8 +187,9 @@ def _model_rows(model: ModelConfig) -> list[Row]:
          "bidirectional attention between the tokens of an image", OTHER_DTYPE),
         (model.rswa_window is None, "attention mask", "causal, optionally with a sliding window",
          "reference sliding-window attention", OTHER_DTYPE),
-        (chunk is None, "attention", "full or sliding-window",
-         f"chunked local attention (attention_chunk_size {chunk})", OTHER_DTYPE),
+        (chunk is None or model.max_model_len <= chunk, "--max-model-len",
+         f"at most {chunk}, one chunk of this model's local attention", model.max_model_len,
+         f"give --max-model-len {chunk}, or {OTHER_DTYPE}"),
     ]  # fmt: skip
 
 
