@@ -37,6 +37,7 @@ KERNELS = {
     "any_mapped": "attend, mapped keys, any pair",
     "wide_mapped": "attend, mapped keys, wide row blocks",
     "prepare": "prepare",
+    "first": "attend, kept first tokens",
     "attend_copies": "attend, copies",
     "merge": "merge",
     "encode": "encode",
@@ -92,6 +93,8 @@ def _report(part: str) -> Row:
     if name == "attend":
         _, key, _, tiles, _ = numbers
         kernel = "wide" if tiles > 1 else {ANY_KIND: "any", PRODUCT: "product"}.get(key, "pair")
+    if name == "prepare" and numbers[-1] == 0:
+        kernel = "first"
     if is_mapped and kernel != "product":
         kernel += "_mapped"
     return {

@@ -49,6 +49,7 @@ struct AttendArgs {
   int32_t bytes_1, bytes_8;  // from the record of row 0 to those of rows 1 and 8
   float cap_in, cap_out;     // a score becomes cap_out * tanh(cap_in / 2 * score / log2(e))
   bool has_raw;  // the call's raw states are those of new tokens, not of first ones alone
+  int32_t num_apart;  // first tokens that prepare.h attends
   // Read with a key map alone.
   FqCudaKeyMap map;
   Prepared prepared;

@@ -111,7 +111,7 @@ attend(FQ_PARAM AttendArgs args) {
   const int oldest = b.context + b.first_row / group;
   const int newest = b.context + (b.first_row + b.num_rows - 1) / group;
   int begin = a.window > 0 ? oldest - a.window + 1 : 0;
-  const int least = kMapped ? args.map.num_plain : 0;  // those before it are in the raw state
+  const int least = args.num_apart;  // those before it are in the raw state
   if (begin < least) begin = least;
   const int end = args.has_raw ? b.context : newest + 1;
   // Those that every row sees, [all_begin, all_end): their tiles need no mask.

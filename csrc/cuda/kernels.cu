@@ -48,14 +48,15 @@ int launch_split(AttendArgs args, SharedLimits limits, void* stream) {
   return launch<&attend<FQ_HEAD_DIM, kKeyKind, kValueKind, kTiles, kMapped>>(grid, stream, args);
 }
 
-// Rows of queries made ready, and the first tokens attended; what is left then takes their state
-// for one of raw new tokens.
+// The first tokens attended, and with a map rows of queries made ready; what is left then takes
+// their state for one of raw new tokens.
+template <int kMapped>
 int launch_prepare(AttendArgs& args, void* stream) {
   FqCudaAttend& a = args.call;
   const int64_t rows = a.num_tokens * (a.num_q_heads / args.pages.num_kv_heads);
   const Grid grid = {(int)((rows + kPrepareWarps - 1) / kPrepareWarps), args.pages.num_kv_heads, 1,
                      kPrepareWarps * kWarp, prepare_shared_bytes(FQ_HEAD_DIM)};
-  const int error = launch<&prepare<FQ_HEAD_DIM>>(grid, stream, args);
+  const int error = launch<&prepare<FQ_HEAD_DIM, kMapped>>(grid, stream, args);
   a.raw_o = args.prepared.first_o;
   a.raw_m = args.prepared.first_m;
   a.raw_l = args.prepared.first_l;
@@ -128,7 +129,9 @@ int Kernels<FQ_HEAD_DIM>::attend(AttendArgs args, bool is_mapped, SharedLimits l
   args.cap_in = soft_cap > 0 ? 2 / soft_cap : 0;
   args.cap_out = soft_cap * kLog2e;
   args.has_raw = args.call.raw_o != nullptr;
-  int error = is_mapped ? launch_prepare(args, stream) : 0;
+  int error = 0;
+  if (is_mapped) error = launch_prepare<1>(args, stream);
+  if (args.call.keep_first > 0) error = launch_prepare<0>(args, stream);
   if (!error && args.call.copy_table) error = launch_copies(args, stream);
   if (error) return error;
   error = is_mapped ? launch_mapped(args, limits, stream) : launch_plain(args, limits, stream);

@@ -31,7 +31,8 @@ enum Refusal {
   kBadRecord = -3,
   kBadPages = -4,
   kBadMap = -5,
-  kBadCopies = -6
+  kBadCopies = -6,
+  kBadFirst = -7
 };
 
 int check(const FqCudaCodec& codec, const FqPages& pages, RecordLayout* layout) {
@@ -72,6 +73,13 @@ int check_copies(const FqCudaAttend& a) {
                     a.num_copied_first <= a.num_copy_columns;
   const int64_t bits = (int64_t)(uintptr_t)a.copy_key | (int64_t)(uintptr_t)a.copy_value;
   return fits && bits % 16 == 0 ? 0 : kBadCopies;
+}
+
+// 0, or kBadFirst.
+int check_first(const FqCudaAttend& a, bool has_map) {
+  if (a.keep_first == 0) return 0;
+  const bool fits = a.keep_first > 0 && a.first_query && !a.raw_o && !a.copy_table && !has_map;
+  return fits ? 0 : kBadFirst;
 }
 
 SharedLimits shared_limits = {0, 0};
@@ -157,11 +165,14 @@ static fq::AbiText describe_abi() {
                         FQ_FIELD(copy_key),
                         FQ_FIELD(copy_value),
                         FQ_FIELD(prepared),
+                        FQ_FIELD(first_query),
                         FQ_FIELD(stride_block_table),
                         FQ_FIELD(stride_query_token),
                         FQ_FIELD(stride_query_head),
                         FQ_FIELD(stride_out_token),
                         FQ_FIELD(stride_out_head),
+                        FQ_FIELD(stride_first_query_token),
+                        FQ_FIELD(stride_first_query_head),
                         FQ_FIELD(num_tokens),
                         FQ_FIELD(num_reqs),
                         FQ_FIELD(num_q_heads),
@@ -174,6 +185,7 @@ static fq::AbiText describe_abi() {
                         FQ_FIELD(num_copied_first),
                         FQ_FIELD(num_copy_rows),
                         FQ_FIELD(copy_dtype),
+                        FQ_FIELD(keep_first),
                         FQ_FIELD(scale),
                         FQ_FIELD(soft_cap)});
   }
@@ -248,8 +260,8 @@ FQ_EXPORT uint64_t fq_cuda_token_order(int head_dim, const FqCudaCode* key,
   return found.tokens;
 }
 
-// float32 elements of FqCudaAttend.prepared for each row, with this map of keys, or with copies
-// and without a map (null).
+// float32 elements of FqCudaAttend.prepared for each row, with this map of keys, or with copies or
+// kept first tokens and without a map (null).
 FQ_EXPORT int64_t fq_cuda_prepared_floats(int head_dim, const FqCudaKeyMap* map) {
   if (!map) return head_dim + 2;
   return fq::Prepared::floats(head_dim, map->num_turning);
@@ -274,6 +286,8 @@ FQ_EXPORT const char* fq_cuda_error(int error) {
       return "no kernel for this map of keys";
     case fq::kBadCopies:
       return "copies must be of 16 bits, 16-byte aligned, beside raw new tokens";
+    case fq::kBadFirst:
+      return "first tokens must be kept without a map of keys, copies and raw new tokens";
 #ifdef __CUDACC__
     default:
       return cudaGetErrorString(static_cast<cudaError_t>(error));
@@ -315,8 +329,10 @@ FQ_EXPORT int fq_cuda_paged_attention(const FqCudaCodec* codec, const FqPages* p
   args.value_kind = fq::find_kind(v.subvec_dim, v.index_bits, v.folded);
   int refusal = fq::check(*codec, *pages, &args.layout);
   if (!refusal) refusal = fq::check_copies(*call);
+  if (!refusal) refusal = fq::check_first(*call, map != nullptr);
   const int64_t rows = call->num_tokens * call->num_q_heads;
-  if (!map && call->copy_table)
+  args.num_apart = map ? map->num_plain : call->keep_first;
+  if (!map && (call->copy_table || call->keep_first))
     args.prepared = fq::Prepared::states_at(call->prepared, rows, codec->head_dim);
   if (map && !refusal) {
     refusal = fq::check_map(*codec, *pages, args.layout, args.map = *map);

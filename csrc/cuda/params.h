@@ -104,11 +104,14 @@ struct FqCudaAttend {
   const int32_t* copy_table;
   const void* copy_key;    // [num_copy_rows, num_kv_heads, head_dim], 16-byte aligned
   const void* copy_value;  // as copy_key
-  // Scratch of a key map or of copies: fq_cuda_prepared_floats for each row. Null without both.
+  // Scratch of a key map, of copies or of kept first tokens: fq_cuda_prepared_floats for each row.
+  // Null without all of them.
   float* prepared;
+  const void* first_query;  // as query; what positions below keep_first are scored with
   int64_t stride_block_table;  // elements
   int64_t stride_query_token, stride_query_head;
   int64_t stride_out_token, stride_out_head;
+  int64_t stride_first_query_token, stride_first_query_head;
   int64_t num_tokens;  // rows of query: at least query_start_loc[num_reqs]
   int32_t num_reqs;
   int32_t num_q_heads;
@@ -121,6 +124,8 @@ struct FqCudaAttend {
   int32_t num_copied_first;
   int32_t num_copy_rows;
   int32_t copy_dtype;  // FqDtype, of 16 bits
+  // Positions below this one are seen whatever the window. 0 with a key map, copies or raw states.
+  int32_t keep_first;
   float scale;
   float soft_cap;  // 0 = none
 };

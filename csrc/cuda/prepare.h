@@ -1,13 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
-// Makes the rows of queries ready for mapped keys, once for all splits of their sequence, and
-// attends the first tokens, which are coded in another way than the others.
+// Attends the first tokens that are not attended as the others are, once for all splits of their
+// sequence, and makes the rows of queries ready for mapped keys.
+//
+// First tokens stand apart with a map of keys (kMapped), where they are coded in another way, and
+// where they are kept beside a window (keep_first), with queries of their own.
 //
 // A warp owns one row; the warps of a CTA take rows of one KV head, which read one matrix. Of each
-// row it writes `Prepared`: the transformed query (without a transform the rotated one), <q, m>,
-// what the query makes of cosines and sines, and the state of the first tokens, merged with that of
-// raw new tokens where there are such.
+// row it writes `Prepared`: the state of the first tokens, merged with that of raw new tokens where
+// there are such; with a map also the transformed query (without a transform the rotated one),
+// <q, m>, and what the query makes of cosines and sines.
 //
-// The empty case: a row that sees no first token, as where num_plain is 0, has the raw state, or an
+// The empty case: a row that sees no first token, as where num_apart is 0, has the raw state, or an
 // empty one (m = kEmpty, l = 0). Rows of tokens outside query_start_loc are not touched.
 //
 // Shared memory: per warp, a vector [d] twice.
@@ -45,7 +48,7 @@ FQ_DEVICE void transform(const float* matrix_t, int num_coded, const float* x, f
 
 // The state of a request's first tokens for one row. `x` is the query, `turned` the rotated one, as
 // rotate() hands them out; so is o, in the model's basis.
-template <int kHeadDim>
+template <int kHeadDim, int kMapped>
 FQ_DEVICE void attend_first(const AttendArgs& args, int req, int kv_head, int context, int position,
                             int end, const float (&x)[kHeadDim / kWarp],
                             const float (&turned)[kHeadDim / kWarp], float* scratch, float* m,
@@ -58,18 +61,21 @@ FQ_DEVICE void attend_first(const AttendArgs& args, int req, int kv_head, int co
   *m = kEmpty;
   *l = 0.0f;
   for (int i = 0; i < kPerLane; ++i) o[i] = 0.0f;
-  const int stop = map.num_plain < end ? map.num_plain : end;
-  const int begin = a.window > 0 && position - a.window + 1 > 0 ? position - a.window + 1 : 0;
+  const int stop = args.num_apart < end ? args.num_apart : end;
+  const bool slides = kMapped && a.window > 0 && position - a.window + 1 > 0;
+  const int begin = slides ? position - a.window + 1 : 0;
   for (int token = begin; token < stop && token <= position; ++token) {
     if (copy_row(a, req, context, token) >= 0) continue;
-    const int64_t block = a.block_table[req * a.stride_block_table];  // it holds all of them
-    const bool exists = a.table_width > 0 && block >= 0 && block < args.pages.num_blocks;
+    const int entry = token / args.pages.block_size, within = token % args.pages.block_size;
+    int64_t block = -1;
+    if (entry < a.table_width) block = a.block_table[req * a.stride_block_table + entry];
+    const bool exists = block >= 0 && block < args.pages.num_blocks;
     const uint8_t* record = args.pages.base + (exists ? block : 0) * args.pages.stride_block +
-                            kv_head * args.pages.stride_head + token * args.codec.record_bytes;
+                            kv_head * args.pages.stride_head + within * args.codec.record_bytes;
     const uint8_t* values = record + args.layout.value_index_offset;
     const float key_norm = from_half(load_as<uint16_t>(record + args.layout.key_norm_offset));
     const float value_norm = from_half(load_as<uint16_t>(record + args.layout.value_norm_offset));
-    const bool known = token < map.num_first;
+    const bool known = kMapped && token < map.num_first;
     const int64_t at = ((int64_t)kv_head * map.num_first + token) * kHeadDim + first;
     float dot = 0.0f, value[kPerLane];
     for (int i = 0; i < kPerLane; ++i) {
@@ -94,8 +100,21 @@ FQ_DEVICE void attend_first(const AttendArgs& args, int req, int kv_head, int co
   for (int i = 0; i < kPerLane; ++i) o[i] += means[i];
 }
 
-// grid [CTAs of kPrepareWarps rows, num_kv_heads].
+// Stores a row's state of the first tokens. `o` has the lane's coordinates.
 template <int kHeadDim>
+FQ_DEVICE void store_first(const AttendArgs& args, int64_t row, float m, float l,
+                           const float (&o)[kHeadDim / kWarp]) {
+  constexpr int kPerLane = kHeadDim / kWarp;
+  const int64_t at = row * kHeadDim + lane_idx() * kPerLane;
+  for (int i = 0; i < kPerLane; ++i) args.prepared.first_o[at + i] = o[i];
+  if (lane_idx() == 0) {
+    args.prepared.first_m[row] = m / kLog2e;
+    args.prepared.first_l[row] = l;
+  }
+}
+
+// grid [CTAs of kPrepareWarps rows, num_kv_heads].
+template <int kHeadDim, int kMapped>
 FQ_KERNEL(kPrepareWarps* kWarp, 1)
 prepare(FQ_PARAM AttendArgs args) {
   constexpr int kPerLane = kHeadDim / kWarp;
@@ -115,16 +134,23 @@ prepare(FQ_PARAM AttendArgs args) {
   float* own = reinterpret_cast<float*>(shared_memory()) + warp_idx() * 2 * kHeadDim;
   float* coded = own + kHeadDim;
   float x[kPerLane], turned[kPerLane], bias = 0.0f;
-  const int64_t from = token * a.stride_query_token + head * a.stride_query_head + first;
+  const void* query = kMapped ? a.query : a.first_query;
+  const int64_t stride_token = kMapped ? a.stride_query_token : a.stride_first_query_token;
+  const int64_t stride_head = kMapped ? a.stride_query_head : a.stride_first_query_head;
+  const int64_t from = token * stride_token + head * stride_head + first;
   for (int i = 0; i < kPerLane; ++i) {
-    x[i] = turned[i] = load_element(a.query, from + i, a.dtype);
-    bias += x[i] * map.mean[kv_head * kHeadDim + first + i];
+    x[i] = turned[i] = load_element(query, from + i, a.dtype);
+    if (kMapped) bias += x[i] * map.mean[kv_head * kHeadDim + first + i];
   }
-  bias = warp_sum(bias) * a.scale * kLog2e;
+  if (kMapped) bias = warp_sum(bias) * a.scale * kLog2e;
   rotate<kHeadDim>(args.codec, turned, own, false);
   float m, l, o[kPerLane];
-  attend_first<kHeadDim>(args, req, kv_head, context, position,
-                         args.has_raw ? context : position + 1, x, turned, own, &m, &l, o);
+  attend_first<kHeadDim, kMapped>(args, req, kv_head, context, position,
+                                  args.has_raw ? context : position + 1, x, turned, own, &m, &l, o);
+  if (!kMapped) {
+    store_first<kHeadDim>(args, row, m, l, o);
+    return;
+  }
 
   // ---- the query in the keys' coordinates, and what it makes of cosines and sines
   sync_warp();
@@ -168,11 +194,7 @@ prepare(FQ_PARAM AttendArgs args) {
       if (raw_l != 0.0f) o[i] += a.raw_o[row * kHeadDim + first + i] * weight;
     }
   }
-  for (int i = 0; i < kPerLane; ++i) args.prepared.first_o[row * kHeadDim + first + i] = o[i];
-  if (lane_idx() == 0) {
-    args.prepared.first_m[row] = m / kLog2e;
-    args.prepared.first_l[row] = l;
-  }
+  store_first<kHeadDim>(args, row, m, l, o);
 }
 
 }  // namespace fq

@@ -26,6 +26,7 @@ namespace fq {
   X(kK4, kK4)             \
   X(kK8, kK8)             \
   X(kK2Folded, kK4Folded) \
+  X(kK2Folded, kK2)       \
   X(kK2, kK4Folded)       \
   X(kK2, kK4)             \
   X(kK4Folded, kK4)       \

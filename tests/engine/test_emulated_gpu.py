@@ -157,3 +157,21 @@ def test_a_window_over_everything_is_stock_attention(model_folder, calls, monkey
     differences = differences_of(answers, expected)
     assert len(differences) == 3 * NUM_TOKENS
     assert statistics.median(differences) < 2e-3 and max(differences) < 0.1
+
+
+def test_first_tokens_are_kept(model_folder, calls):
+    """Requests three times as long as what is kept of them, in a pool too small for all of it."""
+    settings = dict(SETTINGS, max_model_len=160, num_gpu_blocks_override=8)
+    options = {"retain": {"first": 4, "recent": 20}, "fidelity_gate": False, "self_check": False}
+    model, prompts = make_model("llama", model_folder), [list(range(2, 80)), [*range(2, 34), 7, 5]]
+    found = []
+    for choose in (ops.choose, lambda codec, cache: ops.CPU):
+        with pytest.MonkeyPatch.context() as as_chosen:
+            as_chosen.setattr(ops, "choose", choose)
+            with engine(model, "fibquant_3bit", fibquant=options, **settings) as llm:
+                found.append(generate(llm, prompts, NUM_TOKENS))
+        calls["attend"], num_calls = 0, calls["attend"]
+        assert (num_calls > 0) == (len(found) == 1)
+    differences = differences_of(*found)
+    assert len(differences) > NUM_TOKENS
+    assert statistics.median(differences) < 1e-2

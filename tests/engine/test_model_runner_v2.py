@@ -24,6 +24,7 @@ from vllm_fibquant.engine.device_pool import DevicePool
 from vllm_fibquant.engine.metadata import FibQuantMetadata, FibQuantMetadataBuilder
 from vllm_fibquant.ops import Attend, Pages
 from vllm_fibquant.ops.cuda import Cuda
+from vllm_fibquant.options import Retain
 
 STALE = 2**30
 """A block number that another request may have left behind: nobody may follow it."""
@@ -33,7 +34,8 @@ def builder(threshold: int | None, has_maps: bool = False) -> FibQuantMetadataBu
     """Our builder as a GPU has it, of no layers."""
     made = FibQuantMetadataBuilder.__new__(FibQuantMetadataBuilder)
     made.reorder_batch_threshold = threshold
-    made.retain = made._pool = made._monitor = made._device_reader = None
+    made.retain = made._pool = made._monitor = made._device_reader = made._gone = None
+    made._max_model_len = 64
     made._needs_positions, made._counts_steps = has_maps, False
     made._needs_starts = True
     made._positions = torch.full((64,), -7) if has_maps else None
@@ -143,6 +145,20 @@ def test_positions_stay_in_one_place_for_captured_graphs() -> None:
     made._positions = first[:3]
     with pytest.raises(ValueError, match=r"positions must be .*at most 3.* got .*\[12\]"):
         metadata_of_v2([3, 3], paged, 4, 12, made=made)
+
+
+def test_how_far_queries_turn_back_stays_in_one_place() -> None:
+    """Captured graphs read it, so it is there for short requests too; padding stays in range."""
+    made = builder(1)
+    made.retain, made._gone = Retain(first=4, recent=10), torch.full((64,), -7)
+    first = metadata_of_v2([1, 1], paged_of_two(), 4, 4, made=made).num_gone
+    assert first is made._gone and first[:2].tolist() == [26, 3]
+    assert 0 <= int(first[:4].min()) and int(first[:4].max()) < made._max_model_len
+    made.retain = Retain(first=4, recent=600)
+    again = metadata_of_v2([1, 1], paged_of_two(), 2, 2, made=made).num_gone
+    assert again is first and first[:2].tolist() == [0, 0]
+    made._gone = None  # as on a CPU
+    assert metadata_of_v2([1, 1], paged_of_two(), 2, 2, made=made).num_gone is None
 
 
 def paged_of_two():

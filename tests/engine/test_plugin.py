@@ -214,6 +214,11 @@ def test_what_gpu_kernels_cannot_do_is_refused_at_the_start():
     assert "the CUDA library is not built (`make cuda`); leave it out" in problems[1]
 
 
+def test_the_cuda_library_keeps_first_tokens(monkeypatch):
+    monkeypatch.setattr(support.gpu, "why_no_maps", lambda head_dim: None)
+    assert support.config_problems(gpu_config(unproven_gpu=True, retain={"recent": 64})) == []
+
+
 def test_the_cuda_library_has_a_recent_window(monkeypatch):
     monkeypatch.setattr(support.gpu, "why_no_maps", lambda head_dim: None)
     config = gpu_config(unproven_gpu=True, mode="quality")

@@ -151,3 +151,16 @@ def test_an_embedding_that_is_no_rotation_is_refused():
             rotary.turns_of(impl, 100, HEAD_DIM, torch.float32)
         with pytest.raises(ValueError, match=got):
             rotary.turn_back_of(impl, 200, HEAD_DIM, torch.float32)
+
+
+def test_where_the_embedding_is_and_what_the_defaults_are_makes_no_difference():
+    """A GPU's worker loads its model beside a default device; the mirror goes with the table."""
+    embedding = make_rotary(PLAIN)
+    plain = rotary.TurnBack(embedding, 64, True, HEAD_DIM, torch.float32)
+    with torch.device("meta"):
+        made = rotary.TurnBack(embedding, 64, True, HEAD_DIM, torch.float32)
+        assert made.error(2048) < 1e-4
+    query, distance = torch.randn(5, 2, HEAD_DIM), torch.arange(5)
+    assert torch.equal(made(query, distance), plain(query, distance))
+    embedding.cos_sin_cache = embedding.cos_sin_cache.to("meta")
+    assert rotary._device_of(embedding).type == "meta"

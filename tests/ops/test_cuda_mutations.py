@@ -19,6 +19,7 @@ from tests import emulated as emu
 from tests.ops import test_cuda_copies, test_cuda_mapped
 from tests.ops.test_copies import make_copies
 from tests.ops.test_cuda_emulated import check, codec_of, encode_both, paged_of
+from tests.ops.test_retention import other_query
 from tests.paged import check_records
 from vllm_fibquant.ops import cuda
 
@@ -32,6 +33,7 @@ DIRECT = "direct"
 MAPPED, MAPPED_WIDE, MAPPED_ENCODE = "mapped", "mapped wide", "mapped encode"
 COPIES, COPIES_WIDE, COPIES_MAPPED = "copies", "copies wide", "copies mapped"
 COPIES_WINDOW, COPIES_ENCODE = "copies window", "copies encode"
+FIRST = "first"
 BOTH = (NARROW, WIDE)
 BOTH_MAPPED = (MAPPED, MAPPED_WIDE)
 ALL_COPIES = (COPIES, COPIES_WIDE, COPIES_MAPPED)
@@ -87,8 +89,13 @@ MUTATIONS = {
                           BOTH_MAPPED),
     "a first token's value": ("prepare.h", "weight * value[i]", "value[i]", BOTH_MAPPED),
     "a first token's mean": ("prepare.h", "o[i] += means[i]", "o[i] += 0", BOTH_MAPPED),
-    "first tokens twice": ("attend_kernel.h", "kMapped ? args.map.num_plain : 0", "0",
-                           BOTH_MAPPED),
+    "first tokens twice": ("attend_kernel.h", "least = args.num_apart", "least = 0",
+                           (*BOTH_MAPPED, FIRST)),
+    "a first token of a later block": ("prepare.h", "token / args.pages.block_size", "0", (FIRST,)),
+    "a first token in the window alone": ("prepare.h", "kMapped && a.window > 0", "a.window > 0",
+                                          (FIRST,)),
+    "a first token's query": ("prepare.h", "kMapped ? a.query : a.first_query", "a.query",
+                              (FIRST,)),
     "a key's turning mean": ("encode.h", "pair.c1 * angle.cosine + pair.c0",
                              "pair.c1 * angle.cosine - pair.c0", (MAPPED_ENCODE,)),
     "a first value's mean": ("encode.h", "is_value ? map.first_value : map.first_key",
@@ -173,6 +180,10 @@ def check_case(library, case: str) -> None:
         copies = make_copies(paged, 4, 40, torch.float16, 0.7)
         options = {"window": 30} if case == COPIES_WINDOW else {"wide": case == COPIES_WIDE}
         test_cuda_copies.check(library, paged, copies=copies, **options)
+        return
+    if case == FIRST:
+        paged = paged_of(codec, [90, 33], [1, 2], group_size=3)
+        check(library, paged, keep_first=20, window=30, first_query=other_query(paged))
         return
     if case == MAPPED_ENCODE:
         test_cuda_mapped.test_records_equal_the_oracles(library, "fibquant_3bit", 64, "all")

@@ -255,7 +255,8 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
             output[num_tokens:].zero_()
         fresh = Fresh(key, value) if self.attends_raw else None
         if self._turn_back and attn_metadata.num_gone is not None:
-            first_query = self._turn_back(query[:num_tokens], attn_metadata.num_gone)
+            num_gone = attn_metadata.num_gone[:num_tokens]
+            first_query = self._turn_back(query[:num_tokens], num_gone)
             fresh = Fresh(first_query=first_query)
         began = time.perf_counter()
         for end, batch in attn_metadata.parts:

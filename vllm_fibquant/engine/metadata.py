@@ -39,8 +39,8 @@ class FibQuantMetadata(AttentionMetadata):
     Attributes:
         num_tokens: new tokens of all requests, without padding.
         batch: their requests.
-        num_gone: int64 [num_tokens], how many tokens between a query and the first ones are kept
-            no more; None if none of any query.
+        num_gone: int64 [at least num_tokens], how many tokens between a query and the first ones
+            are kept no more; None if none of any query.
         probe: what the fidelity monitor compares in this step, or None.
         positions: int64 [at least num_tokens], where new tokens stand in their requests; None if no
             layer has a map of keys.
@@ -109,10 +109,10 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         impls = {name: layer.impl for name, layer in layers.items()}
         self._needs_positions = any(impl.key_map is not None for impl in impls.values())
-        # Captured CUDA graphs read positions where they were.
+        # Captured CUDA graphs read positions, and how far queries turn back, where they were.
         self._positions: torch.Tensor | None = None
+        most = vllm_config.scheduler_config.max_num_batched_tokens
         if self._needs_positions and on_gpu:
-            most = vllm_config.scheduler_config.max_num_batched_tokens
             self._positions = torch.zeros(most, dtype=torch.int64, device=device)
         self._needs_starts = on_gpu and any(impl.attends_raw for impl in impls.values())
         self._with_sinks = [impl for impl in impls.values() if impl.attend.sinks is not None]
@@ -130,6 +130,10 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
                     self._pool = device_pool.DevicePool(*shape, *most, device, planner)
                 else:
                     self._pool = CopyPool(*shape)
+        self._gone: torch.Tensor | None = None
+        self._max_model_len = vllm_config.model_config.max_model_len
+        if self.retain is not None and on_gpu:
+            self._gone = torch.zeros(most, dtype=torch.int64, device=device)
         check_kernels(impls, vllm_config.model_config.dtype, kv_cache_spec.block_size, device)
 
     def build(
@@ -190,17 +194,25 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
         """Where new tokens stand, on a GPU in one place for all steps, behind which are positions
         of other steps: nobody is encoded there."""
         positions = _positions(common).long()
-        if self._positions is None:
-            return positions
-        at_most = range(len(self._positions) + 1)
-        check_tensor("build", "positions", positions, (at_most,), torch.int64)
-        self._positions[: len(positions)] = positions
-        return self._positions
+        return positions if self._positions is None else _kept_in(self._positions, positions)
 
     def _num_gone(self, common: CommonAttentionMetadata) -> torch.Tensor | None:
-        if self.retain is None or common.max_seq_len <= self.retain.total:
+        if self.retain is None:
             return None
-        return (_positions(common) + 1 - self.retain.total).clamp_min(0).long()
+        if self._gone is None and common.max_seq_len <= self.retain.total:
+            return None
+        gone = (_positions(common) + 1 - self.retain.total).long()
+        # Rows that pad a captured graph stand anywhere, and a distance must be one that is known.
+        gone = gone.clamp(0, self._max_model_len - 1)
+        return gone if self._gone is None else _kept_in(self._gone, gone)
+
+
+def _kept_in(place: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """`place` with the step's numbers, behind which are those of other steps."""
+    at_most = range(len(place) + 1)
+    check_tensor("build", "positions", numbers, (at_most,), torch.int64)
+    place[: len(numbers)] = numbers
+    return place
 
 
 def _positions(common: CommonAttentionMetadata) -> torch.Tensor:

@@ -44,14 +44,14 @@ class TurnBack:
         self, rotary: Any, rotary_dim: int, is_neox_style: bool, head_dim: int, dtype: torch.dtype
     ) -> None:
         self._rotary = rotary
-        mirror = torch.ones(head_dim, dtype=dtype)
+        mirror = torch.ones(head_dim, dtype=dtype, device=_device_of(rotary))
         if is_neox_style:
             mirror[rotary_dim // 2 : rotary_dim] = -1
         else:
             mirror[1:rotary_dim:2] = -1
         self._mirror = mirror
         # Some embeddings also lengthen what they rotate; a query has been lengthened already.
-        length = self._rotate(torch.ones(1, 1, head_dim, dtype=dtype), torch.zeros(1))[0, 0]
+        length = self._rotate(torch.ones_like(mirror)[None, None], mirror.new_zeros(1))[0, 0]
         self._into_mirror = mirror / length
 
     def _rotate(self, query: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -72,7 +72,8 @@ class TurnBack:
 
     def error(self, num_positions: int) -> float:
         """The largest error of a turned vector's coordinate, on vectors of standard normals."""
-        last, x = _probes(num_positions, self._mirror.shape[0], self._mirror.dtype)
+        probes = _probes(num_positions, self._mirror.shape[0], self._mirror.dtype)
+        last, x = (probe.to(self._mirror.device) for probe in probes)
         distance = (last + 1) // 2
         turned = self(self._rotate(x.clone(), last), distance)
         return float((turned.float() - self._rotate(x, last - distance).float()).abs().max())
@@ -101,10 +102,16 @@ def _remember_parent(parent: torch.nn.Module, name: str, child: Any) -> None:
         _parents[impl] = weakref.ref(parent)
 
 
+def _device_of(rotary: Any) -> torch.device | None:
+    """Where the module's table is; None if it has none."""
+    table = getattr(rotary, "cos_sin_cache", None)
+    return None if table is None else table.device
+
+
 def _rotate(rotary: Any, query: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """What the module makes of queries [num_tokens, heads, head_dim] in its dtype, on theirs or, if
     they are elsewhere, on its own device."""
-    device = getattr(rotary, "cos_sin_cache", query).device
+    device = _device_of(rotary) or query.device
     flat = query.flatten(1).contiguous().to(device)
     rotated = rotary(positions.long().to(device), flat, None)[0]
     return rotated.view(query.shape).to(query.device)
@@ -112,9 +119,10 @@ def _rotate(rotary: Any, query: torch.Tensor, positions: torch.Tensor) -> torch.
 
 def _probes(num_positions: int, head_dim: int, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     """Positions, and random vectors [num, 2, head_dim] to be rotated to them."""
-    positions = torch.tensor([min(p, num_positions - 1) for p in _PROBE_POSITIONS])
+    positions = torch.tensor([min(p, num_positions - 1) for p in _PROBE_POSITIONS], device="cpu")
     shape = (len(positions), 2, head_dim)
-    return positions, torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu")
+    return positions, x.to(dtype)
 
 
 def _rotary_of(impl: Any, num_positions: int) -> Any:

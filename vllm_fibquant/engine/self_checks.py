@@ -37,7 +37,7 @@ def check_kernels(
             shape = dtype, impl.num_heads, impl.num_kv_heads, block_size, device
             attend = impl.attend
             new_tokens = impl.attends_raw, attend.raw_library, attend.copies is not None
-            _check(impl.codec, *shape, None, *new_tokens)
+            _check(impl.codec, *shape, None, *new_tokens, attend.keep_first > 0)
             if impl.key_map is not None and not has_checked_map:
                 _check(impl.codec, *shape, impl.key_map, *new_tokens)
                 has_checked_map = True

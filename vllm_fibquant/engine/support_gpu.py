@@ -40,7 +40,7 @@ def gpu_rows(vllm_config: VllmConfig, options: Options) -> Iterator[Row]:
             why = copies_problem(vllm_config) or gpu.why_no_maps(head_dim_of(vllm_config))
             hint = f"{why}; {hint}" if why else hint
             is_met = is_met and not (asked and copies_problem(vllm_config))
-        if name == "calibrate" and (why := gpu.why_no_maps(head_dim_of(vllm_config))):
+        if name in ("calibrate", "retain") and (why := gpu.why_no_maps(head_dim_of(vllm_config))):
             hint = f"{why}; leave it out"
         yield is_met, name, "left out on a GPU", asked, hint
     yield (options.first_tokens <= cuda_tables.TILE, "first_tokens",

@@ -139,7 +139,7 @@ class _Layer:
         codec, pages, key_map: references to the structs, as the library takes them; key_map is
             None if keys have none.
         prepared_floats: of scratch memory for each row of queries to mapped keys; 0 without.
-        joined_floats: the same of a layer that has copies.
+        joined_floats: the same of a layer that has copies or keeps first tokens.
         device: of the pages.
         num_kv_heads: as the pages say.
         encode_ctas: CTAs of an encode launch, at most.
@@ -186,8 +186,9 @@ class _Attending:
         check_pair(pages, attend)
         self.layer, self.of = layer, pages
         self.attend = FqCudaAttend(
-            window=attend.window, scale=attend.scale, soft_cap=attend.soft_cap
-        )
+            window=attend.window, scale=attend.scale, soft_cap=attend.soft_cap,
+            keep_first=attend.keep_first,
+        )  # fmt: skip
         self.args = byref(self.attend)
         if attend.sinks is not None:
             self.attend.sinks = attend.sinks.data_ptr()
@@ -290,6 +291,10 @@ class Cuda(GpuKernels):
         else:
             raw = (self._raw_states or raw_states.of)(query, batch, attend, fresh)
             args.raw_o, args.raw_m, args.raw_l = (x.data_ptr() for x in raw)
+        if attend.keep_first:
+            first = query if fresh is None or fresh.first_query is None else fresh.first_query
+            args.first_query = first.data_ptr()
+            args.stride_first_query_token, args.stride_first_query_head, _ = first.stride()
         num_rows, num_splits = args.num_tokens * args.num_q_heads, args.num_splits
         args.state_o = args.state_ml = args.prepared = None
         states = workspace_floats(num_rows, pages.codec.head_dim, num_splits)
@@ -297,6 +302,7 @@ class Cuda(GpuKernels):
         args.copy_table, args.num_copy_columns = None, 0
         if table is not None:
             args.copy_table, args.num_copy_columns = table.data_ptr(), table.shape[1]
+        if table is not None or attend.keep_first:
             per_row = layer.joined_floats
         floats = states + num_rows * per_row
         if floats:

@@ -22,14 +22,16 @@ class FqCudaAttend(Structure):
         *((name, c_void_p) for name in ("query", "out", "query_start_loc", "seq_lens")),
         *((name, c_void_p) for name in ("block_table", "sinks", "raw_o", "raw_m", "raw_l")),
         *((name, c_void_p) for name in ("state_o", "state_ml", "copy_table", "copy_key")),
-        *((name, c_void_p) for name in ("copy_value", "prepared")),
+        *((name, c_void_p) for name in ("copy_value", "prepared", "first_query")),
         ("stride_block_table", c_int64),
         *((f"stride_query_{name}", c_int64) for name in ("token", "head")),
         *((f"stride_out_{name}", c_int64) for name in ("token", "head")),
+        *((f"stride_first_query_{name}", c_int64) for name in ("token", "head")),
         ("num_tokens", c_int64),
         *((name, c_int32) for name in ("num_reqs", "num_q_heads", "table_width", "dtype")),
         *((name, c_int32) for name in ("window", "num_splits", "wide", "num_copy_columns")),
         *((name, c_int32) for name in ("num_copied_first", "num_copy_rows", "copy_dtype")),
+        ("keep_first", c_int32),
         *((name, c_float) for name in ("scale", "soft_cap")),
     ]
 

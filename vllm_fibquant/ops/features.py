@@ -35,7 +35,7 @@ FEATURES = {
     ),
     "means": Feature("keys coded without their means", '`"calibrate": "means"`', _NOT_TRITON),
     "transform": Feature("keys transformed", '`"calibrate": "transform"`', _NOT_TRITON),
-    "keep_first": Feature("first tokens seen outside a window", "`retain`", _ON_CPUS),
+    "keep_first": Feature("first tokens seen outside a window", "`retain`", _NOT_TRITON),
     "lists": Feature("codewords searched through lists", "`num_lists`", _ON_CPUS),
     "layers": Feature("other presets for some layers", "`layers`", _ALL),
     "monitor": Feature("fidelity compared while serving", "`monitor`", _ON_CPUS),

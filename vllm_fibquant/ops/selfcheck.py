@@ -44,6 +44,7 @@ class _Case:
         sinks: whether heads have sinks.
         raw: whether new tokens are attended raw.
         copies: whether half of the first and newest tokens are read from copies.
+        keep_first: as in ops.Attend; with queries of their own.
     """
 
     query_lens: tuple[int, ...] = _QUERY_LENS
@@ -53,6 +54,7 @@ class _Case:
     sinks: bool = False
     raw: bool = False
     copies: bool = False
+    keep_first: int = 0
 
 
 _CPU_CASES = (_Case(),)
@@ -74,6 +76,11 @@ _RAW_CASES = (
     _Case((1, 37, 100), table_tokens=16384, window=20, soft_cap=5.0, sinks=True, raw=True),
 )
 _COPY_CASES = tuple(replace(case, copies=True) for case in _RAW_CASES)
+_FIRST_CASES = (
+    _Case(window=20, keep_first=4),
+    _Case((1, 1, 1), table_tokens=16384, window=20, keep_first=4),
+    _Case((1, 20, 130), window=20, keep_first=4),
+)
 _NUM_FIRST, _NUM_RECENT = 4, 40
 """Tokens of a request that may have copies."""
 
@@ -106,6 +113,7 @@ def run_self_check(
     attends_raw: bool = False,
     raw_library: RawLibrary | None = None,
     has_copies: bool = False,
+    keeps_first: bool = False,
     all_cases: bool | None = None,
 ) -> SelfCheckResult:
     """Encodes and attends a small random batch with the kernel and with the oracle.
@@ -120,6 +128,7 @@ def run_self_check(
         raw_library: as in ops.Attend.
         has_copies: whether some tokens will have copies in 16 bits; checked where kernels make them
             while they encode.
+        keeps_first: whether first tokens will be kept beside a window.
         all_cases: whether attention is called in every way that a GPU's kernels differ in, once
             more from a captured CUDA graph where there is a GPU; None on a GPU alone. Queries, keys
             and values are views of one tensor always, as models hand them out.
@@ -140,6 +149,7 @@ def run_self_check(
     if all_cases if all_cases is not None else stored.pages.cache.is_cuda:
         cases = _GPU_CASES + (_RAW_CASES if attends_raw else ())
         cases += _COPY_CASES if stored.copied else ()
+        cases += _FIRST_CASES if keeps_first else ()
     results = []
     for case in cases:
         shape = sum(case.query_lens), (group_size + 2) * num_kv_heads, codec.head_dim
@@ -239,14 +249,15 @@ def _compare(
     table = torch.nn.functional.pad(stored.block_table, (0, max(0, missing)), value=-1)
     sinks = torch.linspace(-2, 2, query.shape[1], dtype=torch.float32) if case.sinks else None
     scale = pages.codec.head_dim**-0.5
-    attend = Attend(scale, case.window, case.soft_cap, sinks, raw_library=raw_library)
+    how = case.window, case.soft_cap, sinks, case.keep_first
+    attend = Attend(scale, *how, raw_library=raw_library)
     copy_table, given = None, attend
     if case.copies and stored.copied:
         copy_table = _copy_table(stored.copied[1].rows, case.query_lens)
         given, attend = (replace(attend, copies=copied.copies) for copied in stored.copied)
     out = _attend(new, pages, Batch(bounds, seq_lens, table, copy_table), given, case.raw)
     batch = Batch(bounds, seq_lens, stored.block_table, copy_table)
-    fresh = Fresh(*new[1:]) if case.raw else None
+    fresh = _fresh(new, attend, case.raw)
     expected, plain = torch.empty(query.shape, dtype=torch.float64), torch.empty_like(query)
     for found, compute_dtype in ((expected, torch.float64), (plain, torch.float32)):
         reference.paged_attention(query, found, stored.shown, batch, attend, fresh, compute_dtype)
@@ -307,7 +318,7 @@ def _attend(
     )
     if attend.sinks is not None:
         attend = replace(attend, sinks=attend.sinks.to(device))
-    fresh = Fresh(key, value) if raw else None
+    fresh = _fresh((query, key, value), attend, raw)
     out = torch.full(query.shape, torch.nan, dtype=query.dtype, device=device)
     ops.paged_attention(query, out, pages, on_device, attend, fresh)
     library = attend.raw_library if raw else None
@@ -324,6 +335,13 @@ def _attend(
             "got others; refusing to serve: give --enforce-eager, and report this device"
         )
     return replayed.cpu()
+
+
+def _fresh(new: tuple[torch.Tensor, ...], attend: Attend, raw: bool) -> Fresh | None:
+    """What a case's new tokens bring beside their queries."""
+    if raw:
+        return Fresh(*new[1:])
+    return Fresh(first_query=new[0].flip(-1)) if attend.keep_first else None
 
 
 def _largest(x: torch.Tensor) -> float:
