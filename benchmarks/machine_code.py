@@ -26,7 +26,7 @@ DOCUMENT = ROOT / "docs" / "gpu.md"
 README = ROOT / "README.md"
 
 ARCHS = ("80", "86", "89", "90a", "100a", "120")
-HEAD_DIMS = (64, 96, 128, 192, 256)
+HEAD_DIMS = (64, 80, 96, 112, 128, 192, 256)
 SHARED_KIB = {"86, 89, 120": (99, 100), "80": (163, 164), "90a, 100a": (227, 228)}
 """Shared memory of a CTA and of a multiprocessor, by architectures."""
 KERNELS = {

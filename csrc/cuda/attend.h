@@ -11,8 +11,8 @@
 //   O^T [d, 8 rows]         += V^T [d, 16] P^T [16, 8]    P = weights times value norms
 // The order in which a product sums over coordinates is free, so a lane's codewords are its operand
 // registers as they are: lane 4 g + t takes coordinates t d/4 ... of keys of rows g and g + 8, and
-// coordinates g d/8 ... of values of rows 2t, 2t + 1, 2t + 8, 2t + 9. Which of a tile's tokens is
-// in which row is token_order.h's choice.
+// coordinates g d/8 ... of values of rows 2t, 2t + 1, 2t + 8, 2t + 9 (where a warp does not divide
+// d see lanes.h). Which of a tile's tokens is in which row is token_order.h's choice.
 //
 // Shared memory: tables | query fragments | row constants | a ring of record tiles per warp. The
 // tables' place is used again for the final merge.
@@ -25,6 +25,7 @@
 
 #include "cuda/codes.h"
 #include "cuda/key_map.h"
+#include "cuda/lanes.h"
 #include "cuda/params.h"
 #include "cuda/rotation.h"
 #include "cuda/token_order.h"
@@ -48,7 +49,7 @@ struct AttendArgs {
   TokenOrder order;
   int32_t bytes_1, bytes_8;  // from the record of row 0 to those of rows 1 and 8
   float cap_in, cap_out;     // a score becomes cap_out * tanh(cap_in / 2 * score / log2(e))
-  bool has_raw;  // the call's raw states are those of new tokens, not of first ones alone
+  bool has_raw;       // the call's raw states are those of new tokens, not of first ones alone
   int32_t num_apart;  // first tokens that prepare.h attends
   // Read with a key map alone.
   FqCudaKeyMap map;
@@ -159,7 +160,7 @@ FQ_DEVICE void load_queries(const AttendArgs& args, const RowBlock& b, int group
                             uint8_t* fragments, float* factors, int32_t* positions,
                             float* scratch) {
   using Shape = AttendShape<kHeadDim, kTiles>;
-  constexpr int kPerLane = kHeadDim / kWarp;
+  constexpr int kPerLane = kLaneCoords<kHeadDim>;
   const FqCudaAttend& a = args.call;
   for (int row = warp_idx(); row < Shape::kColumns; row += num_threads() / kWarp) {
     float x[kPerLane];
@@ -168,14 +169,18 @@ FQ_DEVICE void load_queries(const AttendArgs& args, const RowBlock& b, int group
     const int64_t at = (b.first_token + token) * a.stride_query_token +
                        (kv_head * group + head) * a.stride_query_head;
     float peak = 0.0f;
-    for (int i = 0; i < kPerLane; ++i)
-      x[i] = exists ? load_element(a.query, at + lane_idx() * kPerLane + i, a.dtype) : 0.0f;
+    for (int i = 0; i < kPerLane; ++i) {
+      const int coord = lane_idx() * kPerLane + i;
+      const bool loads = exists && holds<kHeadDim>(coord);
+      x[i] = loads ? load_element(a.query, at + coord, a.dtype) : 0.0f;
+    }
     rotate<kHeadDim>(args.codec, x, scratch, false);
     for (int i = 0; i < kPerLane; ++i) peak = maximum(peak, absolute(x[i]));
     peak = warp_max(peak);
     const float inverse = peak >= kMinNormal ? 1.0f / peak : 0.0f;  // of less it is infinite
     for (int i = 0; i < kPerLane; ++i) {
       const int coord = lane_idx() * kPerLane + i;
+      if (!holds<kHeadDim>(coord)) continue;
       const int part = coord / (kHeadDim / 4), within = coord % (kHeadDim / 4);
       const int step = within / 4, lane = row % 8 * 4 + part;
       // A NaN stays one: 0 * NaN.
@@ -196,7 +201,7 @@ template <int kKind, int kHeadDim, int kTiles>
 FQ_DEVICE void score_tile(const uint8_t* tables, const uint8_t* own, int bytes_8,
                           const uint8_t* fragments, const Pair* held, float (&acc)[kTiles][4]) {
   constexpr int kSteps = kHeadDim / 16;
-  using Keys = Lookup<kKind, kHeadDim / 4, false>;
+  using Keys = Lookup<kKind, kHeadDim / 4, false, kOddRecords<kHeadDim>>;
   constexpr int kTogether = Keys::kTogether;
   static_assert(Keys::kQuads == kSteps && kSteps % kTogether == 0);
   const Keys keys = Keys::make(tables, lane_idx() % 4);
@@ -227,7 +232,8 @@ FQ_DEVICE void score_tile(const uint8_t* tables, const uint8_t* own, int bytes_8
 template <int kKind, int kHeadDim, int kTiles>
 FQ_DEVICE void output_tile(const uint8_t* tables, const uint8_t* own, int bytes_1, int bytes_8,
                            const uint32_t (&p)[kTiles][2], float (&o)[kTiles][kHeadDim / 16][4]) {
-  using Values = Lookup<kKind, kHeadDim / 8, true>;
+  constexpr int kWhole = kWholeCoords<kHeadDim>;
+  using Values = Lookup<kKind, kWhole / 8, true, kOddRecords<kHeadDim>>;
   static_assert(Values::kQuads == kHeadDim / 32 && Values::kTogether == 1);
   const Values values = Values::make(tables, lane_idx() / 4);
   uint32_t words[4][Values::kWords];
@@ -252,6 +258,20 @@ FQ_DEVICE void output_tile(const uint8_t* tables, const uint8_t* own, int bytes_
       mma(o[i][2 * u], x0, x1, x2, x3, p[i][0], p[i][1]);
       mma(o[i][2 * u + 1], y0, y1, y2, y3, p[i][0], p[i][1]);
     }
+  }
+  if constexpr (kHeadDim > kWhole) {  // one step more, of two coordinates a lane
+    uint32_t e[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint8_t* field = own + (i & 1) * bytes_1 + (i & 2) / 2 * bytes_8;
+      e[i] = load_two<kKind>(values.side, field, kWhole + lane_idx() / 4 * 2);
+    }
+    const uint32_t z0 = permute_bytes(e[0], e[1], 0x5410);
+    const uint32_t z1 = permute_bytes(e[0], e[1], 0x7632);
+    const uint32_t z2 = permute_bytes(e[2], e[3], 0x5410);
+    const uint32_t z3 = permute_bytes(e[2], e[3], 0x7632);
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) mma(o[i][kWhole / 16], z0, z1, z2, z3, p[i][0], p[i][1]);
   }
 }
 

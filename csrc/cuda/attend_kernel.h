@@ -35,12 +35,13 @@ template <int kHeadDim, int kTiles>
 FQ_DEVICE void store_state(const AttendArgs& args, const RowBlock& b, int group, int kv_head,
                            int split, WarpState<kHeadDim, kTiles>& s, float* scratch,
                            float* factors) {
-  constexpr int kSteps = kHeadDim / 16, kPerLane = kHeadDim / kWarp;
+  constexpr int kSteps = kHeadDim / 16, kPerLane = kLaneCoords<kHeadDim>;
+  constexpr int kWhole = kWholeCoords<kHeadDim>;
   const FqCudaAttend& a = args.call;
   const int g = lane_idx() / 4, t = lane_idx() % 4, num_warps = num_threads() / kWarp;
-  const bool swaps = args.value_kind == kK8 && kHeadDim / 8 % 8 == 0;  // as Lookup::kSwaps
-  const int swap = swaps ? 2 * swap_halves() : 0;                      // of pairs of coordinates
-  float* own = scratch + warp_idx() * 8 * kHeadDim;                    // [8, kHeadDim]
+  const bool swaps = args.value_kind == kK8 && kWhole / 8 % 8 == 0;  // as Lookup::kSwaps
+  const int swap = swaps ? 2 * swap_halves() : 0;                    // of pairs of coordinates
+  float* own = scratch + warp_idx() * 8 * kHeadDim;                  // [8, kHeadDim]
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
     sync_cta();  // the scratch is free
@@ -55,7 +56,8 @@ FQ_DEVICE void store_state(const AttendArgs& args, const RowBlock& b, int group,
       }
 #pragma unroll
       for (int i = 0; i < kSteps; ++i) {
-        float* to = own + (2 * t + c) * kHeadDim + g * (kHeadDim / 8) + 2 * (i ^ swap);
+        const int step = i < kWhole / 16 ? i ^ swap : i;
+        float* to = own + (2 * t + c) * kHeadDim + value_coord<kHeadDim>(g, step);
         to[0] = s.o[tile][i][c];
         to[1] = s.o[tile][i][c + 2];
       }
@@ -89,7 +91,7 @@ FQ_DEVICE void store_state(const AttendArgs& args, const RowBlock& b, int group,
       if (row >= b.num_rows) break;
       float m, l, o[kPerLane], *merged = scratch + column * kHeadDim;
       sum_up(factors, num_warps, column, &m, &l);
-      for (int i = 0; i < kPerLane; ++i) o[i] = merged[lane_idx() * kPerLane + i];
+      load_own<kHeadDim>(merged, o);
       write_row<kHeadDim>(args, state_row(a, b, group, kv_head, row), m, l, o, merged);
     }
   }
@@ -130,7 +132,7 @@ attend(FQ_PARAM AttendArgs args) {
   const int tile_end = tile_begin + per_split < last_tile ? tile_begin + per_split : last_tile;
   if (tile_begin >= tile_end && a.num_splits == 1) {
     for (int row = warp_idx(); row < b.num_rows; row += num_threads() / kWarp) {
-      float nothing[kHeadDim / kWarp] = {};
+      float nothing[kLaneCoords<kHeadDim>] = {};
       float* scratch = reinterpret_cast<float*>(shared_memory()) + warp_idx() * kHeadDim;
       write_row<kHeadDim>(args, state_row(a, b, group, kv_head, row), kEmpty, 0.0f, nothing,
                           scratch);
@@ -258,8 +260,13 @@ attend(FQ_PARAM AttendArgs args) {
     float key_norm[2], value_norm[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const uint32_t norms =
-          load_as<uint32_t>(records + key_bytes + r * args.bytes_8 + args.layout.key_norm_offset);
+      const uint8_t* at = records + key_bytes + r * args.bytes_8 + args.layout.key_norm_offset;
+      uint32_t norms;
+      if constexpr (kOddRecords<kHeadDim>) {
+        norms = load_as<uint16_t>(at) | (uint32_t)load_as<uint16_t>(at + 2) << 16;
+      } else {
+        norms = load_as<uint32_t>(at);
+      }
       key_norm[r] = from_half((uint16_t)norms);
       value_norm[r] = from_half((uint16_t)(norms >> 16));
       if (whole) continue;

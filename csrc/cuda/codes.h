@@ -14,6 +14,10 @@
 
 namespace fq {
 
+// Whether records, and their fields, may begin at any even address: a multiple of 4 elsewhere.
+template <int kHeadDim>
+constexpr bool kOddRecords = kHeadDim % 32 != 0;
+
 constexpr int kTableStride = 256, kSideBytes = 128;
 constexpr int kTableBytes = kRows * kTableStride;
 
@@ -37,6 +41,24 @@ FQ_DEVICE void fill_table(uint8_t* tables, int side, const uint16_t* rows, int d
   }
 }
 
+// Reads kBits bits of a field at an even address, from bit `first` on, as words; no word that holds
+// none of them is touched, for what lies behind a record may be under way.
+template <int kBits>
+FQ_DEVICE void read_bits(const uint8_t* field, uint32_t first,
+                         uint32_t (&words)[(kBits + 31) / 32]) {
+  const uint32_t odd = (uint32_t)(uintptr_t)field & 2;
+  const uint32_t begin = first + 8 * odd, shift = begin % 32;
+  const uint32_t* p = reinterpret_cast<const uint32_t*>(field - odd) + begin / 32;
+  uint32_t low = load_as<uint32_t>(p);
+#pragma unroll
+  for (int i = 0; i < (kBits + 31) / 32; ++i) {
+    uint32_t high = 0;
+    if (shift + kBits > 32 * (uint32_t)(i + 1)) high = load_as<uint32_t>(p + i + 1);
+    words[i] = shift_right(low, high, shift);
+    low = high;
+  }
+}
+
 // The bytes of a lane's copy within a side of a row.
 FQ_DEVICE uint32_t lane_copy(int dim) {
   return (uint32_t)(lane_idx() % (kSideBytes / (2 * dim)) * 2 * dim);
@@ -50,14 +72,16 @@ FQ_DEVICE int swap_halves() { return lane_idx() / 8 % 2; }
 // Field of a lane: bits [part * kFieldBits, ...) of the vector's packed indices. Where that is not
 // the first bit of a subvector (head_dim 96 with subvectors of 8), it is moved to it, and `skip` is
 // the half of the codeword to begin with.
-template <int kKind, int kCoords, bool kIsValue>
+//
+// kOdd: kOddRecords of the whole vector.
+template <int kKind, int kCoords, bool kIsValue, bool kOdd>
 struct Lookup {
   using C = Code<kKind>;
   static constexpr bool kSplit = kCoords % C::kDim != 0;  // codewords shared by two lanes
   static constexpr int kSubvecs = (kCoords + C::kDim - 1) / C::kDim;
   static constexpr int kFieldBits = kSubvecs * C::kBits;
   static constexpr int kWords = (kFieldBits + 31) / 32;
-  static constexpr bool kAligned = !kSplit && kFieldBits % 32 == 0;
+  static constexpr bool kAligned = !kSplit && !kOdd && kFieldBits % 32 == 0;
   static constexpr int kQuads = kCoords / 4;
   // Codewords of 8 coordinates are two quads. Were all lanes to read the same half, 16 of them
   // would meet in 16 banks. Of keys, a lane reads both halves at once. Of values, whose coordinates
@@ -84,9 +108,13 @@ struct Lookup {
     return at;
   }
 
-  // Reads a lane's indices of a vector whose field begins at `field`, 4-byte aligned. May read one
-  // word beyond the field: in a record the norms, or the other field, follow.
+  // Reads a lane's indices of a vector whose field begins at `field`, 4-byte aligned but for kOdd.
+  // May read one word beyond the field: in a record the norms, or the other field, follow.
   FQ_DEVICE void read(const uint8_t* field, uint32_t (&words)[kWords]) const {
+    if constexpr (kOdd) {
+      read_bits<kFieldBits>(field, 32 * (uint32_t)first_word + shift, words);
+      return;
+    }
     const uint32_t* p = reinterpret_cast<const uint32_t*>(field) + first_word;
     if (kAligned) {
       for (int i = 0; i < kWords; ++i) words[i] = load_as<uint32_t>(p + i);
@@ -156,5 +184,20 @@ struct Lookup {
     return pattern * (1u << (7 - first) | 1u << (22 - first)) & 0x80008000;
   }
 };
+
+// Two coordinates of a value vector, `coord`, which is even, and the next, as a float16 pair; of a
+// vector whose field begins at `field`, an even address.
+template <int kKind>
+FQ_DEVICE uint32_t load_two(const uint8_t* values, const uint8_t* field, int coord) {
+  using C = Code<kKind>;
+  uint32_t index[1];
+  read_bits<C::kBits>(field, (uint32_t)(coord / C::kDim) * C::kBits, index);
+  const uint32_t row = permute_bytes(index[0], lane_copy(C::kDim), 0x5504),
+                 within = coord % C::kDim;
+  const uint32_t pair = load_as<uint32_t>(values + row + 2 * within);
+  if (!C::kFolded) return pair;
+  const uint32_t pattern = (index[0] & ((1u << C::kBits) - 256)) >> within;  // as Lookup::signs
+  return pair ^ (pattern * (1u << 7 | 1u << 22) & 0x80008000);
+}
 
 }  // namespace fq

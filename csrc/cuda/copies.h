@@ -76,14 +76,16 @@ FQ_DEVICE void load_copies(const AttendArgs& args, const RowBlock& b, int kv_hea
 
 // Joins a row's state over copies with the call's, which has natural scores, and stores it. `o`
 // has the lane's coordinates.
-template <int kPerLane>
+template <int kHeadDim>
 FQ_DEVICE void store_joined(const AttendArgs& args, int64_t row, float m, float l,
-                            const float (&o)[kPerLane]) {
+                            const float (&o)[kLaneCoords<kHeadDim>]) {
+  constexpr int kPerLane = kLaneCoords<kHeadDim>;
   const FqCudaAttend& a = args.call;
   const float raw_m = a.raw_m[row] * kLog2e, raw_l = a.raw_l[row], new_m = maximum(m, raw_m);
   const float weight = exp2_fast(m - new_m), raw_weight = exp2_fast(raw_m - new_m);
-  const int64_t at = (row * kWarp + lane_idx()) * kPerLane;
+  const int64_t at = row * kHeadDim + lane_idx() * kPerLane;
   for (int i = 0; i < kPerLane; ++i) {
+    if (!holds<kHeadDim>(lane_idx() * kPerLane + i)) continue;
     float x = o[i] * weight;
     if (raw_l != 0.0f) x += a.raw_o[at + i] * raw_weight;  // what saw nothing may have stored no o
     args.prepared.first_o[at + i] = x;
@@ -99,7 +101,7 @@ FQ_DEVICE void store_joined(const AttendArgs& args, int64_t row, float m, float 
 template <int kHeadDim>
 FQ_KERNEL(kCopyWarps* kWarp, 1)
 attend_copies(FQ_PARAM AttendArgs args) {
-  constexpr int kPerLane = kHeadDim / kWarp, kKeyStride = kHeadDim + 4;
+  constexpr int kPerLane = kLaneCoords<kHeadDim>, kKeyStride = kHeadDim + 4;
   const FqCudaAttend& a = args.call;
   const int kv_head = cta_idx().y, group = a.num_q_heads / args.pages.num_kv_heads;
   const RowBlock b = RowBlock::find(a, group, kCopyColumns, cta_idx().x);
@@ -160,7 +162,7 @@ attend_copies(FQ_PARAM AttendArgs args) {
 #pragma unroll 2
     for (int j = 0; j < kCopyChunk; ++j) {
       float v[kPerLane];
-      load_floats(values + j * kHeadDim + lane * kPerLane, v);
+      load_own<kHeadDim>(values + j * kHeadDim, v);
 #pragma unroll
       for (int r = 0; r < kCopyRows; ++r) {
         for (int i = 0; i < kPerLane; ++i) o[r][i] += weights[r * kCopyChunk + j] * v[i];
@@ -170,7 +172,7 @@ attend_copies(FQ_PARAM AttendArgs args) {
 #pragma unroll
   for (int r = 0; r < kCopyRows; ++r) {
     if (first_own + r >= b.num_rows) continue;
-    store_joined(args, state_row(a, b, group, kv_head, first_own + r), m[r], l[r], o[r]);
+    store_joined<kHeadDim>(args, state_row(a, b, group, kv_head, first_own + r), m[r], l[r], o[r]);
   }
 }
 

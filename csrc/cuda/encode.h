@@ -3,7 +3,7 @@
 //
 // blockIdx.y 0 takes keys, 1 values. A warp owns one vector at a time: it scales and rotates it,
 // each lane finds the nearest codewords of its subvectors, and the warp packs the indices into
-// 32-bit words. Bytes of a record belong to exactly one warp.
+// words. Bytes of a record belong to exactly one warp.
 //
 // With a map of keys (kMapped) a vector is first freed of what is known of it: of the means of
 // first tokens, or of the mean of all keys; and keys of later tokens are transformed in the place
@@ -20,6 +20,8 @@
 // Shared memory: rows [kRows, dim] and half squares [kRows], with a map those of the product code
 // too | per warp: y [d], indices [d / 2], with a map x [d].
 #pragma once
+
+#include <type_traits>
 
 #include "cuda/key_map.h"
 #include "cuda/params.h"
@@ -142,23 +144,27 @@ FQ_DEVICE Match search_product(const FqCudaKeyMap& map, const float* rows, const
 }
 
 // Copies the warp's vector, one that holds a NaN or an infinity as zeros, to its token's row.
-template <int kPerLane>
+template <int kHeadDim>
 FQ_DEVICE void copy_vector(const FqCudaEncode& a, bool is_value, int num_kv_heads, int head,
-                           int64_t token, const float (&v)[kPerLane]) {
+                           int64_t token, const float (&v)[kLaneCoords<kHeadDim>]) {
+  constexpr int kPerLane = kLaneCoords<kHeadDim>;
   const int64_t row = a.copy_rows[token];
   if (row < 0 || row >= a.num_copy_rows) return;
   bool bad = false;
   for (int i = 0; i < kPerLane; ++i) bad |= !(absolute(v[i]) < bits_to_float(0x7F800000));
   bad = any(bad);
-  const int64_t at = ((row * num_kv_heads + head) * kWarp + lane_idx()) * kPerLane;
+  const int first = lane_idx() * kPerLane;
+  const int64_t at = (row * num_kv_heads + head) * kHeadDim + first;
   void* to = is_value ? a.copy_value : a.copy_key;
-  for (int i = 0; i < kPerLane; ++i) store_element(to, at + i, a.copy_dtype, bad ? 0.0f : v[i]);
+  for (int i = 0; i < kPerLane; ++i) {
+    if (holds<kHeadDim>(first + i)) store_element(to, at + i, a.copy_dtype, bad ? 0.0f : v[i]);
+  }
 }
 
 template <int kHeadDim, int kMapped>
 FQ_KERNEL(kEncodeWarps* kWarp, 1)
 encode(FQ_PARAM EncodeArgs args) {
-  constexpr int kPerLane = kHeadDim / kWarp;
+  constexpr int kPerLane = kLaneCoords<kHeadDim>;
   const FqCudaEncode& a = args.call;
   const bool is_value = cta_idx().y == 1;
   const FqCudaCode& code = is_value ? args.codec.value : args.codec.key;
@@ -202,16 +208,19 @@ encode(FQ_PARAM EncodeArgs args) {
     // Dividing by the peak first keeps every square inside float32.
     float v[kPerLane], peak = 0.0f, sum = 0.0f;
     bool bad = false;
-    for (int i = 0; i < kPerLane; ++i)
-      v[i] = load_element(x, token * stride_token + head * stride_head + first + i, a.dtype);
-    if (a.copy_rows) copy_vector(a, is_value, args.pages.num_kv_heads, head, token, v);
+    for (int i = 0; i < kPerLane; ++i) {
+      v[i] = 0.0f;
+      if (holds<kHeadDim>(first + i))
+        v[i] = load_element(x, token * stride_token + head * stride_head + first + i, a.dtype);
+    }
+    if (a.copy_rows) copy_vector<kHeadDim>(a, is_value, args.pages.num_kv_heads, head, token, v);
     if (kMapped) {
       sync_warp();  // the previous vector's x has been read
-      for (int i = 0; i < kPerLane; ++i) x_own[first + i] = v[i];
+      store_own<kHeadDim>(v, x_own);
       sync_warp();
       subtract_known<kHeadDim>(args.map, is_value, head, position, x_own);
       sync_warp();
-      for (int i = 0; i < kPerLane; ++i) v[i] = x_own[first + i];
+      load_own<kHeadDim>(x_own, v);
     }
     for (int i = 0; i < kPerLane; ++i) {
       bad |= !(absolute(v[i]) < bits_to_float(0x7F800000));
@@ -228,7 +237,7 @@ encode(FQ_PARAM EncodeArgs args) {
     sync_warp();  // the previous vector's y and indices have been read
     float length = square_root(warp_sum(sum));
     if (is_product) {
-      for (int i = 0; i < kPerLane; ++i) x_own[first + i] = v[i];
+      store_own<kHeadDim>(v, x_own);
       sync_warp();
       const int64_t matrix = (int64_t)head * kHeadDim * num_coded;
       transform<kHeadDim>(args.map.key_matrix_t + matrix, num_coded, x_own, y);
@@ -244,7 +253,7 @@ encode(FQ_PARAM EncodeArgs args) {
       for (int i = 0; i < kPerLane; ++i) v[i] /= usable ? length : 1.0f;
       rotate<kHeadDim>(args.codec, v, y, false);
       sync_warp();
-      for (int i = 0; i < kPerLane; ++i) y[first + i] = v[i];
+      store_own<kHeadDim>(v, y);
     }
     sync_warp();
     Match match;
@@ -278,14 +287,17 @@ encode(FQ_PARAM EncodeArgs args) {
     const int* num = args.map.num_subvecs;
     const int bits = is_product ? 8 : code.index_bits;
     const int num_subvecs = is_product ? num[0] + num[1] + num[2] : kHeadDim / code.subvec_dim;
-    const int num_words = num_subvecs * bits / 32;
+    using Word = std::conditional_t<kOddRecords<kHeadDim>, uint16_t, uint32_t>;
+    constexpr int kWordBits = 8 * sizeof(Word);
+    const int num_words = num_subvecs * bits / kWordBits;
     for (int word = lane_idx(); word < num_words; word += kWarp) {
+      const int begin = word * kWordBits;
       uint32_t packed = 0;
-      for (int i = word * 32 / bits; i < num_subvecs && i * bits < word * 32 + 32; ++i) {
-        const int shift = i * bits - word * 32;
+      for (int i = begin / bits; i < num_subvecs && i * bits < begin + kWordBits; ++i) {
+        const int shift = i * bits - begin;
         packed |= shift >= 0 ? index[i] << shift : index[i] >> -shift;
       }
-      reinterpret_cast<uint32_t*>(record + index_offset)[word] = usable ? packed : 0;
+      reinterpret_cast<Word*>(record + index_offset)[word] = (Word)(usable ? packed : 0);
     }
     if (lane_idx() == 0) {
       *reinterpret_cast<uint16_t*>(record + norm_offset) =

@@ -20,7 +20,7 @@ constexpr int kMaxPlain = 16;  // a block holds them
 constexpr int kTurnTile = 16;  // positions of a row of turn_coarse
 
 // Pairs of coordinates whose mean turns: at most a quarter as many as there are coordinates.
-constexpr int turn_steps(int head_dim) { return head_dim / 32; }  // of 8 pairs: one product each
+constexpr int turn_steps(int head_dim) { return (head_dim + 31) / 32; }  // of 8 pairs, one product
 
 struct Angle {
   float cosine, sine;

@@ -83,7 +83,7 @@ struct MappedRows {
 
   FQ_DEVICE void load_row(const AttendArgs& args, const RowBlock& b, int group, int kv_head,
                           int row, uint8_t* fragments, float* factors, int32_t* positions) const {
-    constexpr int kPerLane = kHeadDim / kWarp, kMmaSteps = kHeadDim / 16;
+    constexpr int kPerLane = kLaneCoords<kHeadDim>, kMmaSteps = kHeadDim / 16;
     const FqCudaKeyMap& map = args.map;
     const Prepared& from = args.prepared;
     const bool exists = row < b.num_rows;

@@ -21,8 +21,8 @@ constexpr int merge_shared_bytes(int head_dim) { return kMergeWarps * (head_dim 
 // state (m, l, o) of its codes, rotated and in units of value.table_scale.
 template <int kHeadDim>
 FQ_DEVICE void write_row(const AttendArgs& args, int64_t row, float m, float l,
-                         float (&o)[kHeadDim / kWarp], float* scratch) {
-  constexpr int kPerLane = kHeadDim / kWarp;
+                         float (&o)[kLaneCoords<kHeadDim>], float* scratch) {
+  constexpr int kPerLane = kLaneCoords<kHeadDim>;
   const FqCudaAttend& a = args.call;
   const int64_t token = row / a.num_q_heads;
   const int head = (int)(row % a.num_q_heads), first = lane_idx() * kPerLane;
@@ -51,6 +51,7 @@ FQ_DEVICE void write_row(const AttendArgs& args, int64_t row, float m, float l,
   const float unit = weight * args.codec.value.table_scale;
   const int64_t at_out = token * a.stride_out_token + head * a.stride_out_head + first;
   for (int i = 0; i < kPerLane; ++i) {
+    if (!holds<kHeadDim>(first + i)) continue;
     float x = o[i] * unit;
     if (raw_l != 0.0f) x += a.raw_o[row * kHeadDim + first + i] * raw_weight;
     store_element(a.out, at_out + i, a.dtype, x * inverse);
@@ -60,7 +61,7 @@ FQ_DEVICE void write_row(const AttendArgs& args, int64_t row, float m, float l,
 template <int kHeadDim>
 FQ_KERNEL(kMergeWarps* kWarp, 1)
 merge(FQ_PARAM AttendArgs args) {
-  constexpr int kPerLane = kHeadDim / kWarp;
+  constexpr int kPerLane = kLaneCoords<kHeadDim>;
   const FqCudaAttend& a = args.call;
   const int64_t row = (int64_t)cta_idx().x * kMergeWarps + warp_idx();
   const int64_t token = row / a.num_q_heads;
@@ -68,7 +69,7 @@ merge(FQ_PARAM AttendArgs args) {
 
   float* scratch = reinterpret_cast<float*>(shared_memory()) + warp_idx() * (kHeadDim + kWarp);
   float* weights = scratch + kHeadDim;
-  const float* from = a.state_o + row * a.num_splits * kHeadDim + lane_idx() * kPerLane;
+  const float* from = a.state_o + row * a.num_splits * kHeadDim;
   float m = kEmpty, l = 0.0f, o[kPerLane] = {};
   for (int begin = 0; begin < a.num_splits; begin += kWarp) {
     const int split = begin + lane_idx();
@@ -94,7 +95,7 @@ merge(FQ_PARAM AttendArgs args) {
       for (int j = 0; j < kMergeAhead; ++j) {
         for (int i = 0; i < kPerLane; ++i) part[j][i] = 0.0f;
         if (at + j < count && weights[at + j] != 0.0f)  // what saw nothing has stored no o
-          load_floats(from + (int64_t)(begin + at + j) * kHeadDim, part[j]);
+          load_own<kHeadDim>(from + (int64_t)(begin + at + j) * kHeadDim, part[j]);
       }
 #pragma unroll
       for (int j = 0; j < kMergeAhead; ++j) {

@@ -107,7 +107,7 @@ struct FqCudaAttend {
   // Scratch of a key map, of copies or of kept first tokens: fq_cuda_prepared_floats for each row.
   // Null without all of them.
   float* prepared;
-  const void* first_query;  // as query; what positions below keep_first are scored with
+  const void* first_query;     // as query; what positions below keep_first are scored with
   int64_t stride_block_table;  // elements
   int64_t stride_query_token, stride_query_head;
   int64_t stride_out_token, stride_out_head;

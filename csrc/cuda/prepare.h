@@ -29,7 +29,7 @@ constexpr int prepare_shared_bytes(int head_dim) { return kPrepareWarps * 2 * he
 // warp; lanes take neighbouring columns.
 template <int kHeadDim>
 FQ_DEVICE void transform(const float* matrix_t, int num_coded, const float* x, float* y) {
-  constexpr int kPerLane = kHeadDim / kWarp;
+  constexpr int kPerLane = kLaneCoords<kHeadDim>;
   float sum[kPerLane] = {};
   for (int j = 0; j < kHeadDim; ++j) {
     const float factor = x[j];
@@ -50,10 +50,10 @@ FQ_DEVICE void transform(const float* matrix_t, int num_coded, const float* x, f
 // rotate() hands them out; so is o, in the model's basis.
 template <int kHeadDim, int kMapped>
 FQ_DEVICE void attend_first(const AttendArgs& args, int req, int kv_head, int context, int position,
-                            int end, const float (&x)[kHeadDim / kWarp],
-                            const float (&turned)[kHeadDim / kWarp], float* scratch, float* m,
-                            float* l, float (&o)[kHeadDim / kWarp]) {
-  constexpr int kPerLane = kHeadDim / kWarp;
+                            int end, const float (&x)[kLaneCoords<kHeadDim>],
+                            const float (&turned)[kLaneCoords<kHeadDim>], float* scratch, float* m,
+                            float* l, float (&o)[kLaneCoords<kHeadDim>]) {
+  constexpr int kPerLane = kLaneCoords<kHeadDim>;
   const FqCudaAttend& a = args.call;
   const FqCudaKeyMap& map = args.map;
   const int first = lane_idx() * kPerLane;
@@ -79,6 +79,8 @@ FQ_DEVICE void attend_first(const AttendArgs& args, int req, int kv_head, int co
     const int64_t at = ((int64_t)kv_head * map.num_first + token) * kHeadDim + first;
     float dot = 0.0f, value[kPerLane];
     for (int i = 0; i < kPerLane; ++i) {
+      value[i] = 0.0f;
+      if (!holds<kHeadDim>(first + i)) continue;
       dot += turned[i] * decode_coordinate(args.codec.key, record, first + i) * key_norm;
       if (known) dot += x[i] * map.first_key[at + i];
       value[i] = decode_coordinate(args.codec.value, values, first + i) * value_norm;
@@ -93,7 +95,8 @@ FQ_DEVICE void attend_first(const AttendArgs& args, int req, int kv_head, int co
     *l = *l * old + weight;
     for (int i = 0; i < kPerLane; ++i) {
       o[i] = o[i] * old + weight * value[i];
-      means[i] = means[i] * old + (known ? weight * map.first_value[at + i] : 0.0f);
+      means[i] *= old;
+      if (known && holds<kHeadDim>(first + i)) means[i] += weight * map.first_value[at + i];
     }
   }
   rotate<kHeadDim>(args.codec, o, scratch, true);
@@ -103,10 +106,12 @@ FQ_DEVICE void attend_first(const AttendArgs& args, int req, int kv_head, int co
 // Stores a row's state of the first tokens. `o` has the lane's coordinates.
 template <int kHeadDim>
 FQ_DEVICE void store_first(const AttendArgs& args, int64_t row, float m, float l,
-                           const float (&o)[kHeadDim / kWarp]) {
-  constexpr int kPerLane = kHeadDim / kWarp;
-  const int64_t at = row * kHeadDim + lane_idx() * kPerLane;
-  for (int i = 0; i < kPerLane; ++i) args.prepared.first_o[at + i] = o[i];
+                           const float (&o)[kLaneCoords<kHeadDim>]) {
+  constexpr int kPerLane = kLaneCoords<kHeadDim>;
+  const int first = lane_idx() * kPerLane;
+  for (int i = 0; i < kPerLane; ++i) {
+    if (holds<kHeadDim>(first + i)) args.prepared.first_o[row * kHeadDim + first + i] = o[i];
+  }
   if (lane_idx() == 0) {
     args.prepared.first_m[row] = m / kLog2e;
     args.prepared.first_l[row] = l;
@@ -117,7 +122,7 @@ FQ_DEVICE void store_first(const AttendArgs& args, int64_t row, float m, float l
 template <int kHeadDim, int kMapped>
 FQ_KERNEL(kPrepareWarps* kWarp, 1)
 prepare(FQ_PARAM AttendArgs args) {
-  constexpr int kPerLane = kHeadDim / kWarp;
+  constexpr int kPerLane = kLaneCoords<kHeadDim>;
   const FqCudaAttend& a = args.call;
   const FqCudaKeyMap& map = args.map;
   const int kv_head = cta_idx().y, group = a.num_q_heads / args.pages.num_kv_heads;
@@ -139,6 +144,8 @@ prepare(FQ_PARAM AttendArgs args) {
   const int64_t stride_head = kMapped ? a.stride_query_head : a.stride_first_query_head;
   const int64_t from = token * stride_token + head * stride_head + first;
   for (int i = 0; i < kPerLane; ++i) {
+    x[i] = turned[i] = 0.0f;
+    if (!holds<kHeadDim>(first + i)) continue;
     x[i] = turned[i] = load_element(query, from + i, a.dtype);
     if (kMapped) bias += x[i] * map.mean[kv_head * kHeadDim + first + i];
   }
@@ -155,6 +162,7 @@ prepare(FQ_PARAM AttendArgs args) {
   // ---- the query in the keys' coordinates, and what it makes of cosines and sines
   sync_warp();
   for (int i = 0; i < kPerLane; ++i) {
+    if (!holds<kHeadDim>(first + i)) continue;
     own[first + i] = x[i];
     coded[first + i] = turned[i];
   }
@@ -191,7 +199,8 @@ prepare(FQ_PARAM AttendArgs args) {
     l = l * old + raw_l * weight;
     for (int i = 0; i < kPerLane; ++i) {
       o[i] *= old;
-      if (raw_l != 0.0f) o[i] += a.raw_o[row * kHeadDim + first + i] * weight;
+      if (raw_l != 0.0f && holds<kHeadDim>(first + i))
+        o[i] += a.raw_o[row * kHeadDim + first + i] * weight;
     }
   }
   store_first<kHeadDim>(args, row, m, l, o);

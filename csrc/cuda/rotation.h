@@ -2,18 +2,17 @@
 // The rotation of one vector by one warp.
 #pragma once
 
+#include "cuda/lanes.h"
 #include "cuda/params.h"
-#include "cuda/warp.h"
 
 namespace fq {
 
-// A warp holds a vector with lane i at coordinates i * kPerLane to i * kPerLane + kPerLane - 1.
-// Rotates it; inverse: its transpose. `scratch` is float [kHeadDim] of shared memory of the warp,
-// used when the rotation is a dense matrix.
+// Rotates a vector that a warp holds as lanes.h says; inverse: its transpose. `scratch`
+// is float [kHeadDim] of shared memory of the warp, used when the rotation is a dense matrix.
 template <int kHeadDim>
-FQ_DEVICE void rotate(const FqCudaCodec& codec, float (&x)[kHeadDim / kWarp], float* scratch,
+FQ_DEVICE void rotate(const FqCudaCodec& codec, float (&x)[kLaneCoords<kHeadDim>], float* scratch,
                       bool inverse) {
-  constexpr int kPerLane = kHeadDim / kWarp;
+  constexpr int kPerLane = kLaneCoords<kHeadDim>;
   const int first = lane_idx() * kPerLane;
   if constexpr ((kHeadDim & (kHeadDim - 1)) == 0) {  // Walsh-Hadamard, neighbours first
     if (!inverse) {
@@ -46,12 +45,16 @@ FQ_DEVICE void rotate(const FqCudaCodec& codec, float (&x)[kHeadDim / kWarp], fl
     // y_i = sum_j matrix_t[j, i] x_j: lanes read neighbouring columns of a row.
     const float* matrix = inverse ? codec.rotation_matrix : codec.rotation_matrix_t;
     sync_warp();
-    for (int i = 0; i < kPerLane; ++i) scratch[first + i] = x[i];
+    for (int i = 0; i < kPerLane; ++i) {
+      if (holds<kHeadDim>(first + i)) scratch[first + i] = x[i];
+    }
     sync_warp();
     for (int i = 0; i < kPerLane; ++i) x[i] = 0.0f;
     for (int j = 0; j < kHeadDim; ++j) {
       const float factor = scratch[j];
-      for (int i = 0; i < kPerLane; ++i) x[i] += matrix[j * kHeadDim + first + i] * factor;
+      for (int i = 0; i < kPerLane; ++i) {
+        if (holds<kHeadDim>(first + i)) x[i] += matrix[j * kHeadDim + first + i] * factor;
+      }
     }
     sync_warp();
   }

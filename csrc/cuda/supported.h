@@ -8,7 +8,7 @@
 namespace fq {
 
 // X(head_dim, columns): columns = query rows that share a decoded token in a wide row block.
-#define FQ_HEAD_DIMS(X) X(64, 32) X(96, 32) X(128, 32) X(192, 16) X(256, 16)
+#define FQ_HEAD_DIMS(X) X(64, 32) X(80, 32) X(96, 32) X(112, 32) X(128, 32) X(192, 16) X(256, 16)
 
 // X(kind, subvec_dim, index_bits, folded, name). All have 256 stored rows.
 #define FQ_CODES(X)                  \

@@ -5,7 +5,8 @@
 // how many of them meet in a bank of shared memory. Orders are permutations of the four bits of a
 // row's number, whose images add up: token(row + 8) = token(row) + token(8) for rows below 8. The
 // best one depends on the record's size and on where a lane's indices begin in it; the launcher
-// finds it once for every pair of codes.
+// finds it once for every pair of codes. Where fields may begin between words, the count is an
+// estimate: of the words in which they begin.
 #pragma once
 
 #include "cuda/codes.h"
@@ -100,7 +101,7 @@ inline TokenOrder best_order(int head_dim, int key_kind, int value_kind) {
 #undef FQ_BITS
   };
   const IndexReads key = {kDims[key_kind], kBits[key_kind], head_dim / 4};
-  const IndexReads value = {kDims[value_kind], kBits[value_kind], head_dim / 8};
+  const IndexReads value = {kDims[value_kind], kBits[value_kind], head_dim / kWarp * kWarp / 8};
   const RecordLayout layout = record_layout(index_bytes(head_dim / key.dim, key.bits),
                                             index_bytes(head_dim / value.dim, value.bits));
   TokenOrder best = TokenOrder::of_bits(1, 2, 4, 8);

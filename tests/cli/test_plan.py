@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import pytest
 from vllm_fibquant.cli import main, plan
 from vllm_fibquant.cli.shape import shape_of
 from vllm_fibquant.codec.config import PRESETS
+from vllm_fibquant.engine import device_pool
 
 GIB = 1 << 30
 LLAMA = {
@@ -278,6 +280,28 @@ def test_copies_are_taken_from_pages_and_counted_in_the_rate():
     skipped = tuple(map(str, range(30)))
     dense = plan.plan_capacities(make_shape(), GIB, 4096, num_copies=68, skip_layers=skipped)
     assert by_name(dense)["fibquant_2bit"].copy_bytes == 0
+
+
+def test_copies_are_counted_by_the_rule_of_the_device():
+    """On a GPU a row follows from a slot alone, which takes more rows than tokens; layers that read
+    another's pages read its copies, too."""
+    copies = {"num_copies": 68, "num_copied_first": 4, "max_num_seqs": 8}
+    found = by_name(plan.plan_capacities(make_shape(), GIB, 4096, device="cuda", **copies))
+    found = found["fibquant_2bit"]
+    num_rows = 8 * device_pool.rows_of_a_request("cuda", 4, 64)
+    assert num_rows > 8 * device_pool.rows_of_a_request("cpu", 4, 64) == 8 * 68
+    assert found.copy_bytes == num_rows * 30 * 3 * 2 * 64 * 2
+    assert found.effective_rate == pytest.approx(2.25 + 16 * 68 / 4096)
+    shape = dataclasses.replace(make_shape(), readers=(5, 7))
+    counted = {
+        device: by_name(plan.plan_capacities(shape, GIB, 4096, device=device, **copies))
+        for device in ("cpu", "cuda")
+    }
+    assert counted["cuda"]["fibquant_2bit"].copy_bytes == found.copy_bytes
+    assert counted["cpu"]["fibquant_2bit"].copy_bytes == 8 * 68 * 32 * 3 * 2 * 64 * 2
+    with pytest.raises(ValueError, match="--device must be cpu or cuda, got tpu"):
+        plan.plan_capacities(make_shape(), GIB, 4096, device="tpu")
+    assert plan.plan_capacities(make_shape(), GIB, 4096, block_size=16, device="cuda")
 
 
 def test_command(tmp_path, capsys):

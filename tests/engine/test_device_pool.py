@@ -245,7 +245,7 @@ def test_copies_never_lie(num_rows, num_first, num_recent, block, random) -> Non
 def test_full_batches_find_most_of_their_windows(shuffled: bool) -> None:
     """32 requests of 128 newest and 4 first tokens, as long as their windows and longer."""
     num_reqs, num_new = 32, 200
-    num_rows = num_reqs * device_pool.rows_of_a_request(4, 128)
+    num_rows = num_reqs * device_pool.rows_of_a_request("cuda", 4, 128)
     pool = DevicePool(num_rows, 4, 128, BLOCK, num_reqs, 4096, torch.device("cpu"))
     blocks = list(range(1, num_reqs * 32 + 1))
     if shuffled:

@@ -63,7 +63,7 @@ def test_mapped_keys(library, kind: str, wide: bool, dtype: torch.dtype) -> None
         check(library, paged, copies=copies, wide=wide)
 
 
-@pytest.mark.parametrize("head_dim", [96, 128, 192, 256])
+@pytest.mark.parametrize("head_dim", [80, 96, 112, 128, 192, 256])
 @pytest.mark.parametrize("name", ["fibquant_k5v3", "fibquant_1bit"])
 def test_every_head_dim(library, name: str, head_dim: int) -> None:
     for wide in (False, True):

@@ -31,7 +31,7 @@ def test_every_preset(library, name: str, wide: bool) -> None:
     check(library, paged, wide=wide, keep_first=4, window=20, first_query=other_query(paged))
 
 
-@pytest.mark.parametrize("head_dim", [96, 128, 192, 256])
+@pytest.mark.parametrize("head_dim", [80, 96, 112, 128, 192, 256])
 def test_every_head_dim(library, head_dim: int) -> None:
     codec = codec_of("fibquant_k5v3", head_dim)
     paged = paged_of(codec, [60, 23], [1, 5], num_kv_heads=1, group_size=5)

@@ -39,7 +39,7 @@ def library(request):
 
 
 @pytest.mark.parametrize("arch", ["80", "90", "100", "120"])
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 112, 128, 192, 256])
 def test_every_instruction_of_every_kernel_is_known(head_dim: int, arch: str) -> None:
     """Also those of kernels and branches that no case runs."""
     source = emu.ROOT / "csrc" / "cuda" / "kernels.cu"

@@ -20,6 +20,7 @@ from tests.ops import test_cuda_copies as copied
 from tests.ops.test_copies import make_copies
 from tests.ops.test_cuda_banks import per_token
 from tests.ops.test_cuda_emulated import check, codec_of, encode_both, paged_of
+from tests.ops.test_retention import other_query
 from tests.paged import check_records
 from tests.ptx import device
 from tests.ptx.memory import Shared
@@ -53,6 +54,8 @@ def library(request):
         ("90", "fibquant_1bit", 64, 3, {"wide": True}),
         ("80", "fibquant_1bit", 96, 3, {}),
         ("90", "fibquant_k5v3", 128, 4, {"num_splits": 1}),
+        ("90", "fibquant_k5v4", 80, 3, {}),
+        ("90", "fibquant_1bit", 80, 3, {"wide": True}),
     ],
     indirect=["library"],
 )
@@ -82,6 +85,13 @@ def test_copies(library, kind: str) -> None:
     copied.check(library, paged, copies=copies, window=60)
 
 
+@pytest.mark.parametrize("num_splits", [1, 3])
+def test_kept_first_tokens(library, num_splits: int) -> None:
+    paged = paged_of(codec_of("fibquant_3bit", 64), [90, 1, 33], [1, 1, 7], group_size=3)
+    options = {"keep_first": 20, "window": 30, "first_query": other_query(paged)}
+    check(library, paged, num_splits=num_splits, **options)
+
+
 @pytest.mark.parametrize("library", ["80", "90", "120"], indirect=True)
 def test_plans_of_copies(library) -> None:
     """A batch of several requests, chunks and decodes, blocks that change hands, and few rows."""
@@ -103,13 +113,18 @@ def test_encode_copies(library, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("library", "name"),
-    [("80", "fibquant_k5v3"), ("90", "fibquant_3bit"), ("90", "fibquant_1bit")],
+    ("library", "name", "head_dim"),
+    [
+        ("80", "fibquant_k5v3", 64),
+        ("90", "fibquant_3bit", 64),
+        ("90", "fibquant_1bit", 64),
+        ("90", "fibquant_k5v4", 80),
+    ],
     indirect=["library"],
 )
-def test_encode(library, name: str) -> None:
-    codec = codec_of(name, 64)
-    key, value = torch.randn(2, 21, 2, 64, generator=torch.Generator().manual_seed(2)) * 3
+def test_encode(library, name: str, head_dim: int) -> None:
+    codec = codec_of(name, head_dim)
+    key, value = torch.randn(2, 21, 2, head_dim, generator=torch.Generator().manual_seed(2)) * 3
     key[3, 1, 7], value[4, 0, 8] = float("nan"), -float("inf")
     key[5], value[6], key[7, 0, 1] = 0.0, 1e-41, 3e38
     slots = torch.randperm(64, generator=torch.Generator().manual_seed(3))[:20]

@@ -131,6 +131,12 @@ def _add_plan(commands: Any) -> None:
     plan.add_argument(
         "--context", help="tokens of one request, e.g. 32k; default: the model's maximum"
     )
+    plan.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="whose rules for copies in 16 bits count; default: cpu",
+    )
     plan.add_argument("--block-size", type=int, default=128, help="default: 128, as on CPUs")
     plan.add_argument("--tensor-parallel-size", "-tp", type=int, default=1)
     plan.add_argument(
@@ -199,6 +205,7 @@ def run_plan(options: argparse.Namespace) -> int:
         skip_layers=tuple(options.kv_cache_dtype_skip_layers),
         batched_tokens=options.max_num_batched_tokens,
         max_num_seqs=options.max_num_seqs,
+        device=options.device,
     )
     if options.json:
         print(json.dumps(plan.as_json(shape, memory, context, capacities), indent=2))

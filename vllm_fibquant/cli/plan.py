@@ -18,6 +18,7 @@ from vllm_fibquant.cli.shape import ModelShape, max_context, needs_vllm, read_co
 from vllm_fibquant.codec.config import PRESETS
 from vllm_fibquant.codec.layout import preset_layout
 from vllm_fibquant.codec.page_fit import fit_pages
+from vllm_fibquant.engine import device_pool
 from vllm_fibquant.engine.copies import num_copy_rows
 from vllm_fibquant.options import SECTION, parse_layers, parse_options
 
@@ -25,14 +26,15 @@ DENSE_BYTES = {"bf16": 2, "fp8": 1}
 """Bytes of one stored coordinate of the uncompressed caches."""
 
 DEFAULT_BLOCK_SIZE = 128
+DEFAULT_DEVICE = "cpu"
 DEFAULT_BATCHED_TOKENS = 2048
 """What vLLM's server takes on CPUs when nothing is given."""
 
 DEFAULT_NUM_SEQS = 128
 """Requests of a step that vLLM's server takes on CPUs when nothing is given."""
 
-BLOCK_MULTIPLE = 32
-"""What vLLM's CPU attention demands of a block."""
+BLOCK_MULTIPLE = {"cpu": 32, "cuda": 16}
+"""What is demanded of a block, by device: on CPUs by vLLM's attention."""
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY_UNITS = {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
@@ -109,6 +111,7 @@ def plan_model(
     skip_layers: tuple[str, ...] = (),
     batched_tokens: int = DEFAULT_BATCHED_TOKENS,
     max_num_seqs: int = DEFAULT_NUM_SEQS,
+    device: str = DEFAULT_DEVICE,
 ) -> tuple[ModelShape, int, list[Capacity]]:
     """A model's shape, tokens of a request, and what fits: see `plan_capacities`.
 
@@ -126,6 +129,11 @@ def plan_model(
     if needs_vllm(config):
         from vllm_fibquant.cli.plan_states import plan_states
 
+        if device != DEFAULT_DEVICE:
+            raise ValueError(
+                "plan: --device must be left out for models with states or latents, got "
+                f"{device}: vLLM is asked, for the device of this machine"
+            )
         if tensor_parallel_size != 1:
             raise ValueError(
                 "plan: --tensor-parallel-size must be 1 for models with states or latents, got "
@@ -145,6 +153,7 @@ def plan_model(
         return shape, context, capacities
     shape = shape_of(model, config)
     modes = {name: value for name, value in options.items() if name != "layers"}
+    modes = parse_options("fibquant", {SECTION: modes})
     capacities = plan_capacities(
         shape,
         memory_bytes,
@@ -153,8 +162,10 @@ def plan_model(
         tensor_parallel_size=tensor_parallel_size,
         skip_layers=skip_layers,
         batched_tokens=batched_tokens,
-        num_copies=parse_options("fibquant", {SECTION: modes}).num_copies,
+        num_copies=modes.num_copies,
+        num_copied_first=modes.num_copied_first,
         max_num_seqs=max_num_seqs,
+        device=device,
         layer_presets=parse_layers(options.get("layers")),
     )
     return shape, context, capacities
@@ -170,8 +181,10 @@ def plan_capacities(
     skip_layers: tuple[str, ...] = (),
     batched_tokens: int = DEFAULT_BATCHED_TOKENS,
     num_copies: int = 0,
+    num_copied_first: int = 0,
     max_num_seqs: int = DEFAULT_NUM_SEQS,
     layer_presets: tuple[tuple[int, str], ...] = (),
+    device: str = DEFAULT_DEVICE,
 ) -> list[Capacity]:
     """What fits into `memory_bytes` of every worker's cache, for bf16, fp8 and every preset.
 
@@ -186,8 +199,10 @@ def plan_capacities(
         batched_tokens: vLLM's --max-num-batched-tokens, which bounds what a sliding-window
             layer holds of one request.
         num_copies: tokens of a request that our layers also keep in 16 bits (mode quality).
+        num_copied_first: of them, first ones.
         max_num_seqs: vLLM's --max-num-seqs: requests that have copies.
         layer_presets: numbers of layers that have another preset than the rest, and its name.
+        device: "cpu" or "cuda", whose pools of copies differ.
 
     Returns:
         One entry for every cache dtype that the head_dim allows.
@@ -199,9 +214,12 @@ def plan_capacities(
             f"plan: --kv-cache-dtype-skip-layers must be layer numbers below "
             f"{len(shape.windows)} or sliding_window, got {', '.join(unknown)}"
         )
-    if block_size < 1 or block_size % BLOCK_MULTIPLE:
+    if device not in BLOCK_MULTIPLE:
+        raise ValueError(f"plan: --device must be {' or '.join(BLOCK_MULTIPLE)}, got {device}")
+    multiple = BLOCK_MULTIPLE[device]
+    if block_size < 1 or block_size % multiple:
         raise ValueError(
-            f"plan: --block-size must be a positive multiple of {BLOCK_MULTIPLE}, got {block_size}"
+            f"plan: --block-size must be a positive multiple of {multiple}, got {block_size}"
         )
     if tensor_parallel_size < 1:
         raise ValueError(
@@ -213,6 +231,9 @@ def plan_capacities(
     others = [token_bytes(head_dim) for head_dim in shape.head_dims]
     _check_layer_presets(shape, layer_presets, skip_layers, sizes)
 
+    rows = device_pool.rows_of_a_request(device, num_copied_first, num_copies - num_copied_first)
+    # Layers that read another's pages read its copies, too, where encoding makes them.
+    readers = () if device_pool.serves(device) else shape.readers
     capacities = []
     for name in [n for n in sizes if all(n in other for other in others)]:
         layers = layer_specs(
@@ -224,12 +245,12 @@ def plan_capacities(
         dense_bytes = DENSE_BYTES["bf16"]
         coded = [x for x in layers if x.token_bytes < x.num_coordinates * dense_bytes]
         stored = sum(layer.token_bytes for layer in coded or layers)
-        copying = coded + [layers[i] for i in shape.readers if layers[i] in coded]
+        copying = coded + [layers[i] for i in readers if layers[i] in coded]
         row_bytes = sum(layer.num_coordinates for layer in copying) * dense_bytes
         copied = num_copies if name in PRESETS and coded else 0
         copy_bytes = 0
         if copied:
-            copy_bytes = row_bytes * num_copy_rows(max_num_seqs * copied, row_bytes, memory_bytes)
+            copy_bytes = row_bytes * num_copy_rows(max_num_seqs * rows, row_bytes, memory_bytes)
         num_blocks = (memory_bytes - copy_bytes) // bytes_per_block
         blocks_per_user = sum(request_blocks(group, context, batched_tokens) for group in groups)
         max_concurrency = num_blocks / blocks_per_user

@@ -56,8 +56,11 @@ def planner_of(device: torch.device) -> Planner | None:
     return cuda.library().plan_copies if device.type == "cuda" else None
 
 
-def rows_of_a_request(num_first: int, num_recent: int) -> int:
-    """Rows of a pool for each request of full batches."""
+def rows_of_a_request(device_type: str, num_first: int, num_recent: int) -> int:
+    """Rows of copies for each request of full batches: one for each token on a CPU, whose pool
+    (`copies.CopyPool`) finds a free one."""
+    if not serves(device_type):
+        return num_first + num_recent
     return RECENT_ROWS * num_recent + FIRST_ROWS * num_first
 
 

@@ -76,15 +76,13 @@ def copy_rows(vllm_config: VllmConfig, available_bytes: int) -> tuple[int, int]:
     row_bytes = sum(2 * x.num_kv_heads * x.head_size * itemsize for x in copied)
     if row_bytes == 0:
         return 0, 0
-    wanted = vllm_config.scheduler_config.max_num_seqs * _rows_of_a_request(layers[0], on_gpu)
+    wanted = vllm_config.scheduler_config.max_num_seqs * _rows_of_a_request(vllm_config, layers[0])
     return num_copy_rows(wanted, row_bytes, available_bytes), row_bytes
 
 
-def _rows_of_a_request(layer: FibQuantImpl, on_gpu: bool) -> int:
-    options = layer.options
-    if on_gpu:
-        return device_pool.rows_of_a_request(options.num_copied_first, options.recent_window)
-    return options.num_copies
+def _rows_of_a_request(vllm_config: VllmConfig, layer: FibQuantImpl) -> int:
+    kept = layer.options.num_copied_first, layer.options.recent_window
+    return device_pool.rows_of_a_request(vllm_config.device_config.device_type, *kept)
 
 
 def allocate_copies(vllm_config: VllmConfig, available_bytes: int) -> int:
@@ -118,6 +116,6 @@ def allocate_copies(vllm_config: VllmConfig, available_bytes: int) -> int:
         num_rows * row_bytes / 2**20,
         layers[0].options.recent_window,
         layers[0].options.num_copied_first,
-        num_rows // _rows_of_a_request(layers[0], on_gpu),
+        num_rows // _rows_of_a_request(vllm_config, layers[0]),
     )
     return num_rows * row_bytes

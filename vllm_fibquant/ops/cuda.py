@@ -37,6 +37,7 @@ from vllm_fibquant.ops.checks import check_pair
 from vllm_fibquant.ops.cuda_structs import FqCudaAttend, FqCudaEncode, FqCudaPlan
 from vllm_fibquant.ops.cuda_support import NARROW_COLUMNS, Support
 from vllm_fibquant.ops.cuda_tables import (
+    PAIRS,
     FqCudaCode,
     FqCudaCodec,
     FqCudaKeyMap,
@@ -392,7 +393,7 @@ def workspace_floats(num_rows: int, head_dim: int, num_splits: int) -> int:
 
 def most_prepared_floats(head_dim: int) -> int:
     """float32 elements of scratch memory that a row of queries needs with any map of keys."""
-    most = FqCudaKeyMap(num_turning=head_dim // 4)
+    most = FqCudaKeyMap(num_turning=-(-head_dim // 4 // PAIRS) * PAIRS)
     floats: int = library().lib.fq_cuda_prepared_floats(head_dim, most)
     return floats
 

@@ -16,7 +16,7 @@ from vllm_fibquant.keys.transform import run_lengths
 
 TILE = 16
 """Positions of a row of the coarse table of cosines and sines."""
-_PAIRS = 8
+PAIRS = 8
 """Pairs that turn come in a multiple of it: those of one product."""
 
 
@@ -148,7 +148,7 @@ def key_map_struct(key_map: KeyMap, device: torch.device) -> FqCudaKeyMap:
 def _padded_turns(turning: TurningMean) -> tuple[torch.Tensor, torch.Tensor]:
     """turn_pairs and turn_mean of params.h."""
     turns, chosen = turning.turns, turning.chosen.long()
-    missing = -chosen.shape[1] % _PAIRS
+    missing = -chosen.shape[1] % PAIRS
     columns = chosen.unsqueeze(-1).to(torch.int32)
     rows = torch.cat((turns.pairs[chosen], columns, torch.zeros_like(columns)), -1)
     rows = torch.nn.functional.pad(rows, (0, 0, 0, missing))
