@@ -22,8 +22,11 @@ from tests.engine.harness import (
     random_text,
 )
 from tests.engine.models import make_model
+from tests.engine.test_monitor import Findings
 from vllm_fibquant import ops
-from vllm_fibquant.engine import device_pool, layers, measure
+from vllm_fibquant.engine import device_pool, gate, layers, measure
+from vllm_fibquant.observe import device_monitor
+from vllm_fibquant.observe.ledger import HEALTHY, UNKNOWN, Ledger
 from vllm_fibquant.ops import raw_states
 from vllm_fibquant.ops.cuda import Cuda
 
@@ -175,3 +178,24 @@ def test_first_tokens_are_kept(model_folder, calls):
     differences = differences_of(*found)
     assert len(differences) > NUM_TOKENS
     assert statistics.median(differences) < 1e-2
+
+
+def test_the_monitor_and_the_fidelity_gate(model_folder, calls, monkeypatch):
+    """They change no bit, find samples that are read again, and raise no alarm."""
+    model = make_model("llama", model_folder)
+    monkeypatch.setattr(device_monitor, "serves", lambda device_type: True)
+    monkeypatch.setattr(Ledger, "can_afford", lambda self, num_comparisons=1: True)
+    options = {"prefill": "codes", "self_check": False, "calibrate": "none", "accept_loss": True}
+    answers = {}
+    for monitor in (False, True):
+        findings, calls["attend"] = Findings(), 0
+        with engine(
+            model, "fibquant_4bit", fibquant={**options, "monitor": monitor}, **SETTINGS
+        ) as llm:
+            assert gate.outcome_of(llm.llm_engine.vllm_config).state != "skipped"
+            answers[monitor] = generate(llm, PROMPTS, NUM_TOKENS)
+            answers[monitor] += generate(llm, PROMPTS[:1], NUM_TOKENS)
+        assert calls["attend"] > 0
+    assert [a.bits for a in answers[True]] == [a.bits for a in answers[False]]
+    assert findings.samples > 0 and findings.changed == 0
+    assert findings.health in (UNKNOWN, HEALTHY)

@@ -153,7 +153,7 @@ def test_how_far_queries_turn_back_stays_in_one_place() -> None:
     made.retain, made._gone = Retain(first=4, recent=10), torch.full((64,), -7)
     first = metadata_of_v2([1, 1], paged_of_two(), 4, 4, made=made).num_gone
     assert first is made._gone and first[:2].tolist() == [26, 3]
-    assert 0 <= int(first[:4].min()) and int(first[:4].max()) < made._max_model_len
+    assert int(first[:4].min()) >= 0 and int(first[:4].max()) < made._max_model_len
     made.retain = Retain(first=4, recent=600)
     again = metadata_of_v2([1, 1], paged_of_two(), 2, 2, made=made).num_gone
     assert again is first and first[:2].tolist() == [0, 0]

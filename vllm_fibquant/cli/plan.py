@@ -153,7 +153,7 @@ def plan_model(
         return shape, context, capacities
     shape = shape_of(model, config)
     modes = {name: value for name, value in options.items() if name != "layers"}
-    modes = parse_options("fibquant", {SECTION: modes})
+    parsed = parse_options("fibquant", {SECTION: modes})
     capacities = plan_capacities(
         shape,
         memory_bytes,
@@ -162,8 +162,8 @@ def plan_model(
         tensor_parallel_size=tensor_parallel_size,
         skip_layers=skip_layers,
         batched_tokens=batched_tokens,
-        num_copies=modes.num_copies,
-        num_copied_first=modes.num_copied_first,
+        num_copies=parsed.num_copies,
+        num_copied_first=parsed.num_copied_first,
         max_num_seqs=max_num_seqs,
         device=device,
         layer_presets=parse_layers(options.get("layers")),

@@ -25,8 +25,9 @@ from vllm_fibquant.engine.copies import CopyPool
 from vllm_fibquant.engine.gate import outcome_of
 from vllm_fibquant.engine.non_finite import DeviceReader
 from vllm_fibquant.engine.self_checks import check_kernels
+from vllm_fibquant.observe import device_monitor
 from vllm_fibquant.observe.counters import own_counters
-from vllm_fibquant.observe.monitor import Probe, monitor_of
+from vllm_fibquant.observe.monitor import Monitor, Probe, monitor_of
 from vllm_fibquant.ops import Batch
 from vllm_fibquant.ops.checks import check_tensor
 from vllm_fibquant.options import Retain
@@ -53,7 +54,7 @@ class FibQuantMetadata(AttentionMetadata):
     num_tokens: int
     batch: Batch
     num_gone: torch.Tensor | None = None
-    probe: Probe | None = None
+    probe: Probe | device_monitor.Probe | None = None
     positions: torch.Tensor | None = None
     num_decodes: int = 0
     num_decode_tokens: int = 0
@@ -117,7 +118,12 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
         self._needs_starts = on_gpu and any(impl.attends_raw for impl in impls.values())
         self._with_sinks = [impl for impl in impls.values() if impl.attend.sinks is not None]
         is_loss_accepted = outcome_of(vllm_config).state == "accepted"
-        self._monitor = monitor_of(vllm_config, impls, kv_cache_spec.block_size, is_loss_accepted)
+        make: Any = Monitor
+        if device_monitor.serves(device.type):
+            make = functools.partial(device_monitor.DeviceMonitor, device=device)
+        self._monitor = monitor_of(
+            vllm_config, impls, kv_cache_spec.block_size, is_loss_accepted, make
+        )
         for impl in impls.values():
             # The layers of a group have the same options, and share block tables and so one pool.
             options, self.retain = impl.options, impl.options.retain
@@ -170,12 +176,21 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
                 query_starts=common.query_start_loc_cpu.tolist() if self._needs_starts else None,
             ),
             num_gone=self._num_gone(common),
-            probe=self._monitor.plan(*_as_numpy(common)) if self._monitor else None,
+            probe=self._probe(common) if self._monitor else None,
             positions=self._keep_positions(common) if self._needs_positions else None,
             num_decodes=num_decodes,
             num_decode_tokens=num_decode_tokens,
             copy_rows=copy_rows,
         )
+
+    def _probe(self, common: CommonAttentionMetadata) -> Any:
+        """What the monitor compares in this step, or None."""
+        if isinstance(self._monitor, Monitor):
+            return self._monitor.plan(*_as_numpy(common))
+        step = device_monitor.Step(
+            common.query_start_loc, common.seq_lens, common.block_table_tensor, common.slot_mapping
+        )
+        return self._monitor.plan(common.query_start_loc_cpu.numpy(), step)
 
     def _plan_copies(
         self, common: CommonAttentionMetadata

@@ -43,6 +43,9 @@ def gpu_rows(vllm_config: VllmConfig, options: Options) -> Iterator[Row]:
         if name in ("calibrate", "retain") and (why := gpu.why_no_maps(head_dim_of(vllm_config))):
             hint = f"{why}; leave it out"
         yield is_met, name, "left out on a GPU", asked, hint
+    yield (not (options.monitor and vllm_config.parallel_config.use_ubatching), "monitor",
+           "left out with microbatches on a GPU, one of which does not see what another writes",
+           options.monitor, "leave it or --enable-dbo out")  # fmt: skip
     yield (options.first_tokens <= cuda_tables.TILE, "first_tokens",
            f"at most {cuda_tables.TILE} on a GPU", options.first_tokens, "give fewer")  # fmt: skip
 

@@ -76,9 +76,17 @@ class Ledger:
         counters["monitor_health"] = UNKNOWN
         counters["monitor_tokens"] = 0.0
 
-    def begin_step(self, now: float) -> None:
-        """To be called when a step is planned: the one before ended with its last attention."""
-        self._steps += max(0.0, self.counters.last_attend - self._step_began)
+    def begin_step(self, now: float, longest: float | None = None) -> None:
+        """To be called when a step is planned: the one before ended with its last attention.
+
+        Args:
+            longest: seconds, for a device of which the host does not see when a step ends: then it
+                ended now, or after so long.
+        """
+        ended = self.counters.last_attend
+        if longest is not None:
+            ended = min(now, self._step_began + longest)
+        self._steps += max(0.0, ended - self._step_began)
         self._step_began = now
         self.counters["monitor_step_seconds"] = self._steps
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -350,8 +351,12 @@ class Monitor:
 
 
 def monitor_of(
-    owner: object, layers: dict[str, Any], block_size: int, is_loss_accepted: bool = False
-) -> Monitor | None:
+    owner: object,
+    layers: dict[str, Any],
+    block_size: int,
+    is_loss_accepted: bool = False,
+    make: Callable[..., Any] | None = None,
+) -> Any:
     """The monitor of a group of layers, or None when it is off.
 
     Args:
@@ -359,6 +364,7 @@ def monitor_of(
         layers: the group's layers by name, with their options.
         block_size: tokens of a block.
         is_loss_accepted: as of `ledger.Ledger`.
+        make: what makes it of the arguments of `Monitor`; None for `Monitor`.
     """
     global _latest
     options = next(iter(layers.values())).options.monitor if layers else None
@@ -367,7 +373,8 @@ def monitor_of(
     if _latest is None or _latest[0] is not owner:
         _latest = owner, Ledger(options.budget, own_counters(), is_loss_accepted)
     numbers = [int(n[0]) if (n := re.findall(r"\d+", name)) else 0 for name in layers]
-    return Monitor(options, list(layers.values()), numbers, block_size, _latest[1])
+    make = make or Monitor
+    return make(options, list(layers.values()), numbers, block_size, _latest[1])
 
 
 _latest: tuple[object, Ledger] | None = None

@@ -38,7 +38,7 @@ FEATURES = {
     "keep_first": Feature("first tokens seen outside a window", "`retain`", _NOT_TRITON),
     "lists": Feature("codewords searched through lists", "`num_lists`", _ON_CPUS),
     "layers": Feature("other presets for some layers", "`layers`", _ALL),
-    "monitor": Feature("fidelity compared while serving", "`monitor`", _ON_CPUS),
+    "monitor": Feature("fidelity compared while serving", "`monitor`", _ALL),
 }
 """What may be asked, by name. Refusals, tests and the documents' table follow from it; head dims,
 codes and block sizes are answered by `Kernels.refuses`."""
