@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vllm_fibquant.cli import main, plan
+from vllm_fibquant.cli import main, plan, sizes
 from vllm_fibquant.cli.shape import shape_of
 from vllm_fibquant.codec.config import PRESETS
 from vllm_fibquant.engine import device_pool
@@ -246,21 +246,21 @@ def test_unknown_skip_layers():
      ("2g", 2 * 10**9), ("64KiB", 65536)],
 )  # fmt: skip
 def test_sizes(text, size):
-    assert plan.parse_size(text) == size
+    assert sizes.parse_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "8 apples", "-1GiB", "1.5"])
 def test_bad_sizes(text):
     with pytest.raises(ValueError, match="--memory must be a size"):
-        plan.parse_size(text)
+        sizes.parse_size(text)
 
 
 def test_contexts():
-    assert plan.parse_tokens("32k") == 32768
-    assert plan.parse_tokens("4096") == 4096
+    assert sizes.parse_tokens("32k") == 32768
+    assert sizes.parse_tokens("4096") == 4096
     for text in ("0", "k", "1.5k", "-4"):
         with pytest.raises(ValueError, match="--context must be"):
-            plan.parse_tokens(text)
+            sizes.parse_tokens(text)
 
 
 def test_copies_are_taken_from_pages_and_counted_in_the_rate():

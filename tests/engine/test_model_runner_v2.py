@@ -34,7 +34,7 @@ def builder(threshold: int | None, has_maps: bool = False) -> FibQuantMetadataBu
     """Our builder as a GPU has it, of no layers."""
     made = FibQuantMetadataBuilder.__new__(FibQuantMetadataBuilder)
     made.reorder_batch_threshold = threshold
-    made.retain = made._pool = made._monitor = made._device_reader = made._gone = None
+    made.retain = made._pool = made._plan_probe = made._device_reader = made._gone = None
     made._max_model_len = 64
     made._needs_positions, made._counts_steps = has_maps, False
     made._needs_starts = True

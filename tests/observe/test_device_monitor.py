@@ -181,14 +181,17 @@ def test_drill_a_page_overwritten_behind_our_back():
     assert bench.planner.num_samples == 0
 
 
-def test_the_budget_is_kept():
+def test_the_budget_is_kept(monkeypatch):
+    """A comparison takes 2 ms of the device, whatever this machine does meanwhile."""
+    monkeypatch.setattr(device_monitor._Clock, "seconds", 2e-3)
     bench = DeviceBench(budget=0.01)
     for _ in range(300):
         bench.ledger._step_began = time.perf_counter() - 0.05  # a step of 50 ms
         bench.step(([1, 2], 0, 32))
     bench.receive()
-    spent, steps = bench.counters["monitor_seconds"], bench.counters["monitor_step_seconds"]
-    assert bench.num_compared > 0 and spent <= 0.012 * steps
+    steps = bench.counters["monitor_step_seconds"]
+    assert 0 < bench.num_compared * 2e-3 <= 0.01 * steps + 2e-3
+    assert bench.counters["monitor_seconds"] >= bench.num_compared * 2e-3
     bench.ledger._step_began = time.perf_counter() - 60  # nobody asked anything for a minute
     bench.step(([1, 2], 0, 32))
     grown = bench.counters["monitor_step_seconds"] - steps

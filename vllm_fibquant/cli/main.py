@@ -189,16 +189,16 @@ def run_info(options: argparse.Namespace) -> int:
 
 
 def run_plan(options: argparse.Namespace) -> int:
-    from vllm_fibquant.cli import plan
+    from vllm_fibquant.cli import plan, sizes
 
-    memory = plan.parse_size(options.memory)
+    memory = sizes.parse_size(options.memory)
     asked = {"mode": options.mode}
     if options.layers:
         asked["layers"] = dict(text.partition("=")[::2] for text in options.layers)
     shape, context, capacities = plan.plan_model(
         options.model,
         memory,
-        plan.parse_tokens(options.context) if options.context else None,
+        sizes.parse_tokens(options.context) if options.context else None,
         options=asked,
         block_size=options.block_size,
         tensor_parallel_size=options.tensor_parallel_size,
@@ -215,13 +215,13 @@ def run_plan(options: argparse.Namespace) -> int:
 
 
 def run_doctor(options: argparse.Namespace) -> int:
-    from vllm_fibquant.cli import doctor, plan
+    from vllm_fibquant.cli import doctor, sizes
 
     report = doctor.examine(
         options.model,
         options.kv_cache_dtype,
-        plan.parse_size(options.memory) if options.memory else None,
-        plan.parse_tokens(options.context) if options.context else None,
+        sizes.parse_size(options.memory) if options.memory else None,
+        sizes.parse_tokens(options.context) if options.context else None,
     )
     print(json.dumps(report, indent=2) if options.json else doctor.render(report))
     return 1 if report["refused"] else 0

@@ -7,7 +7,6 @@ import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import numpy.typing as npt
 import torch
 from vllm.config import VllmConfig, get_layers_from_vllm_config
 from vllm.model_executor.layers.attention import Attention
@@ -22,12 +21,10 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_fibquant.engine import device_pool
 from vllm_fibquant.engine.copies import CopyPool
-from vllm_fibquant.engine.gate import outcome_of
+from vllm_fibquant.engine.monitored import planner_of_probes
 from vllm_fibquant.engine.non_finite import DeviceReader
 from vllm_fibquant.engine.self_checks import check_kernels
-from vllm_fibquant.observe import device_monitor
 from vllm_fibquant.observe.counters import own_counters
-from vllm_fibquant.observe.monitor import Monitor, Probe, monitor_of
 from vllm_fibquant.ops import Batch
 from vllm_fibquant.ops.checks import check_tensor
 from vllm_fibquant.options import Retain
@@ -54,7 +51,7 @@ class FibQuantMetadata(AttentionMetadata):
     num_tokens: int
     batch: Batch
     num_gone: torch.Tensor | None = None
-    probe: Probe | device_monitor.Probe | None = None
+    probe: Any = None
     positions: torch.Tensor | None = None
     num_decodes: int = 0
     num_decode_tokens: int = 0
@@ -117,13 +114,7 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
             self._positions = torch.zeros(most, dtype=torch.int64, device=device)
         self._needs_starts = on_gpu and any(impl.attends_raw for impl in impls.values())
         self._with_sinks = [impl for impl in impls.values() if impl.attend.sinks is not None]
-        is_loss_accepted = outcome_of(vllm_config).state == "accepted"
-        make: Any = Monitor
-        if device_monitor.serves(device.type):
-            make = functools.partial(device_monitor.DeviceMonitor, device=device)
-        self._monitor = monitor_of(
-            vllm_config, impls, kv_cache_spec.block_size, is_loss_accepted, make
-        )
+        self._plan_probe = planner_of_probes(vllm_config, impls, kv_cache_spec.block_size, device)
         for impl in impls.values():
             # The layers of a group have the same options, and share block tables and so one pool.
             options, self.retain = impl.options, impl.options.retain
@@ -176,21 +167,12 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
                 query_starts=common.query_start_loc_cpu.tolist() if self._needs_starts else None,
             ),
             num_gone=self._num_gone(common),
-            probe=self._probe(common) if self._monitor else None,
+            probe=self._plan_probe(common) if self._plan_probe else None,
             positions=self._keep_positions(common) if self._needs_positions else None,
             num_decodes=num_decodes,
             num_decode_tokens=num_decode_tokens,
             copy_rows=copy_rows,
         )
-
-    def _probe(self, common: CommonAttentionMetadata) -> Any:
-        """What the monitor compares in this step, or None."""
-        if isinstance(self._monitor, Monitor):
-            return self._monitor.plan(*_as_numpy(common))
-        step = device_monitor.Step(
-            common.query_start_loc, common.seq_lens, common.block_table_tensor, common.slot_mapping
-        )
-        return self._monitor.plan(common.query_start_loc_cpu.numpy(), step)
 
     def _plan_copies(
         self, common: CommonAttentionMetadata
@@ -253,8 +235,3 @@ def _holds_first_layer(layer_names: list[str], vllm_config: VllmConfig) -> bool:
     layers = get_layers_from_vllm_config(vllm_config, Attention)
     ours = (name for name, layer in layers.items() if hasattr(layer.impl, "codec"))
     return next(ours, None) in layer_names
-
-
-def _as_numpy(common: CommonAttentionMetadata) -> tuple[npt.NDArray[Any], ...]:
-    tensors = common.query_start_loc, common.seq_lens, common.block_table_tensor
-    return tuple(tensor.numpy() for tensor in (*tensors, common.slot_mapping))

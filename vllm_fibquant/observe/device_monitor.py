@@ -15,7 +15,7 @@ part of a prompt, which are run as they come. There samples are taken, and old o
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,7 +64,7 @@ class Sample:
         written: monotonic time.
         key, value: 16-bit [length, head_dim].
         query, output: [1, num_q_heads, head_dim], what the sample was taken with, and what the
-            pages gave for it; None until the layer has run.
+            pages gave for it; empty until the layer has run.
     """
 
     layer: int
@@ -74,10 +74,10 @@ class Sample:
     end: torch.Tensor
     table: torch.Tensor
     written: float
-    key: torch.Tensor | None = None
-    value: torch.Tensor | None = None
-    query: torch.Tensor | None = None
-    output: torch.Tensor | None = None
+    key: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    value: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    query: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    output: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,6 @@ class DeviceMonitor:
     ) -> torch.Tensor:
         """Compares a sample with the newest query of a request that reads it, and reads it again
         with its first one. Returns as `_compare`."""
-        assert sample.query is not None and sample.output is not None
         reads = self._readers(sample, step)
         row = step.query_start_loc[1:].index_select(0, reads.int().argmax().view(1)) - 1
         asked = query.index_select(0, row.clamp_min(0))
@@ -294,7 +293,6 @@ class DeviceMonitor:
     ) -> torch.Tensor:
         """float32 [5]: cosine, relative error, whether they mean something, whether a second
         reading gave the first one's bits, and whether the sample is as it was written."""
-        assert sample.key is not None and sample.value is not None
         layer = self.layers[sample.layer]
         group_size = layer.num_heads // layer.num_kv_heads
         heads = slice(sample.head * group_size, (sample.head + 1) * group_size)
@@ -364,7 +362,7 @@ class DeviceMonitor:
         for _ in range(len(self._samples)):
             sample = self._samples.pop(0)
             self._samples.append(sample)
-            if sample.query is not None and sample.table.shape[1] == step.block_table.shape[1]:
+            if len(sample.query) and sample.table.shape[1] == step.block_table.shape[1]:
                 return Probe(self, sample, step)
         return None
 
