@@ -50,6 +50,69 @@ def choose_splits(num_programs: int, max_tokens: int, device: torch.device) -> i
     return splits.choose_splits(num_programs, max_tokens, slots, MIN_SPLIT)
 
 
+@triton.jit
+def _range_of(
+    query_len, context, first, window, split, num_splits,
+    BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr, RAW: tl.constexpr,
+):  # fmt: skip
+    """The first position that a row block sees, and the positions of its split."""
+    begin = 0
+    if window > 0:
+        begin = tl.maximum(context + first - window + 1, 0)
+    end = context
+    if not RAW:
+        end += tl.minimum(first + BLOCK_Q, query_len)
+    start = begin // BLOCK_T * BLOCK_T
+    num_tiles = tl.cdiv(tl.maximum(end - start, 0), BLOCK_T)
+    split_tokens = tl.cdiv(num_tiles, num_splits) * BLOCK_T
+    split_begin = start + split * split_tokens
+    return begin, split_begin, tl.minimum(split_begin + split_tokens, end)
+
+
+@triton.jit
+def _weighted_sum(weight, norm, v, EXACT: tl.constexpr):
+    """The sum of a tile's values v, by weights and norms."""
+    if EXACT:
+        part = tl.dot(weight * norm[None, :], v.to(tl.float32), input_precision="ieee")
+    else:  # a tile's largest norm is factored out, so that half precision holds the rest
+        top = tl.max(norm, axis=0)
+        top = tl.where(top > 0, top, 1.0)
+        part = tl.dot((weight * (norm / top)[None, :]).to(tl.float16), v) * top
+    return part
+
+
+@triton.jit
+def _load_queries(rotated, row, coord, mask, HEAD_DIM: tl.constexpr, EXACT: tl.constexpr):
+    """Rotated queries of rows, and what their scores are to be multiplied by: half precision holds
+    any query once its largest coordinate is 1."""
+    q = tl.load(rotated + row[:, None] * HEAD_DIM + coord[None, :], mask=mask, other=0.0)
+    factor = tl.full(row.shape, 1.0, tl.float32)
+    if not EXACT:
+        factor = tl.max(tl.abs(q), axis=1)
+        factor = tl.where(factor > 0, factor, 1.0)
+        q = (q / factor[:, None]).to(tl.float16)
+    return q, factor
+
+
+@triton.jit
+def _find_records(
+    head_cache, blocks, t, inside, num_blocks, table_width, stride_block,
+    BLOCK_SIZE: tl.constexpr, RECORD_BYTES: tl.constexpr, NORM_OFFSET: tl.constexpr,
+):  # fmt: skip
+    """Records of the tokens t of one request and KV head, which of them exist, and their norms:
+    NaN for the key of a token inside that has no block."""
+    entry = t // BLOCK_SIZE
+    known = inside & (entry < table_width)
+    block = tl.load(blocks + entry, mask=known, other=-1)
+    known &= (block >= 0) & (block < num_blocks)
+    record = head_cache + block.to(tl.int64) * stride_block + (t % BLOCK_SIZE) * RECORD_BYTES
+    norms = (record + NORM_OFFSET).to(tl.pointer_type(tl.float16))
+    missing = tl.where(inside & ~known, float("nan"), 0.0)
+    key_norm = tl.load(norms, mask=known, other=0.0).to(tl.float32) + missing
+    value_norm = tl.load(norms + 1, mask=known, other=0.0).to(tl.float32)
+    return record, known, key_norm, value_norm
+
+
 @triton.jit(do_not_specialize=PER_BATCH)
 def _attend_split(
     rotated, cache, block_table, key_table, value_table, query_start_loc, seq_lens, state_o,
@@ -71,52 +134,26 @@ def _attend_split(
         query_start_loc, seq_lens, num_reqs, tl.program_id(0), GROUP_SIZE, BLOCK_Q, BLOCK_M
     )
     if first < query_len:
-        # Positions the row block sees, [begin, end), and this split's part of them.
-        begin = 0
-        if window > 0:
-            begin = tl.maximum(context + first - window + 1, 0)
-        end = context
-        if not RAW:
-            end += tl.minimum(first + BLOCK_Q, query_len)
-        start = begin // BLOCK_T * BLOCK_T
-        num_tiles = tl.cdiv(tl.maximum(end - start, 0), BLOCK_T)
-        split_tokens = tl.cdiv(num_tiles, num_splits) * BLOCK_T
-        split_begin = start + split * split_tokens
-        split_end = tl.minimum(split_begin + split_tokens, end)
-
+        begin, split_begin, split_end = _range_of(
+            query_len, context, first, window, split, num_splits, BLOCK_Q, BLOCK_T, RAW
+        )
         head += kv_head * GROUP_SIZE
         row = token.to(tl.int64) * HEADS + head
         coord = tl.arange(0, DIM)
         mask = valid[:, None] & (coord < HEAD_DIM)[None, :]
-        q = tl.load(rotated + row[:, None] * HEAD_DIM + coord[None, :], mask=mask, other=0.0)
-        row_factor = tl.full([BLOCK_M], 1.0, tl.float32)
-        if not EXACT:  # half precision holds any query once its largest coordinate is 1
-            row_factor = tl.max(tl.abs(q), axis=1)
-            row_factor = tl.where(row_factor > 0, row_factor, 1.0)
-            q = (q / row_factor[:, None]).to(tl.float16)
+        q, row_factor = _load_queries(rotated, row, coord, mask, HEAD_DIM, EXACT)
         row_factor *= key_factor
 
         o = tl.zeros([BLOCK_M, DIM], tl.float32)
         m = tl.full([BLOCK_M], EMPTY, tl.float32)
         l = tl.zeros([BLOCK_M], tl.float32)  # noqa: E741
         for t0 in range(split_begin, split_end, BLOCK_T):
-            # Records of the tile's tokens, `known` where they exist.
             t = t0 + tl.arange(0, BLOCK_T)
             inside = (t >= begin) & (t < split_end)
-            entry = t // BLOCK_SIZE
-            known = inside & (entry < table_width)
-            block = tl.load(block_table + req * stride_table + entry, mask=known, other=-1)
-            known &= (block >= 0) & (block < num_blocks)
-            record = (
-                cache
-                + block.to(tl.int64) * stride_block
-                + kv_head * stride_head
-                + (t % BLOCK_SIZE) * RECORD_BYTES
-            )
-            norms = (record + NORM_OFFSET).to(tl.pointer_type(tl.float16))
-            missing = tl.where(inside & ~known, float("nan"), 0.0)
-            key_norm = tl.load(norms, mask=known, other=0.0).to(tl.float32) + missing
-            value_norm = tl.load(norms + 1, mask=known, other=0.0).to(tl.float32)
+            record, known, key_norm, value_norm = _find_records(
+                cache + kv_head * stride_head, block_table + req * stride_table, t, inside,
+                num_blocks, table_width, stride_block, BLOCK_SIZE, RECORD_BYTES, NORM_OFFSET,
+            )  # fmt: skip
 
             # Scores.
             index = load_indices(
@@ -145,15 +182,7 @@ def _attend_split(
                 index, value_table, BLOCK_T, VALUE_SUBVECS, VALUE_SUBVEC_DIM, VALUE_ROW_BITS,
                 VALUE_FOLDED,
             )  # fmt: skip
-            if EXACT:
-                weight = weight * value_norm[None, :]
-                part = tl.dot(weight, v.to(tl.float32), input_precision="ieee")
-            else:  # a tile's largest norm is factored out, so that half precision holds the rest
-                top = tl.max(value_norm, axis=0)
-                top = tl.where(top > 0, top, 1.0)
-                weight = (weight * (value_norm / top)[None, :]).to(tl.float16)
-                part = tl.dot(weight, v) * top
-            o = o * rescale[:, None] + part
+            o = o * rescale[:, None] + _weighted_sum(weight, value_norm, v, EXACT)
 
         at = row * num_splits + split
         if split_begin < split_end:

@@ -51,6 +51,39 @@ def _nearest(
 
 
 @triton.jit
+def _stored_norm(y, codeword, length, GAIN: tl.constexpr):
+    """The norms that are stored (config.GainRule): float16 of y `[V, DIM]` and its codewords."""
+    dot = tl.sum(y * codeword, axis=1)
+    sq = tl.maximum(tl.sum(codeword * codeword, axis=1), 1e-12)
+    gain = tl.full(length.shape, 1.0, tl.float32)
+    if GAIN == 1:
+        gain = 1.0 / tl.sqrt(sq)
+    elif GAIN == 2:
+        gain = tl.maximum(dot, 0.0) / sq
+    elif GAIN == 3:
+        gain = 1.0 / tl.maximum(dot, 0.25)
+    return tl.minimum(length * gain, 65504.0).to(tl.float16)
+
+
+@triton.jit
+def _packed(index, byte, NUM_SUBVECS: tl.constexpr, INDEX_BITS: tl.constexpr):
+    """Bytes `[V, BYTES]`: byte b holds bits 8b to 8b + 7 of the field, parts of a few consecutive
+    indices `[V, SUBVECS]`."""
+    first = (byte * 8) // INDEX_BITS
+    packed = tl.zeros([index.shape[0], byte.shape[0]], tl.int32)
+    for i in tl.static_range((7 + INDEX_BITS - 1) // INDEX_BITS + 1):
+        source = first + i
+        inside = source < NUM_SUBVECS
+        source = tl.where(inside, source, 0)
+        taken = tl.gather(index, tl.broadcast_to(source[None, :], packed.shape), 1)
+        shift = source * INDEX_BITS - byte * 8  # where the index's bit 0 falls in this byte
+        left = tl.minimum(tl.maximum(shift, 0), 8)[None, :]
+        right = tl.minimum(tl.maximum(-shift, 0), INDEX_BITS)[None, :]
+        packed |= tl.where(inside[None, :], ((taken << left) >> right) & 0xFF, 0)
+    return packed.to(tl.uint8)
+
+
+@triton.jit
 def _encode_side(
     x, cache, slot_mapping, matrix, rows_t, half_sq, counters,
     num_vectors, num_slots_in_cache, stride_token, stride_head, stride_block, stride_cache_head,
@@ -114,43 +147,17 @@ def _encode_side(
         index += tl.sum((parts < 0).to(tl.int32) << k, axis=1) << ROW_BITS
         codeword = tl.where(parts < 0, -codeword, codeword)
 
-    # The stored norm (config.GainRule). Padding coordinates of y are 0; those of v are masked.
+    # Padding coordinates of y are 0; those of codewords are masked.
     direction = tl.where(in_dim[None, :], tl.reshape(codeword, [BLOCK_V, DIM]), 0.0)
-    dot = tl.sum(y * direction, axis=1)
-    sq = tl.maximum(tl.sum(direction * direction, axis=1), 1e-12)
-    gain = tl.full([BLOCK_V], 1.0, tl.float32)
-    if GAIN == 1:
-        gain = 1.0 / tl.sqrt(sq)
-    elif GAIN == 2:
-        gain = tl.maximum(dot, 0.0) / sq
-    elif GAIN == 3:
-        gain = 1.0 / tl.maximum(dot, 0.25)
-    norm = tl.where(usable, tl.minimum(peak * length, 1e30), 0.0)
-    norm = tl.minimum(norm * gain, 65504.0).to(tl.float16)
-
-    # Bytes. Byte b holds bits 8b to 8b + 7 of the field: parts of a few consecutive indices.
+    norm = _stored_norm(y, direction, tl.where(usable, tl.minimum(peak * length, 1e30), 0.0), GAIN)
     index = tl.where(usable[:, None], tl.reshape(index, [BLOCK_V, SUBVECS]), 0)
     byte = tl.arange(0, BYTES)
-    first = (byte * 8) // INDEX_BITS
-    packed = tl.zeros([BLOCK_V, BYTES], tl.int32)
-    for i in tl.static_range((7 + INDEX_BITS - 1) // INDEX_BITS + 1):
-        source = first + i
-        inside = source < NUM_SUBVECS
-        source = tl.where(inside, source, 0)
-        taken = tl.gather(index, tl.broadcast_to(source[None, :], [BLOCK_V, BYTES]), 1)
-        shift = source * INDEX_BITS - byte * 8  # where the index's bit 0 falls in this byte
-        left = tl.minimum(tl.maximum(shift, 0), 8)[None, :]
-        right = tl.minimum(tl.maximum(-shift, 0), INDEX_BITS)[None, :]
-        packed |= tl.where(inside[None, :], ((taken << left) >> right) & 0xFF, 0)
+    packed = _packed(index, byte, NUM_SUBVECS, INDEX_BITS)
 
-    record = (
-        cache
-        + (slot // BLOCK_SIZE) * stride_block
-        + head * stride_cache_head
-        + (slot % BLOCK_SIZE) * RECORD_BYTES
-    )
+    record = cache + (slot // BLOCK_SIZE) * stride_block + head * stride_cache_head
+    record += (slot % BLOCK_SIZE) * RECORD_BYTES
     at_bytes = record[:, None] + INDEX_OFFSET + byte[None, :]
-    tl.store(at_bytes, packed.to(tl.uint8), mask=stored[:, None] & (byte < INDEX_BYTES)[None, :])
+    tl.store(at_bytes, packed, mask=stored[:, None] & (byte < INDEX_BYTES)[None, :])
     at_norm = (record + NORM_OFFSET).to(tl.pointer_type(tl.float16))
     tl.store(at_norm, norm, mask=stored)
     if PAD_OFFSET >= 0:
