@@ -38,7 +38,8 @@ class Pages:
         key_map: how tokens are encoded; None for as they are.
         kernels: chosen by `ops.pages_of`.
         kept: what the kernels keep here from call to call.
-        encoded: shapes, layouts and types of the last tensors that passed `checks.check_encode`.
+        encoded: shapes, layouts and types of the last tensors that passed `checks.check_encode`;
+            the same object as long as they stay the same.
 
     Raises:
         ValueError: shape, dtype or layout of the cache, a map of other shapes, or a map or codec
@@ -129,6 +130,9 @@ class Batch:
             check("new_rows", self.new_rows, tokens.shape, torch.int64)
             if self.copy_table is None:
                 raise ValueError("Batch: copy_table must be given with new_tokens, got None")
+        columns = None if self.copy_table is None else self.copy_table.shape[1]
+        self.kind = self.device, columns, self.new_rows is None
+        """What the checks of a call's tensors depend on."""
 
     @property
     def host_starts(self) -> list[int] | None:
@@ -183,6 +187,7 @@ class Attend:
         raw_library: what attends raw new tokens on a GPU where it takes them; None for our own
             kernel always.
         kept: what the kernels keep here from call to call.
+        attended: as `Pages.encoded`, of `checks.check_attention`.
 
     Raises:
         ValueError: a negative number, or shape, dtype or layout of sinks or copies.
@@ -196,6 +201,7 @@ class Attend:
     copies: Copies | None = None
     raw_library: RawLibrary | None = None
     kept: Any = field(default=None, init=False, repr=False)
+    attended: Any = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if min(self.window, self.soft_cap, self.keep_first) < 0:

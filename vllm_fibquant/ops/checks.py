@@ -29,6 +29,10 @@ name of what it counts."""
 _MAX_PASSED = 4096
 _passed: set[tuple[Any, ...]] = set()
 
+# The tensors that the layers of a step share, and what `_look` says of them. They are known again
+# by being the same objects, which nobody may resize; the next step's take their place.
+_step: tuple[Any, Any, Any] = None, None, None
+
 
 def _look(x: torch.Tensor) -> tuple[Any, ...]:
     """What is checked of a tensor."""
@@ -52,11 +56,15 @@ def check_encode(
     """Checks the arguments of `ops.encode_kv`."""
     # `_look` written out, and compared with the last call before it is hashed: every layer of every
     # step pays for this.
+    global _step
+    if slot_mapping is _step[0] and positions is _step[1]:
+        shared = _step[2]
+    else:
+        shared = _look(slot_mapping), None if positions is None else _look(positions)
+        _step = slot_mapping, positions, shared
     given = (
         key.shape, key.stride(), key.dtype, key.device,
-        value.shape, value.stride(), value.dtype, value.device,
-        slot_mapping.shape, slot_mapping.stride(), slot_mapping.dtype, slot_mapping.device,
-        None if positions is None else _look(positions),
+        value.shape, value.stride(), value.dtype, value.device, shared,
         None if copied is None else tuple(map(_look, (*copied.copies[:2], copied.rows))),
     )  # fmt: skip
     if given == pages.encoded:
@@ -98,18 +106,23 @@ def check_attention(
     fresh: Fresh | None,
 ) -> None:
     """Checks the arguments of `ops.paged_attention`."""
-    if query.shape[0] < batch.num_rows:
+    given = (
+        query.shape, query.stride(), query.dtype, query.device,
+        out.shape, out.stride(), out.dtype, out.device,
+        fresh and tuple(x if x is None else _look(x) for x in fresh), batch.kind, pages.kind,
+    )  # fmt: skip
+    if given[0][0] < batch.num_rows:
         raise ValueError(
             f"paged_attention: query must have the {batch.num_rows} rows of query_start_loc, got "
             f"{query.shape[0]}"
         )
-    given = fresh and tuple(x if x is None else _look(x) for x in fresh)
-    columns = None if batch.copy_table is None else batch.copy_table.shape[1]
-    copied = columns, batch.new_rows is None
-    kind = pages.kind, attend.kind, batch.device, copied, _look(query), _look(out), given
+    if given == attend.attended:
+        return
+    kind = attend.kind, given
     if kind not in _passed:
         _check_shapes(query, out, pages, batch, attend, fresh)
         _pass(kind)
+    attend.attended = given
 
 
 def check_pair(pages: Pages, attend: Attend) -> None:

@@ -37,7 +37,11 @@ _ERRORS = {
 
 
 class _Layer:
-    """What calls on the pages of one layer have in common; `Pages.kept`."""
+    """What calls on the pages of one layer have in common; `Pages.kept`.
+
+    Attributes:
+        encoded: the `Pages.encoded` whose layouts `encode` describes.
+    """
 
     def __init__(self, pages: Pages) -> None:
         self.codec = byref(codec_struct(pages.codec))
@@ -45,6 +49,7 @@ class _Layer:
         self.pages = byref(self.struct)
         self.encode = FqEncode(key_map=key_map_pointer(pages.key_map))
         self.encode_args = byref(self.encode)
+        self.encoded: Any = None
 
 
 class _Step:
@@ -77,12 +82,14 @@ class _Attending:
 
     Attributes:
         kind: what the plan of a step depends on of this layer.
+        attended: the `Attend.attended` whose layouts `attend` describes.
     """
 
     def __init__(self, layer: _Layer, pages: Pages, attend: Attend) -> None:
         check_pair(pages, attend)
         self.layer, self.of = layer, pages
         self.batch: Batch | None = None
+        self.attended: Any = None
         self.attend = FqAttend(
             scale=attend.scale,
             window=attend.window,
@@ -143,15 +150,21 @@ class Cpu(Kernels):
         layer = pages.kept
         if layer is None:
             layer = pages.kept = _Layer(pages)
-        layer.struct.base = pages.cache.data_ptr()
         args = layer.encode
+        if layer.encoded is not pages.encoded or layer.encoded is None:
+            layer.encoded = pages.encoded
+            args.stride_key_token, args.stride_key_head, _ = key.stride()
+            args.stride_value_token, args.stride_value_head, _ = value.stride()
+            args.num_tokens, args.dtype = slot_mapping.shape[0], DTYPES[key.dtype]
+            args.positions = None
+        layer.struct.base = pages.cache.data_ptr()
         args.key, args.value = key.data_ptr(), value.data_ptr()
-        args.stride_key_token, args.stride_key_head, _ = key.stride()
-        args.stride_value_token, args.stride_value_head, _ = value.stride()
-        args.slot_mapping, args.num_tokens = slot_mapping.data_ptr(), slot_mapping.shape[0]
-        args.dtype, args.num_threads = DTYPES[key.dtype], torch.get_num_threads()
-        args.positions = None if positions is None else positions.data_ptr()
+        args.slot_mapping, args.num_threads = slot_mapping.data_ptr(), torch.get_num_threads()
+        if positions is not None:
+            args.positions = positions.data_ptr()
         nonfinite: int = library().fq_encode_kv(layer.codec, layer.pages, layer.encode_args)
+        if not nonfinite:
+            return 0
         if nonfinite == -2 and positions is not None:
             raise ValueError(
                 "encode_kv: positions must be at least 0 and of those key_map.turning knows, got "
@@ -186,20 +199,21 @@ class Cpu(Kernels):
         args = kept.attend
         if kept.batch is not batch:
             kept.batch, args.batch = batch, step.pointer
-        layer.struct.base = pages.cache.data_ptr()
-        num_q_heads, num_threads = query.shape[1], torch.get_num_threads()
-        args.query, args.out = query.data_ptr(), out.data_ptr()
-        args.num_q_heads, args.num_threads = num_q_heads, num_threads
-        args.dtype = DTYPES[query.dtype]
-        args.stride_query_token, args.stride_query_head, _ = query.stride()
-        args.stride_out_token, args.stride_out_head, _ = out.stride()
         raw_key, raw_value, first_query = fresh or _NOTHING
-        if raw_key is None or raw_value is None:
+        if kept.attended is not attend.attended or kept.attended is None:
+            kept.attended = attend.attended
+            args.num_q_heads, args.dtype = query.shape[1], DTYPES[query.dtype]
+            args.stride_query_token, args.stride_query_head, _ = query.stride()
+            args.stride_out_token, args.stride_out_head, _ = out.stride()
             args.raw_key = args.raw_value = None
-        else:
+            if raw_key is not None and raw_value is not None:
+                args.stride_raw_key_token, args.stride_raw_key_head, _ = raw_key.stride()
+                args.stride_raw_value_token, args.stride_raw_value_head, _ = raw_value.stride()
+        layer.struct.base = pages.cache.data_ptr()
+        num_q_heads, num_threads = args.num_q_heads, torch.get_num_threads()
+        args.query, args.out, args.num_threads = query.data_ptr(), out.data_ptr(), num_threads
+        if raw_key is not None and raw_value is not None:
             args.raw_key, args.raw_value = raw_key.data_ptr(), raw_value.data_ptr()
-            args.stride_raw_key_token, args.stride_raw_key_head, _ = raw_key.stride()
-            args.stride_raw_value_token, args.stride_raw_value_head, _ = raw_value.stride()
         if attend.keep_first or pages.key_map is not None:
             first = query if first_query is None else first_query
             args.first_query = first.data_ptr()

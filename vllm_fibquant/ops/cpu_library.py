@@ -96,13 +96,13 @@ def library() -> ctypes.CDLL:
     lib = load_library("cpu.library", LIBRARY_PATH, "fq_abi", structs, advice)
     lib.fq_isa.restype = c_char_p
     lib.fq_select_isa.argtypes = [c_char_p]
-    lib.fq_encode_kv.argtypes = [POINTER(FqCodec), POINTER(FqPages), POINTER(FqEncode)]
+    # What every layer calls has no argtypes: ctypes would check its three pointers, always made by
+    # byref, for as long as the call itself takes.
     lib.fq_encode_kv.restype = c_int64
     lib.fq_plan.argtypes = [POINTER(FqCodec), POINTER(FqPages), POINTER(FqAttend), c_void_p]
     lib.fq_plan.restype = c_int64
     lib.fq_plan_copies.argtypes = [POINTER(FqCopyPool), POINTER(FqBatch), *[c_void_p] * 4]
     lib.fq_plan_copies.restype = c_int64
-    lib.fq_paged_attention.argtypes = [POINTER(FqCodec), POINTER(FqPages), POINTER(FqAttend)]
     return lib
 
 
