@@ -4,10 +4,12 @@
 //
 //   squares  a pair lies in one of 64 x 64 squares, where at most four rows can be nearest. Their
 //            coordinates are looked up in registers and compared in floats, as `nearest` does.
-//   scan     four or eight coordinates are compared with all rows in integers of 16 bits. Where the
-//            second best comes so near that rounding might have chosen, `nearest` decides.
+//   boxes    four coordinates lie in one of 8^4 boxes, where at most 16 rows can be nearest. Their
+//            bytes are looked up in registers and compared in integers.
+//   scan     eight coordinates are compared with all rows in integers of 16 bits.
 //
-// What a table does not cover (a square of more rows, a coordinate too large) goes to `nearest`.
+// Where integers find a second best so near that rounding might have chosen, `nearest` decides, and
+// so it does where a table does not reach (a square or a box of more rows, a coordinate too large).
 #pragma once
 
 #include "cpu/bytes.h"
@@ -109,49 +111,142 @@ static void nearest_in_squares(const FqCode& code, int num_pairs, const float* y
   }
 }
 
+// ---- boxes --------------------------------------------------------------------------------------
+
+// Best and second best of what two have.
+struct BestTwo {
+  vi best, second;
+};
+static inline BestTwo best_two(BestTwo a, BestTwo b) {
+  return {max_ints(a.best, b.best),
+          max_ints(min_ints(a.best, b.best), max_ints(a.second, b.second))};
+}
+
+// The boxes of 16 subvectors y.
+static inline vi find_boxes(const FqCode& code, const float* y) {
+  vb bytes[4];
+  for (int n = 0; n < 4; ++n) {
+    const vf part = (load(y + 16 * n) - code.box_low) * code.box_fine;
+    bytes[n] = (vb) __builtin_convertvector(part, vi);
+  }
+  vb low, all;  // the lowest bytes of 16 words and 16 others; 32 bytes and 32 others
+  for (int i = 0; i < 64; ++i) low[i] = (uint8_t)(4 * (i % 32));
+  for (int i = 0; i < 64; ++i) all[i] = (uint8_t)(i % 32 + 64 * (i / 32));
+  const vb fine = permute(all, permute(low, bytes[0], bytes[1]), permute(low, bytes[2], bytes[3]));
+  const vb side = permute(fine, load_bytes(code.box_sides), load_bytes(code.box_sides + 64));
+  const vi weights = vi{} + 0x00400801;  // 1, 8 and 64
+  return dot_bytes(vi{}, side, (vb)weights) + (((vi)side >> 24) << 9);
+}
+
+// Scores of 4 subvectors, times 16, with 15 less a row's place in its box below: lane 4 n + i has
+// of the n-th one the best two of rows i, i + 4, i + 8 and i + 12.
+static inline BestTwo score_boxes(const FqCode& code, const Table* planes, const float* y,
+                                  const int32_t* box) {
+  const vi whole = to_ints(load(y) * code.box_scale - code.box_shift);
+  const vi high_digit = (whole + 64) >> 7;
+  vb spread;  // the lowest bytes of each part's words, in all of its words
+  for (int i = 0; i < 64; ++i) spread[i] = (uint8_t)(i / 16 * 16 + 4 * (i % 4));
+  const vb high = permute(spread, (vb)high_digit);
+  const vb low = permute(spread, (vb)(whole - (high_digit << 7)));
+
+  const uint8_t* at[4];
+  for (int n = 0; n < 4; ++n) at[n] = code.boxes + 16 * (int64_t)box[n];
+  const vb number = load_four(at, 16);
+  const uint64_t upper = has_bits(number, 0x80);
+  vb plane[4];
+  for (int j = 0; j < 4; ++j) plane[j] = look_up(planes[j], number, upper);
+  const vb sign = splat_byte(code.folded ? 0 : 0x80);
+  vi place = {15, 14, 13, 12, 15, 14, 13, 12, 15, 14, 13, 12, 15, 14, 13, 12};
+  vi score[4];
+  for (int q = 0; q < 4; ++q, place -= 4) {
+    const vb c01 = zip_bytes(q / 2, plane[0], plane[1]), c23 = zip_bytes(q / 2, plane[2], plane[3]);
+    const vb row = zip_words(q % 2, c01, c23);
+    const vb size = code.folded ? row : absolute_bytes(row), unsigned_row = row ^ sign;
+    vi sum = (dot_bytes(vi{}, unsigned_row, high) << 2) - dot_bytes(vi{}, size, size);
+    sum = dot_bytes(sum << 5, unsigned_row, low);
+    score[q] = (sum << 4) + place;
+  }
+  const BestTwo a = {max_ints(score[0], score[1]), min_ints(score[0], score[1])};
+  const BestTwo b = {max_ints(score[2], score[3]), min_ints(score[2], score[3])};
+  return best_two(a, b);
+}
+
+static inline void search_boxes(const FqCode& code, const Table* planes, int count, const float* y,
+                                uint32_t* index) {
+  alignas(64) int32_t box[16], place[16];
+  store_ints(box, find_boxes(code, y));
+  vi best[4], second[4];
+  vf largest = vf{};
+  for (int n = 0; n < 4; ++n) {
+    largest = vmax(largest, vabs(load(y + 16 * n)));
+    const BestTwo found = score_boxes(code, planes, y + 16 * n, box + 4 * n);
+    best[n] = found.best;
+    second[n] = found.second;
+  }
+  transpose_quads(best);
+  transpose_quads(second);
+  const BestTwo two = best_two(best_two({best[0], second[0]}, {best[1], second[1]}),
+                               best_two({best[2], second[2]}, {best[3], second[3]}));
+  const vi order = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
+  store_ints(place, 15 - (__builtin_shuffle(two.best, order) & 15));
+  for (int i = 0; i < count; ++i) index[i] = code.boxes[16 * box[i] + place[i]];
+  const vi near = two.second >= two.best - (16 * code.box_margin + 15);
+  uint32_t open = lane_bits(__builtin_shuffle(near, order));
+  if (lane_bits(largest > code.box_reach)) {
+    for (int i = 0; i < 64; ++i)
+      open |= (uint32_t)(__builtin_fabsf(y[i]) > code.box_reach) << i / 4;
+  }
+  if (open) settle<4>(code, open, count, y, index);
+}
+
+static void nearest_in_boxes(const FqCode& code, int num_subvecs, const float* y, uint32_t* index) {
+  Table planes[4];
+  for (int j = 0; j < 4; ++j) planes[j] = load_table(code.planes + 256 * j);
+  for (int s = 0; s < num_subvecs; s += 16) {
+    const int count = num_subvecs - s < 16 ? num_subvecs - s : 16;
+    alignas(64) float rest[64] = {};
+    const float* from = y + 4 * s;
+    if (count < 16) from = static_cast<float*>(memcpy(rest, from, (size_t)count * 16));
+    search_boxes(code, planes, count, from, index + s);
+  }
+}
+
 // ---- scan ---------------------------------------------------------------------------------------
 
 // 16 subvectors y as words: a lane of word[p] has coordinates 2 p and 2 p + 1 of one. Returns which
 // have a coordinate that is too large.
-template <int kDim>
 static inline uint32_t quantise(const FqCode& code, const float* y, vi* word) {
   const vf scale = splat(code.scan_scale), most = splat((float)code.scan_most);
-  vi packed[kDim / 2];
+  vi packed[4];
   uint32_t large = 0;
-  for (int p = 0; p < kDim / 2; ++p) {
+  for (int p = 0; p < 4; ++p) {
     vi whole[2];
     for (int n = 0; n < 2; ++n) {
       const vf x = load(y + 32 * p + 16 * n) * scale;
       for (uint32_t bits = lane_bits(~(vabs(x) <= most)); bits; bits &= bits - 1) {
-        large |= 1u << (32 * p + 16 * n + __builtin_ctz(bits)) / kDim;
+        large |= 1u << (32 * p + 16 * n + __builtin_ctz(bits)) / 8;
       }
       whole[n] = to_ints(x);
     }
     packed[p] = to_words(whole[0], whole[1]);
   }
-  if constexpr (kDim == 4) {
-    word[0] = even_lanes(packed[0], packed[1]);
-    word[1] = odd_lanes(packed[0], packed[1]);
-  } else {
-    static_assert(kDim == 8);
-    const vi even[2] = {even_lanes(packed[0], packed[1]), even_lanes(packed[2], packed[3])};
-    const vi odd[2] = {odd_lanes(packed[0], packed[1]), odd_lanes(packed[2], packed[3])};
-    word[0] = even_lanes(even[0], even[1]);
-    word[1] = even_lanes(odd[0], odd[1]);
-    word[2] = odd_lanes(even[0], even[1]);
-    word[3] = odd_lanes(odd[0], odd[1]);
-  }
+  const vi even[2] = {even_lanes(packed[0], packed[1]), even_lanes(packed[2], packed[3])};
+  const vi odd[2] = {odd_lanes(packed[0], packed[1]), odd_lanes(packed[2], packed[3])};
+  word[0] = even_lanes(even[0], even[1]);
+  word[1] = even_lanes(odd[0], odd[1]);
+  word[2] = odd_lanes(even[0], even[1]);
+  word[3] = odd_lanes(odd[0], odd[1]);
   return large;
 }
 
 // kGroups * 16 subvectors.
-template <int kDim, int kGroups>
+template <int kGroups>
 static inline void scan(const FqCode& code, int count, const float* y, uint32_t* index) {
-  constexpr int kWords = kDim / 2;
+  constexpr int kDim = 8, kWords = 4;
   vi word[kGroups][kWords], best[kGroups], second[kGroups];
   uint32_t large[kGroups];
   for (int g = 0; g < kGroups; ++g) {
-    large[g] = quantise<kDim>(code, y + 16 * g * kDim, word[g]);
+    large[g] = quantise(code, y + 16 * g * kDim, word[g]);
     best[g] = second[g] = vi{} + INT32_MIN;
   }
   const int32_t* row = code.scan;
@@ -174,17 +269,17 @@ static inline void scan(const FqCode& code, int count, const float* y, uint32_t*
   }
 }
 
-template <int kDim>
 static void nearest_scanned(const FqCode& code, int num_subvecs, const float* y, uint32_t* index) {
+  constexpr int kDim = 8;
   int s = 0;
-  for (; s + 32 <= num_subvecs; s += 32) scan<kDim, 2>(code, 32, y + s * kDim, index + s);
+  for (; s + 32 <= num_subvecs; s += 32) scan<2>(code, 32, y + s * kDim, index + s);
   if (s == num_subvecs) return;
   alignas(64) float rest[32 * kDim];
   const int count = num_subvecs - s;
   memset(rest, 0, sizeof(rest));
   memcpy(rest, y + s * kDim, (size_t)count * kDim * 4);
-  if (count > 16) return scan<kDim, 2>(code, count, rest, index + s);
-  scan<kDim, 1>(code, count, rest, index + s);
+  if (count > 16) return scan<2>(code, count, rest, index + s);
+  scan<1>(code, count, rest, index + s);
 }
 
 }  // namespace fq::FQ_ISA

@@ -111,6 +111,46 @@ static inline vb fields_at(vb shift, vb x) {
 #endif
 }
 
+// Bytes a[0], b[0], a[1], b[1], .. of the first half of each part of 16 bytes, or of the second.
+static inline vb zip_bytes(int half, vb a, vb b) {
+#if defined(FQ_BYTE_MODEL)
+  vb out;
+  for (int i = 0; i < 64; ++i) {
+    const int from = i / 16 * 16 + 8 * half + i % 16 / 2;
+    out[i] = i % 2 ? b[from] : a[from];
+  }
+  return out;
+#else
+  const __m512i x = (__m512i)a, y = (__m512i)b;
+  return (vb)(half ? _mm512_unpackhi_epi8(x, y) : _mm512_unpacklo_epi8(x, y));
+#endif
+}
+
+// The same of words of two bytes.
+static inline vb zip_words(int half, vb a, vb b) {
+#if defined(FQ_BYTE_MODEL)
+  vb out;
+  for (int i = 0; i < 64; ++i) {
+    const int from = i / 16 * 16 + 8 * half + i % 16 / 4 * 2 + i % 2;
+    out[i] = i % 4 / 2 ? b[from] : a[from];
+  }
+  return out;
+#else
+  const __m512i x = (__m512i)a, y = (__m512i)b;
+  return (vb)(half ? _mm512_unpackhi_epi16(x, y) : _mm512_unpacklo_epi16(x, y));
+#endif
+}
+
+// Magnitudes of signed bytes.
+static inline vb absolute_bytes(vb x) {
+#if defined(FQ_BYTE_MODEL)
+  for (int i = 0; i < 64; ++i) x[i] = x[i] & 0x80 ? (uint8_t)-x[i] : x[i];
+  return x;
+#else
+  return (vb)_mm512_abs_epi8((__m512i)x);
+#endif
+}
+
 // Bit i is set where byte i has one of `bits`.
 static inline uint64_t has_bits(vb x, uint8_t bits) {
 #if defined(FQ_BYTE_MODEL)

@@ -78,17 +78,22 @@ static int64_t fill_batch(const FqPages& pages, const RecordLayout& layout, cons
   int64_t outside = 0;
   b.count = 0;
   // Head by head: a batch then shares a matrix.
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t token = i % args.num_tokens, head = i / args.num_tokens;
+  int64_t token = begin % args.num_tokens, head = begin / args.num_tokens;
+  int64_t of_slot = -1, offset = 0;  // divisions take longest here
+  for (int64_t i = begin; i < end; ++i, ++token) {
+    if (token == args.num_tokens) token = 0, ++head;
     const int64_t slot = args.slot_mapping[token];
     if (slot < 0 || is_first(args, token) != first) continue;
     if (slot >= num_slots) {
       ++outside;
       continue;
     }
-    uint8_t* record = pages.base + slot / pages.block_size * pages.stride_block +
-                      head * pages.stride_head +
-                      slot % pages.block_size * (int64_t)layout.record_bytes;
+    if (slot != of_slot) {
+      of_slot = slot;
+      offset = slot / pages.block_size * pages.stride_block +
+               slot % pages.block_size * (int64_t)layout.record_bytes;
+    }
+    uint8_t* record = pages.base + offset + head * pages.stride_head;
     memset(record, 0, (size_t)layout.record_bytes);
     b.token[b.count] = token;
     b.head[b.count] = (int)head;
@@ -111,22 +116,34 @@ static int64_t encode_kv(const FqCodec& codec, const FqPages& pages, const FqEnc
   if (num_vectors == 0) return 0;
   const bool has_lists = codec.key.num_cells > 0 || codec.value.num_cells > 0;
   const int fit = (has_lists ? kMaxListedFloats : kMaxFloats) / codec.head_dim;
-  const int64_t share = (num_vectors + args.num_threads - 1) / args.num_threads;
+  const bool alone = num_vectors * codec.head_dim < kMinCoordinates;
+  const int64_t num_threads = alone ? 1 : args.num_threads;
+  const int64_t share = (num_vectors + num_threads - 1) / num_threads;
   int most = fit < kMaxBatch ? fit : kMaxBatch;
   if (share < most) most = (int)share;
   int64_t nonfinite = 0, outside = 0;
-#pragma omp parallel num_threads(args.num_threads) \
-    reduction(+ : nonfinite, outside) if (num_vectors * codec.head_dim >= kMinCoordinates)
+  const auto encode = [&](int64_t begin, Batch& b, int64_t* bad, int64_t* left_out) {
+    const int64_t end = begin + most < num_vectors ? begin + most : num_vectors;
+    for (int first = args.key_map ? 1 : 0; first >= 0; --first) {
+      *left_out += fill_batch(pages, layout, args, begin, end, first, b);
+      if (b.count > 0) *bad += encode_batch(codec, layout, args, first, b);
+    }
+  };
+  if (alone) {  // OpenMP takes its time for one thread as well
+    Batch batch;
+    set_scratch(batch, codec.head_dim, most);
+    for (int64_t begin = 0; begin < num_vectors; begin += most) {
+      encode(begin, batch, &nonfinite, &outside);
+    }
+    return outside ? -1 : nonfinite;
+  }
+#pragma omp parallel num_threads(args.num_threads) reduction(+ : nonfinite, outside)
   {
     Batch batch;
     set_scratch(batch, codec.head_dim, most);
 #pragma omp for schedule(static)
     for (int64_t begin = 0; begin < num_vectors; begin += most) {
-      const int64_t end = begin + most < num_vectors ? begin + most : num_vectors;
-      for (int first = 1; first >= 0; --first) {
-        outside += fill_batch(pages, layout, args, begin, end, first, batch);
-        if (batch.count > 0) nonfinite += encode_batch(codec, layout, args, first, batch);
-      }
+      encode(begin, batch, &nonfinite, &outside);
     }
   }
   return outside ? -1 : nonfinite;

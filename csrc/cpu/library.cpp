@@ -111,15 +111,17 @@ void* call_scratch(size_t bytes) { return call_buffer.grow(bytes); }
 static void describe_codes(fq::AbiText& abi) {
   {
     using S = FqCode;
-    abi.add(sizeof(S), {FQ_FIELD(subvec_dim),  FQ_FIELD(index_bits),    FQ_FIELD(num_rows),
-                        FQ_FIELD(folded),      FQ_FIELD(gain),          FQ_FIELD(num_rows_padded),
-                        FQ_FIELD(rows),        FQ_FIELD(rows_t),        FQ_FIELD(half_sq),
-                        FQ_FIELD(num_cells),   FQ_FIELD(num_lists),     FQ_FIELD(cell_tiles),
-                        FQ_FIELD(list_tiles),  FQ_FIELD(list_begin),    FQ_FIELD(list_index),
-                        FQ_FIELD(planes),      FQ_FIELD(plane_step),    FQ_FIELD(scan_scale),
-                        FQ_FIELD(scan_most),   FQ_FIELD(scan_margin),   FQ_FIELD(scan),
-                        FQ_FIELD(squares),     FQ_FIELD(square_planes), FQ_FIELD(square_low),
-                        FQ_FIELD(square_scale)});
+    abi.add(sizeof(S), {FQ_FIELD(subvec_dim),   FQ_FIELD(index_bits),    FQ_FIELD(num_rows),
+                        FQ_FIELD(folded),       FQ_FIELD(gain),          FQ_FIELD(num_rows_padded),
+                        FQ_FIELD(rows),         FQ_FIELD(rows_t),        FQ_FIELD(half_sq),
+                        FQ_FIELD(num_cells),    FQ_FIELD(num_lists),     FQ_FIELD(cell_tiles),
+                        FQ_FIELD(list_tiles),   FQ_FIELD(list_begin),    FQ_FIELD(list_index),
+                        FQ_FIELD(planes),       FQ_FIELD(plane_step),    FQ_FIELD(scan_scale),
+                        FQ_FIELD(scan_most),    FQ_FIELD(scan_margin),   FQ_FIELD(scan),
+                        FQ_FIELD(squares),      FQ_FIELD(square_planes), FQ_FIELD(square_low),
+                        FQ_FIELD(square_scale), FQ_FIELD(boxes),         FQ_FIELD(box_sides),
+                        FQ_FIELD(box_low),      FQ_FIELD(box_fine),      FQ_FIELD(box_scale),
+                        FQ_FIELD(box_shift),    FQ_FIELD(box_reach),     FQ_FIELD(box_margin)});
   }
   {
     using S = FqCodec;

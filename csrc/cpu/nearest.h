@@ -24,8 +24,11 @@ static inline void nearest_all(const FqCode& code, int num_subvecs, const float*
   if constexpr (kDim == 2) {
     if (code.squares) return nearest_in_squares(code, num_subvecs, y, index);
   }
-  if constexpr (kDim == 4 || kDim == 8) {
-    if (code.scan) return nearest_scanned<kDim>(code, num_subvecs, y, index);
+  if constexpr (kDim == 4) {
+    if (code.boxes) return nearest_in_boxes(code, num_subvecs, y, index);
+  }
+  if constexpr (kDim == 8) {
+    if (code.scan) return nearest_scanned(code, num_subvecs, y, index);
   }
 #endif
   for (; s + 4 <= num_subvecs; s += 4) nearest<kDim, 4>(code, y + s * dim, index + s);

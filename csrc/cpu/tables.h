@@ -43,7 +43,14 @@ struct FqCode {
   const uint8_t* squares;        // [64 * 64, 4]
   const uint8_t* square_planes;  // [8, 256], 64-byte aligned
   float square_low;
-  float square_scale;  // 1 / size
+  float square_scale;        // 1 / size
+  const uint8_t* boxes;      // [8 * 8 * 8 * 8, 16]
+  const uint8_t* box_sides;  // [128]
+  float box_low, box_fine;   // fine: 128 / the sides' length
+  float box_scale;           // 1 / step
+  float box_shift;
+  float box_reach;  // of a coordinate
+  int32_t box_margin;
 };
 
 // Both codes and the rotation they share.

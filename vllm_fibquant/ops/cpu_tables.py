@@ -16,7 +16,7 @@ from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.codec.config import GAIN_NUMBERS, CodeSpec
 from vllm_fibquant.codec.search import CodewordLists
 from vllm_fibquant.keys.key_map import STEP, KeyMap, Turns
-from vllm_fibquant.ops.search_tables import make_scan, make_squares
+from vllm_fibquant.ops.search_tables import make_boxes, make_scan, make_squares
 
 _ALIGNMENT = 64
 _LARGEST_WORD = 32639  # 127 * 256 + 127
@@ -36,6 +36,9 @@ class FqCode(Structure):
         *((name, c_int32) for name in ("scan_most", "scan_margin")),
         *((name, c_void_p) for name in ("scan", "squares", "square_planes")),
         *((name, c_float) for name in ("square_low", "square_scale")),
+        *((name, c_void_p) for name in ("boxes", "box_sides")),
+        *((f"box_{name}", c_float) for name in ("low", "fine", "scale", "shift", "reach")),
+        ("box_margin", c_int32),
     ]
 
 
@@ -107,6 +110,12 @@ def _code(
         keep += [squares.rows, squares.planes]
         code.squares, code.square_planes = (x.data_ptr() for x in keep[-2:])
         code.square_low, code.square_scale = squares.low, 1 / squares.size
+    if (boxes := make_boxes(codebook)) is not None:
+        keep += [boxes.rows, boxes.sides]
+        code.boxes, code.box_sides = (x.data_ptr() for x in keep[-2:])
+        code.box_low, code.box_fine = boxes.low, 1 / boxes.fine
+        code.box_scale, code.box_shift = 1 / boxes.step, boxes.shift
+        code.box_reach, code.box_margin = boxes.reach, boxes.margin
     return code, keep
 
 
