@@ -16,11 +16,11 @@ from vllm_fibquant.codec.codebook import load_codebook, make_codebook
 from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.codec.config import PRESETS, CodeSpec
 from vllm_fibquant.codec.search import nearest_rows
-from vllm_fibquant.ops import cpu_library, cpu_tables
-from vllm_fibquant.ops.search_tables import SQUARES, Scan, make_scan, make_squares
+from vllm_fibquant.ops import cpu_library, cpu_tables, search_tables
+from vllm_fibquant.ops.search_tables import FINEST, SQUARES, make_boxes, make_scan, make_squares
 
 PAIRS = [CodeSpec(2, 256, storage="float16"), CodeSpec(2, 1024, folded=True, storage="float16")]
-LONGER = [CodeSpec(4, 256), CodeSpec(4, 4096, folded=True), CodeSpec(8, 256)]
+FOURS = [CodeSpec(4, 256), CodeSpec(4, 4096, folded=True)]
 NAMES = ["fibquant_k5v3", "fibquant_4bit", "fibquant_3bit", "fibquant_2bit", "fibquant_1bit"]
 
 
@@ -85,19 +85,23 @@ def test_their_model_stores_what_floats_store(tmp_path, monkeypatch: pytest.Monk
         assert torch.equal(floats, bytes_), case
 
 
+@pytest.mark.parametrize(("name", "table"), [("fibquant_1bit", "scan"), ("fibquant_2bit", "boxes")])
 @pytest.mark.parametrize("isa", ["avx512-vnni"], indirect=True)
-def test_a_scan_without_its_margin_errs(monkeypatch: pytest.MonkeyPatch, isa: str) -> None:
+def test_integers_without_their_margin_err(
+    monkeypatch: pytest.MonkeyPatch, isa: str, name: str, table: str
+) -> None:
     """The vectors above do come near enough to ties for the margin to matter."""
-    expected = encoded("fibquant_2bit", 64, 400)
+    expected = encoded(name, 64, 400)
+    make = getattr(search_tables, f"make_{table}")
 
-    def without(book) -> Scan | None:
-        scan = make_scan(book)
-        return None if scan is None else replace(scan, margin=-1)
+    def without(book):
+        found = make(book)
+        return None if found is None else replace(found, margin=-1)
 
-    monkeypatch.setattr(cpu_tables, "make_scan", without)
+    monkeypatch.setattr(cpu_tables, f"make_{table}", without)
     monkeypatch.setattr(cpu_tables, "_codecs", WeakKeyDictionary())  # made anew
     monkeypatch.setattr(cpu_tables, "_code", cpu_tables._code.__wrapped__)
-    assert not torch.equal(expected, encoded("fibquant_2bit", 64, 400))
+    assert not torch.equal(expected, encoded(name, 64, 400))
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
@@ -118,14 +122,13 @@ def test_a_square_lists_the_rows_that_win_in_it(spec: CodeSpec, head_dim: int) -
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize("spec", LONGER, ids=lambda s: s.name)
-def test_scores_beyond_the_margin_are_in_order(spec: CodeSpec, head_dim: int) -> None:
+def test_scores_beyond_the_margin_are_in_order(head_dim: int) -> None:
+    spec = CodeSpec(8, 256)
     book = load_codebook(spec, head_dim)
     scan = make_scan(book)
     assert scan is not None
     generator = torch.Generator().manual_seed(0)
     y = torch.randn(20_000, spec.subvec_dim, generator=generator) / head_dim**0.5
-    y = y.abs() if spec.folded else y
     words = (y / scan.step).round()
     y, words = (x[words.abs().amax(-1) <= scan.most].double() for x in (y, words))
     assert len(y) > 18_000
@@ -142,8 +145,39 @@ def test_scores_beyond_the_margin_are_in_order(spec: CodeSpec, head_dim: int) ->
     assert torch.equal(255 - (order.values[:, 0].long() & 255), order.indices[:, 0])
 
 
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("spec", FOURS, ids=lambda s: s.name)
+def test_a_box_lists_the_rows_that_win_in_it(spec: CodeSpec, head_dim: int) -> None:
+    book = load_codebook(spec, head_dim)
+    boxes = make_boxes(book)
+    assert boxes is not None
+    generator = torch.Generator().manual_seed(0)
+    anywhere = boxes.low + torch.rand(50_000, 4, generator=generator) * boxes.fine * FINEST
+    usual = torch.randn(50_000, 4, generator=generator) / head_dim**0.5
+    y = torch.cat((anywhere, usual.abs() if spec.folded else usual))
+    y = y[(y.abs() <= boxes.reach).all(-1)]
+    part = boxes.sides[((y - boxes.low) / boxes.fine).long().clamp(max=FINEST - 1)].long()
+    rows = boxes.rows[part @ torch.tensor([1, 8, 64, 512])].long()  # [n, 16]
+    is_full = rows[:, 0] == rows[:, 1]
+    assert is_full[-40_000:].float().mean() < 0.05
+    assert (rows.diff(dim=-1) > 0)[~is_full].all()
+    exact = y.double() @ book.rows.double().T - book.rows.double().square().sum(-1) / 2
+    wins = exact.argmax(-1)
+    assert (is_full | (rows == wins.unsqueeze(-1)).any(-1)).all()
+
+    words = book.table.double()[rows]
+    whole = (y / boxes.step - boxes.shift).round().double()
+    scores = (words @ whole.unsqueeze(-1)).squeeze(-1) - 32 * words.square().sum(-1)
+    order = scores.topk(2, -1)
+    clear = ~is_full & (order.values[:, 0] - order.values[:, 1] > boxes.margin)
+    assert 0.9 < clear[-40_000:].double().mean() < 1
+    found = rows.gather(-1, order.indices[:, :1]).squeeze(-1)
+    assert torch.equal(found[clear], wins[clear])
+
+
 def test_books_without_tables() -> None:
     for spec in (CodeSpec(2, 64), CodeSpec(16, 32), CodeSpec(4, 64)):
         rows = torch.randint(-127, 128, (spec.num_rows, spec.subvec_dim)).to(torch.int8)
         book, _ = make_codebook(spec, 64, rows.numpy(), 1 / 512, {})
         assert make_scan(book) is None and make_squares(book) is None
+        assert make_boxes(book) is None

@@ -51,13 +51,16 @@ extern "C" int run(const uint8_t* in, uint8_t* out) {
   for (const vi& v : four_vectors) put((vb)v);
   put((vb)even_parts((vi)a, (vi)b));
   put((vb)odd_parts((vi)a, (vi)b));
+  for (int half = 0; half < 2; ++half) put(zip_bytes(half, a, b));
+  for (int half = 0; half < 2; ++half) put(zip_words(half, a, b));
+  put(absolute_bytes(a));
   return (int)(out - begin);
 }
 """
 INSTRUCTIONS = (
     "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mavx512vnni -mfma -mf16c -mbmi2"
 )
-OUTPUTS = 80
+OUTPUTS = 85
 
 
 def build(folder: Path, name: str, *flags: str) -> ctypes.CDLL:
@@ -109,3 +112,9 @@ def test_the_model_does_what_the_header_says(model: ctypes.CDLL) -> None:
     assert (out[63] == table[a]).all()
     sums = products.reshape(16, 4).sum(1) + c.view("<i4")
     assert (out[64].view("<i4") == sums.astype(np.int32)).all()
+    for half in range(2):
+        parts = [x.reshape(4, 2, 8)[:, half] for x in (a, b)]
+        assert (out[80 + half] == np.stack(parts, -1).ravel()).all()
+        words = [x.view("<u2") for x in parts]
+        assert (out[82 + half].view("<u2") == np.stack(words, -1).ravel()).all()
+    assert (out[84] == np.abs(a.view(np.int8).astype(int))).all()

@@ -21,7 +21,7 @@ SIDES, FINEST = 8, 128  # parts of each axis that boxes have, and that tell them
 LISTED = 16  # rows of a box
 _REACH = 1.25  # coordinates of subvectors beside the book's largest; longer ones are rare
 _ROUNDING = 16  # scan units by which all roundings together may move a difference of scores
-_RIVALS = 12  # rows that others are compared with
+_RIVALS = 24  # rows that others are compared with
 
 
 @dataclass(frozen=True, eq=False)
