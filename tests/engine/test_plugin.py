@@ -248,7 +248,8 @@ def test_float32_and_amd_are_refused_on_a_gpu(monkeypatch):
     text = SimpleNamespace(layer_types=None)
     config.model_config = SimpleNamespace(
         **model, runner_type="generate", rswa_window=None, hf_text_config=text, dtype=torch.float32,
-        get_head_size=lambda: 128, hf_config=text, is_hybrid=False, is_multimodal_model=False, max_model_len=4096,
+        get_head_size=lambda: 128, hf_config=text, is_hybrid=False, is_multimodal_model=False,
+        max_model_len=4096,
     )  # fmt: skip
     (problem,) = support.config_problems(config)
     assert problem.startswith("dtype: must be bfloat16 or float16 on a GPU")
