@@ -177,26 +177,7 @@ def plan_capacities(
     Returns:
         One entry for every cache dtype that the head_dim allows.
     """
-    known = {"sliding_window", *map(str, range(len(shape.windows)))}
-    unknown = [name for name in skip_layers if name not in known]
-    if unknown:
-        raise ValueError(
-            f"plan: --kv-cache-dtype-skip-layers must be layer numbers below "
-            f"{len(shape.windows)} or sliding_window, got {', '.join(unknown)}"
-        )
-    if device not in BLOCK_MULTIPLE:
-        raise ValueError(f"plan: --device must be {' or '.join(BLOCK_MULTIPLE)}, got {device}")
-    multiple = BLOCK_MULTIPLE[device]
-    if block_size < 1 or block_size % multiple:
-        raise ValueError(
-            f"plan: --block-size must be a positive multiple of {multiple}, got {block_size}"
-        )
-    if tensor_parallel_size < 1:
-        raise ValueError(
-            f"plan: --tensor-parallel-size must be at least 1, got {tensor_parallel_size}"
-        )
-    if max_num_seqs < 1:
-        raise ValueError(f"plan: --max-num-seqs must be at least 1, got {max_num_seqs}")
+    _check_numbers(shape, device, block_size, tensor_parallel_size, skip_layers, max_num_seqs)
     sizes = token_bytes(shape.head_dim)
     others = [token_bytes(head_dim) for head_dim in shape.head_dims]
     _check_layer_presets(shape, layer_presets, skip_layers, sizes)
@@ -251,6 +232,31 @@ def effective_rate(stored_bytes: int, num_coordinates: int, num_copies: int, con
     """
     copied = min(num_copies, context) / context
     return 8 * stored_bytes / num_coordinates + 8 * DENSE_BYTES["bf16"] * copied
+
+
+def _check_numbers(
+    shape: ModelShape,
+    device: str,
+    block_size: int,
+    tensor_parallel_size: int,
+    skip_layers: tuple[str, ...],
+    max_num_seqs: int,
+) -> None:
+    num_layers = len(shape.windows)
+    known = {"sliding_window", *map(str, range(num_layers))}
+    unknown = ", ".join(name for name in skip_layers if name not in known)
+    multiple = BLOCK_MULTIPLE.get(device, 1)
+    for is_met, flag, must, got in (
+        (not unknown, "kv-cache-dtype-skip-layers",
+         f"layer numbers below {num_layers} or sliding_window", unknown),
+        (device in BLOCK_MULTIPLE, "device", " or ".join(BLOCK_MULTIPLE), device),
+        (block_size > 0 and block_size % multiple == 0, "block-size",
+         f"a positive multiple of {multiple}", block_size),
+        (tensor_parallel_size > 0, "tensor-parallel-size", "at least 1", tensor_parallel_size),
+        (max_num_seqs > 0, "max-num-seqs", "at least 1", max_num_seqs),
+    ):  # fmt: skip
+        if not is_met:
+            raise ValueError(f"plan: --{flag} must be {must}, got {got}")
 
 
 def _check_layer_presets(

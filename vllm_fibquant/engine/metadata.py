@@ -107,11 +107,6 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         impls = {name: layer.impl for name, layer in layers.items()}
         self._needs_positions = any(impl.key_map is not None for impl in impls.values())
-        # Captured CUDA graphs read positions, and how far queries turn back, where they were.
-        self._positions: torch.Tensor | None = None
-        most = vllm_config.scheduler_config.max_num_batched_tokens
-        if self._needs_positions and on_gpu:
-            self._positions = torch.zeros(most, dtype=torch.int64, device=device)
         self._needs_starts = on_gpu and any(impl.attends_raw for impl in impls.values())
         self._with_sinks = [impl for impl in impls.values() if impl.attend.sinks is not None]
         self._plan_probe = planner_of_probes(vllm_config, impls, kv_cache_spec.block_size, device)
@@ -122,15 +117,17 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
                 shape = (len(copies.key), options.num_copied_first, options.recent_window,
                          kv_cache_spec.block_size)  # fmt: skip
                 if device_pool.serves(device.type):
-                    most = _largest_step(vllm_config)
-                    planner = device_pool.planner_of(device)
-                    self._pool = device_pool.DevicePool(*shape, *most, device, planner)
+                    on_device = *_largest_step(vllm_config), device, device_pool.planner_of(device)
+                    self._pool = device_pool.DevicePool(*shape, *on_device)
                 else:
                     self._pool = CopyPool(*shape)
-        self._gone: torch.Tensor | None = None
+        # Captured CUDA graphs read positions, and how far queries turn back, where they were.
+        most = vllm_config.scheduler_config.max_num_batched_tokens
+        self._positions, self._gone = (
+            torch.zeros(most, dtype=torch.int64, device=device) if on_gpu and is_read else None
+            for is_read in (self._needs_positions, self.retain is not None)
+        )
         self._max_model_len = vllm_config.model_config.max_model_len
-        if self.retain is not None and on_gpu:
-            self._gone = torch.zeros(most, dtype=torch.int64, device=device)
         check_kernels(impls, vllm_config.model_config.dtype, kv_cache_spec.block_size, device)
 
     def build(
@@ -157,6 +154,9 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
                 common, self.reorder_batch_threshold
             )
         copies, copy_rows = self._plan_copies(common)
+        positions = None
+        if self._needs_positions:
+            positions = _kept_in(self._positions, _positions(common).long())
         return FibQuantMetadata(
             num_tokens=common.num_actual_tokens,
             batch=Batch(
@@ -168,7 +168,7 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
             ),
             num_gone=self._num_gone(common),
             probe=self._plan_probe(common) if self._plan_probe else None,
-            positions=self._keep_positions(common) if self._needs_positions else None,
+            positions=positions,
             num_decodes=num_decodes,
             num_decode_tokens=num_decode_tokens,
             copy_rows=copy_rows,
@@ -187,12 +187,6 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
         table, rows = self._pool.step(*where, common.slot_mapping[: common.num_actual_tokens])
         return (table,), rows
 
-    def _keep_positions(self, common: CommonAttentionMetadata) -> torch.Tensor:
-        """Where new tokens stand, on a GPU in one place for all steps, behind which are positions
-        of other steps: nobody is encoded there."""
-        positions = _positions(common).long()
-        return positions if self._positions is None else _kept_in(self._positions, positions)
-
     def _num_gone(self, common: CommonAttentionMetadata) -> torch.Tensor | None:
         if self.retain is None:
             return None
@@ -200,12 +194,14 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
             return None
         gone = (_positions(common) + 1 - self.retain.total).long()
         # Rows that pad a captured graph stand anywhere, and a distance must be one that is known.
-        gone = gone.clamp(0, self._max_model_len - 1)
-        return gone if self._gone is None else _kept_in(self._gone, gone)
+        return _kept_in(self._gone, gone.clamp(0, self._max_model_len - 1))
 
 
-def _kept_in(place: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """`place` with the step's numbers, behind which are those of other steps."""
+def _kept_in(place: torch.Tensor | None, numbers: torch.Tensor) -> torch.Tensor:
+    """The numbers of new tokens, on a GPU in one place for all steps, behind which are those of
+    other steps: nobody reads there."""
+    if place is None:
+        return numbers
     at_most = range(len(place) + 1)
     check_tensor("build", "positions", numbers, (at_most,), torch.int64)
     place[: len(numbers)] = numbers
