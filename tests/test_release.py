@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from vllm_fibquant.demo_model import ensure_demo_model
+
 ROOT = Path(__file__).parent.parent
 PROGRAM = """
 import json, vllm_fibquant
@@ -22,6 +24,19 @@ from vllm_fibquant.cli import info
 from vllm_fibquant.codec.codebook import shipped_codes, load_codebook
 [load_codebook(spec, head_dim) for spec, head_dim in shipped_codes()]
 print(json.dumps([vllm_fibquant.__file__, info.kernel()]))
+"""
+
+
+SERVING = """
+import sys
+import vllm_fibquant
+from vllm import LLM, SamplingParams
+assert vllm_fibquant.__file__.startswith(sys.prefix), vllm_fibquant.__file__
+llm = LLM(sys.argv[1], kv_cache_dtype="fibquant", max_model_len=512, max_num_seqs=1,
+          kv_cache_memory_bytes=64 << 20, enforce_eager=True,
+          additional_config={"fibquant": {"calibrate": "none", "fidelity_gate": False}})
+(answer,) = llm.generate("The capital of France is", SamplingParams(temperature=0, max_tokens=8))
+print("ANSWER", answer.outputs[0].text)
 """
 
 
@@ -52,6 +67,15 @@ def test_an_installed_wheel_runs(dist, tmp_path):
     assert str(site) in done.stdout and "cpu-" in done.stdout
     command = [tmp_path / "env/bin/vllm-fibquant", "--version"]
     assert "vllm-fibquant" in subprocess.run(command, capture_output=True, text=True).stdout
+    environment = dict(os.environ, VLLM_ENABLE_V1_MULTIPROCESSING="0", OMP_NUM_THREADS="1")
+    environment.pop("PYTHONPATH", None)
+    model = ensure_demo_model(ROOT / ".models" / "SmolLM2-135M-Instruct")
+    served = subprocess.run(
+        [python, "-c", SERVING, model], cwd=tmp_path, capture_output=True, text=True,
+        timeout=1800, env=environment,
+    )  # fmt: skip
+    assert served.returncode == 0, served.stderr[-3000:]
+    assert "Paris" in served.stdout.split("ANSWER ")[1]
 
 
 STAND_IN = """#!/bin/sh

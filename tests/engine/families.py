@@ -45,7 +45,8 @@ REFUSED = {
         "test_plugin.py::test_only_our_layers_get_our_page_size",
     ),
     "Gemma 3 with images": (
-        "bidirectional attention within an image",
+        "bidirectional attention within an image; texts are served with `--language-model-only` "
+        "(`test_text_alone.py`)",
         "test_refusals.py::test_images_that_attend_both_ways",
     ),
     "Falcon": (

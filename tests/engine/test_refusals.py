@@ -93,6 +93,7 @@ def test_images_that_attend_both_ways(model_folder, monkeypatch):
     monkeypatch.setattr(ModelConfig, "is_mm_prefix_lm", property(lambda self: True))
     told = refusal_of(make_model("gemma3", model_folder))
     assert "got bidirectional attention between the tokens of an image" in told
+    assert "give --language-model-only, which serves texts" in told  # test_text_alone.py
 
 
 def test_embedding_model(model_folder):

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model whose class vLLM imports with an image processor, given texts alone.
+
+    PYTHONPATH=tests/engine/stand_in python -m tests.engine.text_alone NAME FOLDER
+
+Prints how far answers to fresh prompts, whose new tokens are read as computed, are from vLLM's own.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from .architectures import COMMON, HEADS, SHAPES, VOCAB_SIZE, Made
+from .harness import engine, generate, largest_difference, varied_prompts
+from .models import make_model
+
+
+def gemma3_images() -> Made:
+    """Tokens of an image see each other both ways; the model is read without its vision tower."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    vision = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1,
+              "num_attention_heads": 2, "image_size": 28, "patch_size": 14}  # fmt: skip
+    text = {**COMMON, **HEADS, "sliding_window": 64, "sliding_window_pattern": 2,
+            "query_pre_attn_scalar": 64}  # fmt: skip
+    config = Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=5,
+        boi_token_index=6, eoi_token_index=7,
+    )  # fmt: skip
+    return Gemma3ForConditionalGeneration, config
+
+
+MADE: dict[str, tuple[Any, dict[str, Any]]] = {
+    "gemma3-images": (gemma3_images, {"language_model_only": True}),
+}
+
+
+def refused_with_an_image(llm: Any, prompt: list[int]) -> None:
+    from PIL import Image
+
+    image = {"image": Image.new("RGB", (28, 28))}
+    try:
+        llm.generate({"prompt_token_ids": prompt, "multi_modal_data": image}, use_tqdm=False)
+    except ValueError as refusal:
+        print("REFUSED", refusal)
+    else:
+        raise AssertionError("an image was read")
+
+
+def main(name: str, folder: str) -> None:
+    SHAPES[name], settings = MADE[name]
+    model = make_model(name, Path(folder))
+    prompts = varied_prompts(6, VOCAB_SIZE)
+    answers = []
+    for dtype, options in (("auto", None), ("fibquant_2bit", {"prefill": "raw"})):
+        with engine(model, dtype, fibquant=options, max_num_batched_tokens=2048, **settings) as llm:
+            refused_with_an_image(llm, prompts[0])
+            answers.append(generate(llm, prompts, 1))
+    other_tokens, _, largest = largest_difference(*answers)
+    print(f"\nDIFFERENCE {other_tokens} {largest}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
