@@ -145,9 +145,10 @@ def _ablation(step: int) -> list[Row]:
     rows = [
         engine_row("4bit, exact, means", "ablation", "fibquant_4bit",
                    {**EXACT, "calibrate": "means"}, step),
-        engine_row("2bit, quality, window 256", "ablation", "fibquant_2bit",
-                   {"recent_window": 256}, step),
     ]  # fmt: skip
+    for preset in LADDER[2:]:
+        rows.append(engine_row(f"{_short(preset)}, quality, window 256", "ablation", preset,
+                               {"recent_window": 256}, step))  # fmt: skip
     for preset in LADDER[:3]:
         for kind in ("means", "transform"):
             rows.append(engine_row(f"{_short(preset)}, quality, {kind}", "ablation", preset,
