@@ -214,7 +214,6 @@ def test_other_spellings(config, num_kv_heads):
         ({"layer_types": ["linear_attention"] * 30}, "some that keep a state"),
         ({"mamba_d_state": 16}, "some that keep a state"),
         ({"layer_types": ["chunked_attention"] * 30}, "got chunked_attention"),
-        ({"attention_chunk_size": 8192}, "got chunks of 8192 tokens"),
         ({"v_head_dim": 32}, "as long as its keys, got 32 and 64"),
         ({"is_encoder_decoder": True}, "decoder-only"),
         ({"alibi": True}, "got ALiBi"),

@@ -84,6 +84,8 @@ def test_chunked_local_attention(model_folder):
     told = refusal_of(make_config_only("llama4-alone", shape, model_folder))
     assert "--max-model-len: must be at most 64, one chunk of this model's local attention" in told
     assert "got 512; give --max-model-len 64" in told
+    told = refusal_of(f"{model_folder}/llama4-alone", max_model_len=64, block_size=96)
+    assert "--block-size: must be a divisor of 64, one chunk of this model's local" in told
 
 
 def test_images_that_attend_both_ways(model_folder, monkeypatch):

@@ -20,11 +20,11 @@ from vllm_fibquant.options import MonitorOptions
 class DeviceBench(Bench):
     """A bench whose monitor is a GPU's; steps are given to it as tensors, padded at their end."""
 
-    def __init__(self, preset="fibquant_3bit", tokens=4096, **options):
+    def __init__(self, preset="fibquant_3bit", tokens=4096, num_speculative=0, **options):
         super().__init__(preset, tokens, **options)
         self.planner = DeviceMonitor(
             MonitorOptions(tokens=tokens), self.layers, list(range(len(self.layers))), BLOCK_SIZE,
-            self.ledger, torch.device("cpu"),
+            self.ledger, torch.device("cpu"), num_speculative,
         )  # fmt: skip
         self.monitor = SimpleNamespace(plan=self._plan)
 
@@ -60,6 +60,13 @@ def test_a_prompt_is_sampled_and_compared_again_while_it_is_read():
         assert bench.counters["monitor_rereads"] == number
     assert bench.counters["monitor_changed"] == 0 and bench.num_compared == 7
     assert 0.9 < bench.cosine() < 0.999 and bench.health in (UNKNOWN, HEALTHY)
+
+
+def test_a_long_speculation_is_no_prompt():
+    """21 tokens may be one that was accepted and 20 proposed ones: such a step may be a graph."""
+    assert DeviceBench(num_speculative=20).step(([1, 2], 0, 21)) is None
+    assert DeviceBench(num_speculative=20).step(([1, 2], 0, 22)) is not None
+    assert DeviceBench().step(([1, 2], 0, 21)) is not None
 
 
 def test_what_is_compared_is_the_attention_of_that_head_over_those_tokens():

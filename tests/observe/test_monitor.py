@@ -251,6 +251,13 @@ def test_drill_keys_that_break_the_code(preset, channel, health):
     assert bench.counters["monitor_worst_cosine"] < ledger.floor_cosine(bench.codec)
 
 
+def test_a_cosine_that_is_no_number_is_damage():
+    bench = Bench()
+    for _ in range(ledger.LEAST):
+        bench.ledger.compared(0, bench.codec, 1.0, float("nan"), 0.1)
+    assert bench.health == DAMAGED and bench.counters["monitor_worst_cosine"] == 0.0
+
+
 def test_the_budget_is_kept():
     bench = Bench(budget=0.01)
     requests = ([1, 2], 0, 32)

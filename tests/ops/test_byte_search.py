@@ -154,9 +154,14 @@ def test_a_box_lists_the_rows_that_win_in_it(spec: CodeSpec, head_dim: int) -> N
     generator = torch.Generator().manual_seed(0)
     anywhere = boxes.low + torch.rand(50_000, 4, generator=generator) * boxes.fine * FINEST
     usual = torch.randn(50_000, 4, generator=generator) / head_dim**0.5
-    y = torch.cat((anywhere, usual.abs() if spec.folded else usual))
-    y = y[(y.abs() <= boxes.reach).all(-1)]
-    part = boxes.sides[((y - boxes.low) / boxes.fine).long().clamp(max=FINEST - 1)].long()
+    most = torch.tensor(boxes.reach)
+    edges = torch.stack((-most, most, torch.nextafter(most, torch.tensor(0.0))))
+    edges = torch.cartesian_prod(*[edges[1:] if spec.folded else edges] * 4)
+    y = torch.cat((edges, anywhere, usual.abs() if spec.folded else usual))
+    y = y[(y.abs() <= most).all(-1)]
+    assert len(y) > 50_000 + len(edges) // 2
+    # As the kernel has it: floats, and no part behind the last.
+    part = boxes.sides[((y - boxes.low) * torch.tensor(1 / boxes.fine)).long()].long()
     rows = boxes.rows[part @ torch.tensor([1, 8, 64, 512])].long()  # [n, 16]
     is_full = rows[:, 0] == rows[:, 1]
     assert is_full[-40_000:].float().mean() < 0.05

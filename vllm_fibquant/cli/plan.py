@@ -29,8 +29,9 @@ DEFAULT_DEVICE = "cpu"
 DEFAULT_BATCHED_TOKENS = 2048
 """What vLLM's server takes on CPUs when nothing is given."""
 
-DEFAULT_NUM_SEQS = 128
-"""Requests of a step that vLLM's server takes on CPUs when nothing is given."""
+DEFAULT_NUM_SEQS = {"cpu": 128, "cuda": 256}
+"""Requests of a step that vLLM's server takes when nothing is given, by device: on GPUs the fewest;
+on those of much memory it takes 1,024."""
 
 BLOCK_MULTIPLE = {"cpu": 32, "cuda": 16}
 """What is demanded of a block, by device: on CPUs by vLLM's attention."""
@@ -80,7 +81,7 @@ def plan_model(
     tensor_parallel_size: int = 1,
     skip_layers: tuple[str, ...] = (),
     batched_tokens: int = DEFAULT_BATCHED_TOKENS,
-    max_num_seqs: int = DEFAULT_NUM_SEQS,
+    max_num_seqs: int | None = None,
     device: str = DEFAULT_DEVICE,
 ) -> tuple[ModelShape, int, list[Capacity]]:
     """A model's shape, tokens of a request, and what fits: see `plan_capacities`.
@@ -101,13 +102,13 @@ def plan_model(
 
         if device != DEFAULT_DEVICE:
             raise ValueError(
-                "plan: --device must be left out for models with states or latents, got "
+                "plan: --device must be left out for models whose cache vLLM alone knows, got "
                 f"{device}: vLLM is asked, for the device of this machine"
             )
         if tensor_parallel_size != 1:
             raise ValueError(
-                "plan: --tensor-parallel-size must be 1 for models with states or latents, got "
-                f"{tensor_parallel_size}; a start's own log has the numbers"
+                "plan: --tensor-parallel-size must be 1 for models whose cache vLLM alone knows, "
+                f"got {tensor_parallel_size}; a start's own log has the numbers"
             )
         shape, capacities = plan_states(
             model,
@@ -118,7 +119,7 @@ def plan_model(
             block_size=block_size,
             kv_cache_dtype_skip_layers=list(skip_layers),
             max_num_batched_tokens=batched_tokens,
-            max_num_seqs=max_num_seqs,
+            max_num_seqs=max_num_seqs or DEFAULT_NUM_SEQS[DEFAULT_DEVICE],
         )
         return shape, context, capacities
     shape = shape_of(model, config)
@@ -152,7 +153,7 @@ def plan_capacities(
     batched_tokens: int = DEFAULT_BATCHED_TOKENS,
     num_copies: int = 0,
     num_copied_first: int = 0,
-    max_num_seqs: int = DEFAULT_NUM_SEQS,
+    max_num_seqs: int | None = None,
     layer_presets: tuple[tuple[int, str], ...] = (),
     device: str = DEFAULT_DEVICE,
 ) -> list[Capacity]:
@@ -170,13 +171,15 @@ def plan_capacities(
             layer holds of one request.
         num_copies: tokens of a request that our layers also keep in 16 bits (mode quality).
         num_copied_first: of them, first ones.
-        max_num_seqs: vLLM's --max-num-seqs: requests that have copies.
+        max_num_seqs: vLLM's --max-num-seqs: requests that have copies; None for DEFAULT_NUM_SEQS.
         layer_presets: numbers of layers that have another preset than the rest, and its name.
         device: "cpu" or "cuda", whose pools of copies differ.
 
     Returns:
         One entry for every cache dtype that the head_dim allows.
     """
+    if max_num_seqs is None:
+        max_num_seqs = DEFAULT_NUM_SEQS.get(device, 1)
     _check_numbers(shape, device, block_size, tensor_parallel_size, skip_layers, max_num_seqs)
     sizes = token_bytes(shape.head_dim)
     others = [token_bytes(head_dim) for head_dim in shape.head_dims]

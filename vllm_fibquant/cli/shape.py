@@ -148,13 +148,11 @@ def _caches(windows: list[int], num_shared: int) -> tuple[list[int], tuple[int, 
 def _refusals(config: dict[str, Any]) -> list[str | bool]:
     """What the engine refuses, as far as a configuration shows it."""
     head_dim, value_dim = config.get("head_dim"), config.get("v_head_dim")
-    chunk = config.get("attention_chunk_size")
     return [
         has_latents(config)
         and "its cache must be keys and values, got multi-head latent attention (MLA)",
         bool(head_dim and value_dim and head_dim != value_dim)
         and f"its values must be as long as its keys, got {value_dim} and {head_dim}",
-        bool(chunk) and f"attention must be full or sliding-window, got chunks of {chunk} tokens",
         bool(config.get("is_encoder_decoder"))
         and "it must be decoder-only, got an encoder-decoder model",
         bool(config.get("alibi") or config.get("model_type") == "bloom")

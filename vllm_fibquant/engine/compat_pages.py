@@ -30,13 +30,20 @@ def fit_layers_pages(names: list[str]) -> None:
     """
     from vllm.model_executor.layers.attention import Attention
 
+    is_asking = False  # by `plain_specs`, whose layers may ask their base class, which is wrapped
+
     def get_kv_cache_spec(original: Any, self: Any, vllm_config: VllmConfig) -> Any:
+        nonlocal is_asking
         own = original(self, vllm_config)
-        if own is None or vllm_config.cache_config.cache_dtype not in names:
+        if own is None or is_asking or vllm_config.cache_config.cache_dtype not in names:
             return own
         if vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
             return own  # all layers are one group, each with pages of its own size
-        specs = fitted(plain_specs(vllm_config))
+        is_asking = True
+        try:
+            specs = fitted(plain_specs(vllm_config))
+        finally:
+            is_asking = False
         return specs.get(self.layer_name, own)
 
     wrap_once(Attention, "get_kv_cache_spec", get_kv_cache_spec)

@@ -28,7 +28,11 @@ def planner_of_probes(
     on_device = device_monitor.serves(device.type)
     make: Any = Monitor
     if on_device:
-        make = functools.partial(device_monitor.DeviceMonitor, device=device)
+        speculative = vllm_config.speculative_config
+        make = functools.partial(
+            device_monitor.DeviceMonitor, device=device,
+            num_speculative=speculative.num_speculative_tokens if speculative else 0,
+        )  # fmt: skip
     is_loss_accepted = outcome_of(vllm_config).state == "accepted"
     monitor = monitor_of(vllm_config, impls, block_size, is_loss_accepted, make)
     if monitor is None:

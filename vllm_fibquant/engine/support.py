@@ -152,7 +152,7 @@ def config_problems(vllm_config: VllmConfig) -> list[str]:
     if device == "cuda":
         rows += support_gpu.gpu_rows(vllm_config, options)
     if model is not None:
-        rows += _model_rows(model)
+        rows += _model_rows(model, vllm_config.cache_config.block_size)
         if model.use_mla:
             problems += latent_problems(vllm_config, options)
         else:
@@ -173,7 +173,7 @@ def config_problems(vllm_config: VllmConfig) -> list[str]:
     return problems
 
 
-def _model_rows(model: ModelConfig) -> list[Row]:
+def _model_rows(model: ModelConfig, block_size: int | None) -> list[Row]:
     """What is required of every model."""
     chunk = getattr(model.hf_text_config, "attention_chunk_size", None)
     return [
@@ -191,6 +191,9 @@ def _model_rows(model: ModelConfig) -> list[Row]:
         (chunk is None or model.max_model_len <= chunk, "--max-model-len",
          f"at most {chunk}, one chunk of this model's local attention", model.max_model_len,
          f"give --max-model-len {chunk}, or {OTHER_DTYPE}"),
+        (chunk is None or chunk % (block_size or 1) == 0, "--block-size",
+         f"a divisor of {chunk}, one chunk of this model's local attention", block_size,
+         "leave it out"),
     ]  # fmt: skip
 
 

@@ -4,7 +4,7 @@ for.
 
 What the host knows of a step are its bounds alone. So a sample's blocks, its end and whether it is
 still as it was written stay on the device. Every step notes there which samples are written again,
-in four small launches; a comparison writes its numbers to the device, and the host reads them in a
+in a few small launches; a comparison writes its numbers to the device, and the host reads them in a
 later step, once they have arrived.
 
 A step that may be replayed from a captured CUDA graph runs no Python between its layers. Those are
@@ -161,6 +161,8 @@ class DeviceMonitor:
     Args:
         options, layers, numbers, block_size, ledger: as `monitor.Monitor`.
         device: of pages and steps.
+        num_speculative: tokens that are proposed for each request of a decode step, which may be
+            replayed from a graph.
     """
 
     def __init__(
@@ -171,8 +173,10 @@ class DeviceMonitor:
         block_size: int,
         ledger: Ledger,
         device: torch.device,
+        num_speculative: int = 0,
     ) -> None:
         self.layers: list[Layer] = layers
+        self._fewest_tokens = max(MIN_TOKENS, num_speculative + 2)
         self.ledger = ledger
         self._numbers, self._block_size = numbers, block_size
         num_places = max(1, options.tokens // MAX_TOKENS)
@@ -207,7 +211,7 @@ class DeviceMonitor:
         # First of all: what is planned below must not rest on tokens that this step replaces.
         self._note_written(step.slots)
         query_lens, probe = np.diff(starts), None
-        if query_lens.max(initial=0) >= MIN_TOKENS:
+        if query_lens.max(initial=0) >= self._fewest_tokens:
             if self.ledger.can_afford():
                 probe = self._plan_new(starts, query_lens, step)
             if probe is None and self.ledger.can_afford(1 + SAVED):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict, deque
 
@@ -101,7 +102,9 @@ class Ledger:
             self._cost += 0.1 * (seconds - self._cost)
 
     def compared(self, layer: int, codec: KVCodec, age: float, cosine: float, error: float) -> None:
-        """Records one comparison of a layer with tokens `age` seconds old."""
+        """Records one comparison of a layer with tokens `age` seconds old. A cosine that is no
+        number, as a GPU's of a block that is none, is as bad as can be."""
+        cosine = cosine if math.isfinite(cosine) else 0.0
         counters, row = self.counters, age_row(age)
         counters.observe("cosine_by_layer", layer, max(0.0, cosine))
         counters.observe("error_by_layer", layer, error)

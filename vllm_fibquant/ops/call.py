@@ -190,7 +190,7 @@ class Attend:
         attended: as `Pages.encoded`, of `checks.check_attention`.
 
     Raises:
-        ValueError: a negative number, or shape, dtype or layout of sinks or copies.
+        ValueError: a negative number, or shape, dtype or layout of sinks.
     """
 
     scale: float

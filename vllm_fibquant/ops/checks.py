@@ -57,8 +57,9 @@ def check_encode(
     # `_look` written out, and compared with the last call before it is hashed: every layer of every
     # step pays for this.
     global _step
-    if slot_mapping is _step[0] and positions is _step[1]:
-        shared = _step[2]
+    step = _step  # once: another thread may replace it
+    if slot_mapping is step[0] and positions is step[1]:
+        shared = step[2]
     else:
         shared = _look(slot_mapping), None if positions is None else _look(positions)
         _step = slot_mapping, positions, shared
@@ -245,4 +246,6 @@ def _told(axis: Axis) -> str:
         return str(axis)
     if axis.stop == sys.maxsize:
         return f"at least {axis.start}"
+    if axis.stop > 2**31:
+        return f"a multiple of {axis.step}"
     return f"at most {axis[-1]}" + (f", a multiple of {axis.step}" if axis.step > 1 else "")

@@ -168,7 +168,9 @@ def make_boxes(book: Codebook) -> Boxes | None:
     margin = float(pairs.max()) / 2 + _ROUNDING
     shift = 32.0 if spec.folded else 0.0
     tables = listed.to(torch.uint8).contiguous(), sides.to(torch.uint8)
-    return Boxes(*tables, low, fine, book.scale / 64, shift, reach, int(margin) + 1)
+    # A little less than the last box's end: there a float's part would round up to the next one.
+    most = reach * (1 - 1e-6)
+    return Boxes(*tables, low, fine, book.scale / 64, shift, most, int(margin) + 1)
 
 
 def _can_win(rows: torch.Tensor, middles: torch.Tensor, reaches: torch.Tensor) -> torch.Tensor:
