@@ -9,7 +9,7 @@ from vllm_fibquant.engine import compat_pages
 
 
 def test_a_layer_that_asks_its_base_class(monkeypatch):
-    """Some of vLLM's layers change what `Attention` says, which is wrapped: it must not ask again."""
+    """Some layers of vLLM change what `Attention` says, which is wrapped: it must not ask again."""
 
     class Attention:
         def __init__(self, name, num_bytes):
