@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,21 @@ def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
             item.add_marker(pytest.mark.engine)
             if not HAS_VLLM:
                 item.add_marker(pytest.mark.skip(reason="vLLM is not installed"))
+
+
+@pytest.fixture
+def caplog(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[pytest.LogCaptureFixture]:
+    """Gets what vLLM's loggers say, ours among them, which hand nothing on by themselves; whatever
+    engines of this process made of them before."""
+    monkeypatch.setenv("VLLM_CONFIGURE_LOGGING", "0")  # else every engine sets them up anew
+    logger = logging.getLogger("vllm")
+    monkeypatch.setattr(logger, "propagate", True)
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    yield caplog
+    logger.setLevel(level)
 
 
 @pytest.fixture(scope="session")
