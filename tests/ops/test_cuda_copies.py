@@ -4,8 +4,6 @@ while new tokens are encoded."""
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 import torch
 
@@ -15,15 +13,6 @@ from tests.ops.test_cuda_emulated import OPTIONS, PRESET_NAMES, codec_of, paged_
 from tests.ops.test_cuda_mapped import KINDS, map_of, mapped_of
 from vllm_fibquant import ops
 from vllm_fibquant.ops import Copied, Copies, Pages, cuda, reference, selfcheck
-
-
-@pytest.fixture(scope="module")
-def library() -> cuda.Library:
-    if torch.cuda.is_available() and cuda.is_built():
-        return cuda.library()
-    if shutil.which("g++") is None:
-        pytest.skip("the emulator needs g++")
-    return emu.emulated()
 
 
 def check(library, paged, *, copies, num_splits=2, wide=False, **options) -> torch.Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -20,15 +19,6 @@ from vllm_fibquant.ops import Pages, cuda, gpu, kernels, reference, selfcheck, s
 
 PRESET_NAMES = [name for name in PRESETS if name != "fibquant"]
 OTHER_PAIR = {"key": {"subvec_dim": 8, "num_codewords": 256, "storage": "int8"}}
-
-
-@pytest.fixture(scope="module")
-def library() -> cuda.Library:
-    if torch.cuda.is_available() and cuda.is_built():
-        return cuda.library()
-    if shutil.which("g++") is None:
-        pytest.skip("the emulator needs g++")
-    return emu.emulated()
 
 
 def codec_of(name: str, head_dim: int) -> KVCodec:

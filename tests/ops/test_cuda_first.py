@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 import torch
 
@@ -13,15 +11,6 @@ from tests.ops.test_cuda_emulated import PRESET_NAMES, check, codec_of, paged_of
 from tests.ops.test_retention import other_query
 from vllm_fibquant import ops
 from vllm_fibquant.ops import cuda, selfcheck
-
-
-@pytest.fixture(scope="module")
-def library() -> cuda.Library:
-    if torch.cuda.is_available() and cuda.is_built():
-        return cuda.library()
-    if shutil.which("g++") is None:
-        pytest.skip("the emulator needs g++")
-    return emu.emulated()
 
 
 @pytest.mark.parametrize("wide", [False, True])

@@ -5,7 +5,6 @@ of means that turns, first tokens."""
 from __future__ import annotations
 
 import dataclasses
-import shutil
 
 import pytest
 import torch
@@ -24,15 +23,6 @@ KINDS = {
     "first": {"num_first": 3},
     "all": {"transform": True, "turning": True, "num_first": 4},
 }
-
-
-@pytest.fixture(scope="module")
-def library() -> cuda.Library:
-    if torch.cuda.is_available() and cuda.is_built():
-        return cuda.library()
-    if shutil.which("g++") is None:
-        pytest.skip("the emulator needs g++")
-    return emu.emulated()
 
 
 def map_of(codec, *, transform=False, turning=False, num_first=0, num_kv_heads=2):

@@ -8,30 +8,19 @@ address.
 from __future__ import annotations
 
 import dataclasses
-import shutil
 
 import pytest
 import torch
 
-from tests import emulated as emu
 from tests.keys.test_key_map import make_turns
 from tests.ops.test_cuda_emulated import OPTIONS, PRESET_NAMES, check, codec_of, encode_both
 from tests.ops.test_cuda_emulated import paged_of as plain_of
 from tests.ops.test_cuda_mapped import map_of, mapped_of
 from tests.paged import check_records
 from vllm_fibquant.keys.key_map import TurningMean
-from vllm_fibquant.ops import cuda, cuda_tables
+from vllm_fibquant.ops import cuda_tables
 
 HEAD_DIMS = [80, 112]
-
-
-@pytest.fixture(scope="module")
-def library() -> cuda.Library:
-    if torch.cuda.is_available() and cuda.is_built():
-        return cuda.library()
-    if shutil.which("g++") is None:
-        pytest.skip("the emulator needs g++")
-    return emu.emulated()
 
 
 @pytest.mark.parametrize("wide", [False, True])

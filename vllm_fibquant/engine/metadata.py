@@ -156,7 +156,7 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
         copies, copy_rows = self._plan_copies(common)
         positions = None
         if self._needs_positions:
-            positions = _kept_in(self._positions, _positions(common).long())
+            positions = _kept_in(self._positions, "positions", _positions(common).long())
         return FibQuantMetadata(
             num_tokens=common.num_actual_tokens,
             batch=Batch(
@@ -194,16 +194,16 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
             return None
         gone = (_positions(common) + 1 - self.retain.total).long()
         # Rows that pad a captured graph stand anywhere, and a distance must be one that is known.
-        return _kept_in(self._gone, gone.clamp(0, self._max_model_len - 1))
+        return _kept_in(self._gone, "num_gone", gone.clamp(0, self._max_model_len - 1))
 
 
-def _kept_in(place: torch.Tensor | None, numbers: torch.Tensor) -> torch.Tensor:
+def _kept_in(place: torch.Tensor | None, name: str, numbers: torch.Tensor) -> torch.Tensor:
     """The numbers of new tokens, on a GPU in one place for all steps, behind which are those of
     other steps: nobody reads there."""
     if place is None:
         return numbers
     at_most = range(len(place) + 1)
-    check_tensor("build", "positions", numbers, (at_most,), torch.int64)
+    check_tensor("build", name, numbers, (at_most,), torch.int64)
     place[: len(numbers)] = numbers
     return place
 

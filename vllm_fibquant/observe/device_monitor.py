@@ -15,17 +15,23 @@ part of a prompt, which are run as they come. There samples are taken, and old o
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from vllm_fibquant import ops
-from vllm_fibquant.observe.ledger import Ledger, exact_attention
-from vllm_fibquant.observe.monitor import MAX_TOKENS, MIN_TOKENS, SAVED, Layer
-from vllm_fibquant.ops import Attend, Batch
+from vllm_fibquant.observe.ledger import Ledger
+from vllm_fibquant.observe.monitor import (
+    MAX_TOKENS,
+    MIN_TOKENS,
+    SAVED,
+    Exact,
+    Layer,
+    attend_codes,
+)
+from vllm_fibquant.ops import Batch
 from vllm_fibquant.options import MonitorOptions
 
 MAX_STEP_S = 0.25
@@ -51,33 +57,22 @@ class Step(NamedTuple):
 
 
 @dataclass(eq=False)
-class Sample:
-    """A run of tokens of one request, in one layer and KV head; tensors are on the device.
+class Sample(Exact):
+    """A sample of which tensors are on the device.
 
     Attributes:
-        layer: index into the monitor's layers.
-        head: the KV head.
         length: tokens.
         place: row of the monitor's tables of slots and of samples that are as they were written.
         end: int32 [1], position in the request behind the sample's last token.
         table: int32 [1, blocks], the request's line of the block table.
         written: monotonic time.
-        key, value: 16-bit [length, head_dim].
-        query, output: [1, num_q_heads, head_dim], what the sample was taken with, and what the
-            pages gave for it; empty until the layer has run.
     """
 
-    layer: int
-    head: int
     length: int
     place: int
     end: torch.Tensor
     table: torch.Tensor
     written: float
-    key: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    value: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    query: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    output: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 @dataclass(frozen=True)
@@ -235,9 +230,7 @@ class DeviceMonitor:
         """
         is_finite = torch.isfinite(key).all() & torch.isfinite(value).all()
         self._holds[sample.place] &= is_finite  # else zeros are stored, and counted elsewhere
-        dtype = torch.bfloat16 if key.dtype == torch.float32 else key.dtype
-        sample.key, sample.value = key.to(dtype, copy=True), value.to(dtype, copy=True)
-        sample.query = query.clone()
+        sample.keep(query, key, value)
         sample.output = self._read_pages(sample, query, kv_cache)
         holds = self._holds[sample.place]
         return self._compare(sample, query, sample.output, holds, torch.ones_like(holds))
@@ -281,11 +274,8 @@ class DeviceMonitor:
         self, sample: Sample, query: torch.Tensor, kv_cache: torch.Tensor
     ) -> torch.Tensor:
         """As `monitor.Monitor._read_pages`."""
-        layer, out = self.layers[sample.layer], torch.empty_like(query)
         batch = Batch(self._bounds, sample.end, sample.table)
-        attend = Attend(layer.attend.scale, window=sample.length, soft_cap=layer.attend.soft_cap)
-        ops.paged_attention(query, out, layer.pages(kv_cache), batch, attend)
-        return out
+        return attend_codes(self.layers[sample.layer], query, kv_cache, batch, sample.length)
 
     def _compare(
         self,
@@ -297,13 +287,8 @@ class DeviceMonitor:
     ) -> torch.Tensor:
         """float32 [5]: cosine, relative error, whether they mean something, whether a second
         reading gave the first one's bits, and whether the sample is as it was written."""
-        layer = self.layers[sample.layer]
-        group_size = layer.num_heads // layer.num_kv_heads
-        heads = slice(sample.head * group_size, (sample.head + 1) * group_size)
-        exact = exact_attention(
-            query[0, heads], sample.key, sample.value, layer.attend.scale, layer.attend.soft_cap
-        )
-        found, size = output[0, heads].float(), exact.norm()
+        found, exact = sample.outputs(self.layers[sample.layer], query, output)
+        size = exact.norm()
         cosine = torch.cosine_similarity(found, exact, dim=-1).mean()
         error = (found - exact).norm() / size
         flags = is_valid & (size > 0), is_same, self._holds[sample.place]

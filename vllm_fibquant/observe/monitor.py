@@ -57,33 +57,77 @@ class Layer(Protocol):
     def pages(self, kv_cache: torch.Tensor) -> Pages: ...
 
 
+def _empty() -> torch.Tensor:
+    return torch.empty(0)
+
+
 @dataclass(eq=False)
-class Sample:
-    """A run of tokens of one request, in one layer and KV head.
+class Exact:
+    """Exact keys and values of a run of tokens of one request, in one layer and KV head.
 
     Attributes:
         layer: index into the monitor's layers.
         head: the KV head.
-        begin, end: positions in the request.
-        slots: int64 [end - begin].
-        table: int32 [1, blocks up to end], of which only those that hold the tokens mean something.
-        written: monotonic time.
-        key, value: 16-bit [end - begin, head_dim]; None until the layer has run.
+        key, value: 16-bit [tokens, head_dim]; all four are empty until the layer has run.
         query: [1, num_q_heads, head_dim], the query the sample was taken with.
         output: as query, what the pages gave for it.
     """
 
     layer: int
     head: int
+    key: torch.Tensor = field(init=False, default_factory=_empty)
+    value: torch.Tensor = field(init=False, default_factory=_empty)
+    query: torch.Tensor = field(init=False, default_factory=_empty)
+    output: torch.Tensor = field(init=False, default_factory=_empty)
+
+    def keep(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Copies of all three, keys and values in 16 bits."""
+        dtype = torch.bfloat16 if key.dtype == torch.float32 else key.dtype
+        self.key, self.value = key.to(dtype, copy=True), value.to(dtype, copy=True)
+        self.query = query.clone()
+
+    def outputs(
+        self, layer: Layer, query: torch.Tensor, output: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the query heads that read the KV head, float32 [group_size, head_dim]: what the pages
+        gave, and attention over the exact keys and values."""
+        group_size = layer.num_heads // layer.num_kv_heads
+        heads = slice(self.head * group_size, (self.head + 1) * group_size)
+        scale, soft_cap = layer.attend.scale, layer.attend.soft_cap
+        exact = exact_attention(query[0, heads], self.key, self.value, scale, soft_cap)
+        return output[0, heads].float(), exact
+
+
+def attend_codes(
+    layer: Layer, query: torch.Tensor, kv_cache: torch.Tensor, batch: Batch, length: int
+) -> torch.Tensor:
+    """What the served kernel makes of a sample's codes: as query.
+
+    The query stands at the sample's last token, the batch's last one, in a window of the sample's
+    length: it sees the sample's tokens, at their own positions, and nothing else.
+    """
+    out = torch.empty_like(query)
+    attend = Attend(layer.attend.scale, window=length, soft_cap=layer.attend.soft_cap)
+    ops.paged_attention(query, out, layer.pages(kv_cache), batch, attend)
+    return out
+
+
+@dataclass(eq=False)
+class Sample(Exact):
+    """A sample of the CPU's monitor.
+
+    Attributes:
+        begin, end: positions in the request.
+        slots: int64 [end - begin].
+        table: int32 [1, blocks up to end], of which only those that hold the tokens mean something.
+        written: monotonic time.
+    """
+
     begin: int
     end: int
     slots: Ints
     table: torch.Tensor
     written: float
-    key: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    value: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    query: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-    output: torch.Tensor = field(default_factory=lambda: torch.empty(0))
 
 
 @dataclass(frozen=True)
@@ -208,9 +252,7 @@ class Monitor:
         if not (torch.isfinite(key).all() and torch.isfinite(value).all()):
             self._drop(sample)  # stored as zero vectors and counted; nothing to compare
             return
-        dtype = torch.bfloat16 if key.dtype == torch.float32 else key.dtype
-        sample.key, sample.value = key.to(dtype, copy=True), value.to(dtype, copy=True)
-        sample.query = query.clone()
+        sample.keep(query, key, value)
         sample.output = self._read_pages(sample, query, kv_cache)
         self._compare(sample, query, sample.output)
 
@@ -225,27 +267,14 @@ class Monitor:
     def _read_pages(
         self, sample: Sample, query: torch.Tensor, kv_cache: torch.Tensor
     ) -> torch.Tensor:
-        """What the served kernel makes of the sample's codes: as query.
-
-        The query stands at the sample's last token, in a window of the sample's length: it sees the
-        sample's tokens, at their own positions, and nothing else.
-        """
-        layer, out = self.layers[sample.layer], torch.empty_like(query)
         bounds = torch.tensor([0, 1], dtype=torch.int32)
         batch = Batch(bounds, torch.tensor([sample.end], dtype=torch.int32), sample.table)
-        window = sample.end - sample.begin
-        attend = Attend(layer.attend.scale, window=window, soft_cap=layer.attend.soft_cap)
-        ops.paged_attention(query, out, layer.pages(kv_cache), batch, attend)
-        return out
+        layer, length = self.layers[sample.layer], sample.end - sample.begin
+        return attend_codes(layer, query, kv_cache, batch, length)
 
     def _compare(self, sample: Sample, query: torch.Tensor, output: torch.Tensor) -> None:
         layer = self.layers[sample.layer]
-        group_size = layer.num_heads // layer.num_kv_heads
-        heads = slice(sample.head * group_size, (sample.head + 1) * group_size)
-        exact = exact_attention(
-            query[0, heads], sample.key, sample.value, layer.attend.scale, layer.attend.soft_cap
-        )
-        found = output[0, heads].float()
+        found, exact = sample.outputs(layer, query, output)
         size = float(exact.norm())
         if not size > 0:
             return
@@ -355,7 +384,7 @@ def monitor_of(
     layers: dict[str, Any],
     block_size: int,
     is_loss_accepted: bool = False,
-    make: Callable[..., Any] | None = None,
+    make: Callable[..., Any] = Monitor,
 ) -> Any:
     """The monitor of a group of layers, or None when it is off.
 
@@ -364,7 +393,7 @@ def monitor_of(
         layers: the group's layers by name, with their options.
         block_size: tokens of a block.
         is_loss_accepted: as of `ledger.Ledger`.
-        make: what makes it of the arguments of `Monitor`; None for `Monitor`.
+        make: what makes it of the arguments of `Monitor`.
     """
     global _latest
     options = next(iter(layers.values())).options.monitor if layers else None
@@ -373,7 +402,6 @@ def monitor_of(
     if _latest is None or _latest[0] is not owner:
         _latest = owner, Ledger(options.budget, own_counters(), is_loss_accepted)
     numbers = [int(n[0]) if (n := re.findall(r"\d+", name)) else 0 for name in layers]
-    make = make or Monitor
     return make(options, list(layers.values()), numbers, block_size, _latest[1])
 
 
