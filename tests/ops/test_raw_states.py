@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from tests import emulated as emu
-from tests.ops.test_cuda_emulated import check, codec_of, gpu_door, library, paged_of  # noqa: F401
+from tests.ops.test_cuda_emulated import check, codec_of, gpu_door, paged_of  # noqa: F401
 from vllm_fibquant.ops import Attend, Batch, Fresh, Pages, cuda, raw_states, selfcheck
 from vllm_fibquant.ops.raw_states import RawLibrary
 
@@ -121,13 +121,13 @@ CASES = [*((FLASH, options) for options in OPTIONS + CAPPED), *((XFORMERS, o) fo
 
 @pytest.mark.parametrize("group_size", [1, 3])
 @pytest.mark.parametrize(("by", "options"), CASES, ids=lambda x: getattr(x, "name", str(x)))
-def test_new_tokens_by_a_library(library, by, options: dict, group_size: int) -> None:  # noqa: F811
+def test_new_tokens_by_a_library(library, by, options: dict, group_size: int) -> None:
     paged = paged_of(codec_of("fibquant_2bit", 64), LENS, NEW, group_size=group_size)
     check(library, paged, raw_library=by, **paged.raw, **paged.given(options), wide=True)
 
 
 @pytest.mark.parametrize("by", [FLASH, XFORMERS], ids=lambda by: by.name)
-def test_a_mixed_step_in_two_parts(library, always, by) -> None:  # noqa: F811
+def test_a_mixed_step_in_two_parts(library, always, by) -> None:
     """Decodes and chunks have launches of their own; those of chunks begin in the middle."""
     metadata = pytest.importorskip("vllm_fibquant.engine.metadata", reason="needs vLLM")
     paged = paged_of(codec_of("fibquant_3bit", 64), [50, 33, 40, 80], [1, 1, 40, 35])
@@ -145,7 +145,7 @@ def test_a_mixed_step_in_two_parts(library, always, by) -> None:  # noqa: F811
     assert (out.double() - paged.oracle(**paged.raw)).abs().max() < 3e-3
 
 
-def test_requests_without_new_tokens_and_padding(library) -> None:  # noqa: F811
+def test_requests_without_new_tokens_and_padding(library) -> None:
     paged = paged_of(codec_of("fibquant_2bit", 64), [50, 60], [40, 34])
     expected = paged.oracle(**paged.raw)
     paged.query_start_loc = torch.tensor([0, 40, 40, 74], dtype=torch.int32)
@@ -254,7 +254,7 @@ def test_vllms_function_takes_the_call() -> None:
     )
 
 
-def test_xformers_own_masks(library) -> None:  # noqa: F811
+def test_xformers_own_masks(library) -> None:
     fmha = pytest.importorskip("xformers.ops.fmha", reason="the extra xformers is not installed")
     real = fmha.attn_bias.BlockDiagonalCausalMask
     ours = inspect.signature(fmha_with(real).memory_efficient_attention_partial).parameters
@@ -291,7 +291,7 @@ def test_which_library_serves_a_gpu(monkeypatch) -> None:
         chosen._library_for.cache_clear()
 
 
-def test_the_oracle_is_the_only_judge(library, always) -> None:  # noqa: F811
+def test_the_oracle_is_the_only_judge(library, always) -> None:
     """Without the library's state, or with that of other tokens, outputs differ."""
     paged = paged_of(codec_of("fibquant_2bit", 64), [60], [36])
     right = emu.attend(library, paged, raw_library=FLASH, **paged.raw)
