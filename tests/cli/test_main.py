@@ -128,10 +128,11 @@ def test_serve_names_a_local_model_by_its_directory(tmp_path):
     assert "--served-model-name" not in decide(["org/model"])
 
 
+@pytest.mark.parametrize("flags", [[], ["--port", "9"]])
 @pytest.mark.parametrize("machine", [AVX2, AVX512, ARM])
-def test_serve_without_a_model_takes_the_demo_model(machine, tmp_path):
-    args = decide(["--port", "9"], machine, demo_model=tmp_path)
-    assert args[:3] == [str(tmp_path), "--port", "9"]
+def test_serve_without_a_model_takes_the_demo_model(machine, flags, tmp_path):
+    args = decide(flags, machine, demo_model=tmp_path)
+    assert args[: 1 + len(flags)] == [str(tmp_path), *flags]
     assert args[args.index("--dtype") + 1] == "float32"
     assert "--enforce-eager" in args
     args = decide(["--dtype", "bfloat16", "-O2"], machine, demo_model=tmp_path)

@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import itertools
 import os
 import signal
 import sys
@@ -85,7 +86,7 @@ class GivenFlags:
 
     def __init__(self, args: list[str]) -> None:
         self.values: dict[str, str] = {}
-        for arg, following in zip(args, [*args[1:], ""], strict=True):
+        for arg, following in itertools.pairwise([*args, ""]):
             if arg.startswith("-"):
                 name, has_value, value = arg.partition("=")
                 self.values[_canonical(name)] = value if has_value else following
