@@ -24,8 +24,7 @@ from tests.engine.harness import (
 from tests.engine.models import make_model
 from tests.engine.test_monitor import Findings
 from vllm_fibquant import ops
-from vllm_fibquant.engine import device_pool, gate, layers, measure
-from vllm_fibquant.observe import device_monitor
+from vllm_fibquant.engine import device_pool, gate, layers, measure, monitored
 from vllm_fibquant.observe.ledger import HEALTHY, UNKNOWN, Ledger
 from vllm_fibquant.ops import raw_states
 from vllm_fibquant.ops.cuda import Cuda
@@ -183,7 +182,7 @@ def test_first_tokens_are_kept(model_folder, calls):
 def test_the_monitor_and_the_fidelity_gate(model_folder, calls, monkeypatch):
     """They change no bit, find samples that are read again, and raise no alarm."""
     model = make_model("llama", model_folder)
-    monkeypatch.setattr(device_monitor, "serves", lambda device_type: True)
+    monkeypatch.setattr(monitored, "waits", lambda device_type: False)
     monkeypatch.setattr(Ledger, "can_afford", lambda self, num_comparisons=1: True)
     options = {"prefill": "codes", "self_check": False, "calibrate": "none", "accept_loss": True}
     answers = {}

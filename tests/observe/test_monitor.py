@@ -15,7 +15,7 @@ from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.observe import ledger, monitor
 from vllm_fibquant.observe.counters import Counters
 from vllm_fibquant.observe.ledger import DAMAGED, DEGRADED, HEALTHY, UNKNOWN, Ledger
-from vllm_fibquant.observe.monitor import Monitor
+from vllm_fibquant.observe.monitor import Monitor, Step
 from vllm_fibquant.ops import Attend, cpu_tables
 from vllm_fibquant.options import MonitorOptions
 
@@ -23,9 +23,13 @@ HEAD_DIM, BLOCK_SIZE, NUM_BLOCKS, NUM_HEADS, NUM_KV_HEADS = 64, 16, 32, 4, 2
 
 
 class Bench:
-    """A cache, a layer and a monitor with unlimited budget, driven step by step."""
+    """A cache, a layer and a monitor with unlimited budget, driven step by step; a CPU's monitor
+    unless it `waits` not."""
 
-    def __init__(self, preset="fibquant_3bit", tokens=4096, window=0, num_layers=1, budget=1e9):
+    def __init__(
+        self, preset="fibquant_3bit", tokens=4096, window=0, num_layers=1, budget=1e9,
+        waits=True, num_speculative=0,
+    ):  # fmt: skip
         self.codec = KVCodec.from_preset(preset, HEAD_DIM)
         self.layers = [
             SimpleNamespace(
@@ -38,7 +42,7 @@ class Bench:
         self.ledger = Ledger(budget, self.counters)
         self.monitor = Monitor(
             MonitorOptions(tokens=tokens), self.layers, list(range(num_layers)), BLOCK_SIZE,
-            self.ledger,
+            self.ledger, torch.device("cpu"), waits, num_speculative,
         )  # fmt: skip
         shape = (NUM_BLOCKS, NUM_KV_HEADS, BLOCK_SIZE, self.codec.layout.record_bytes)
         self.caches = [torch.full(shape, 0xFF, dtype=torch.uint8) for _ in self.layers]
@@ -57,7 +61,7 @@ class Bench:
             positions = np.arange(cached, cached + new)
             mapped.append(table[req, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE)
         slots = np.concatenate(mapped).astype(np.int64) if slots is None else slots
-        probe = self.monitor.plan(bounds, seq_lens, table, slots)
+        probe = self.plan(bounds, seq_lens, table, slots)
 
         def random(heads):
             return torch.randn(len(slots), heads, HEAD_DIM, generator=self.random)
@@ -71,9 +75,16 @@ class Bench:
                 probe.run(layer, query, key, value, cache)
         return probe
 
+    def plan(self, *batch):
+        return self.monitor.plan(batch[0], Step(*map(torch.from_numpy, batch)))
+
     @property
     def health(self):
         return int(self.counters["monitor_health"])
+
+    @property
+    def num_compared(self):
+        return sum(row.count for row in self.counters.rows("cosine_by_layer").values())
 
     def cosine(self, layer=0):
         found = self.counters.rows("cosine_by_layer")[layer]
@@ -98,8 +109,9 @@ def test_what_is_compared_is_the_attention_of_that_head_over_those_tokens():
     bench = Bench("fibquant_2bit")
     bench.step(([5, 7, 6, 9, 8], 0, 80))
     (sample,) = bench.monitor._samples
-    assert sample.end - sample.begin == monitor.MAX_TOKENS
-    records = bench.caches[0][sample.slots // BLOCK_SIZE, sample.head, sample.slots % BLOCK_SIZE]
+    assert sample.length == monitor.MAX_TOKENS
+    slots = bench.monitor._slots[sample.place]
+    records = bench.caches[0][slots // BLOCK_SIZE, sample.head, slots % BLOCK_SIZE]
     key, value = bench.codec.decode_records(records)
     heads = slice(2 * sample.head, 2 * sample.head + 2)
     from_codes = ledger.exact_attention(sample.query[0, heads], key, value, HEAD_DIM**-0.5, 0.0)
@@ -133,11 +145,10 @@ def test_a_slot_written_in_the_very_step_that_would_read_it():
 def test_a_slot_written_twice_in_a_step_is_not_sampled():
     bench = Bench()
     slots = np.arange(16, 36)
-    slots[7] = slots[3]
-    assert bench.step(([1, 2], 0, 20), slots=slots) is None
-    slots[7] = -1
-    assert bench.step(([1, 2], 0, 20), slots=slots) is None
-    assert bench.monitor.num_samples == 0
+    for other in (slots[3], -1):
+        slots[7] = other
+        bench.step(([1, 2], 0, 20), slots=slots)
+        assert bench.monitor.num_samples == bench.num_compared == 0
 
 
 def test_tokens_nobody_reads_are_not_compared():
@@ -154,9 +165,10 @@ def test_a_sliding_window_layer_compares_what_it_sees():
     blocks = list(range(1, 9))
     bench.step((blocks, 0, 64))
     (sample,) = bench.monitor._samples
-    assert sample.begin >= 64 - 40
-    assert sample.end - sample.begin <= 40
-    assert bench.step((blocks, 64, 1)) is not None or sample.begin <= 64 - 40
+    begin = int(sample.end) - sample.length
+    assert begin >= 64 - 40
+    assert sample.length <= 40
+    assert bench.step((blocks, 64, 1)) is not None or begin <= 64 - 40
     assert bench.step((blocks, 110, 1)) is None
 
 
@@ -264,7 +276,7 @@ def test_the_budget_is_kept():
     for _ in range(300):
         bench.counters.last_attend = time.perf_counter() + 0.05  # a step of 50 ms, not waited for
         bench.ledger._step_began = time.perf_counter()
-        bench.monitor.plan(
+        bench.plan(
             np.array([0, 32], np.int32), np.array([32], np.int32), np.array([[1, 2]], np.int32),
             np.arange(16, 48),
         )  # fmt: skip

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +12,14 @@ from vllm.config import VllmConfig
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
 from vllm_fibquant.engine.gate import outcome_of
-from vllm_fibquant.observe import device_monitor
-from vllm_fibquant.observe.monitor import Monitor, monitor_of
+from vllm_fibquant.observe.counters import own_counters
+from vllm_fibquant.observe.ledger import Ledger
+from vllm_fibquant.observe.monitor import Monitor, Step
+
+
+def waits(device_type: str) -> bool:
+    """Whether the host may look at tensors of such a device at once."""
+    return device_type == "cpu"
 
 
 def planner_of_probes(
@@ -22,31 +28,29 @@ def planner_of_probes(
     """What plans the comparison of each step, or finds none to make; None without a monitor.
 
     Args:
-        impls: the group's layers by name.
+        impls: the group's layers by name, with their options.
         device: of pages and batches.
     """
-    on_device = device_monitor.serves(device.type)
-    make: Any = Monitor
-    if on_device:
-        speculative = vllm_config.speculative_config
-        make = functools.partial(
-            device_monitor.DeviceMonitor, device=device,
-            num_speculative=speculative.num_speculative_tokens if speculative else 0,
-        )  # fmt: skip
-    is_loss_accepted = outcome_of(vllm_config).state == "accepted"
-    monitor = monitor_of(vllm_config, impls, block_size, is_loss_accepted, make)
-    if monitor is None:
+    global _latest
+    options = next(iter(impls.values())).options.monitor if impls else None
+    if options is None:
         return None
-    return functools.partial(_plan_on_device if on_device else _plan, monitor)
+    # The monitors of one run have one ledger.
+    if _latest is None or _latest[0] is not vllm_config:
+        is_loss_accepted = outcome_of(vllm_config).state == "accepted"
+        _latest = vllm_config, Ledger(options.budget, own_counters(), is_loss_accepted)
+    numbers = [int(n[0]) if (n := re.findall(r"\d+", name)) else 0 for name in impls]
+    speculative = vllm_config.speculative_config
+    monitor = Monitor(
+        options, list(impls.values()), numbers, block_size, _latest[1], device, waits(device.type),
+        speculative.num_speculative_tokens if speculative else 0,
+    )  # fmt: skip
+
+    def plan(common: CommonAttentionMetadata) -> Any:
+        tensors = common.query_start_loc, common.seq_lens, common.block_table_tensor
+        return monitor.plan(common.query_start_loc_cpu.numpy(), Step(*tensors, common.slot_mapping))
+
+    return plan
 
 
-def _plan(monitor: Monitor, common: CommonAttentionMetadata) -> Any:
-    tensors = common.query_start_loc, common.seq_lens, common.block_table_tensor
-    return monitor.plan(*(tensor.numpy() for tensor in (*tensors, common.slot_mapping)))
-
-
-def _plan_on_device(monitor: device_monitor.DeviceMonitor, common: CommonAttentionMetadata) -> Any:
-    step = device_monitor.Step(
-        common.query_start_loc, common.seq_lens, common.block_table_tensor, common.slot_mapping
-    )
-    return monitor.plan(common.query_start_loc_cpu.numpy(), step)
+_latest: tuple[VllmConfig, Ledger] | None = None

@@ -16,118 +16,54 @@ slot mapping before any layer runs, so a sample is never compared with tokens th
 The monitor reads pages and writes none, and never changes what a step returns. Its own time,
 bookkeeping included, is held below a share of the time of steps: a step is sampled only when what
 has been saved pays for it.
+
+A GPU the host never waits for: it knows the bounds of a step alone. So a sample's blocks, its end
+and whether it is still as it was written are tensors on the device of the pages. Every step notes
+there which samples are written again; a comparison writes its numbers to the device, and the host
+reads them in a later step, once they have arrived. A step that may be replayed from a captured CUDA
+graph runs no Python between its layers. Those are steps of few new tokens each request, so on a GPU
+comparisons are made in the others: in steps that hold a part of a prompt.
+
+On a CPU numbers are there at once: every step may compare, a sample is read again only where a
+request of the step reads it, and one that was written over is dropped in the same step.
 """
 
 from __future__ import annotations
 
-import re
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from vllm_fibquant import ops
-from vllm_fibquant.codec.codec import KVCodec
-from vllm_fibquant.observe.counters import own_counters
-from vllm_fibquant.observe.ledger import Ledger, exact_attention
-from vllm_fibquant.ops import Attend, Batch, Pages
+from vllm_fibquant.observe.ledger import Ledger
+from vllm_fibquant.observe.sample import Layer, Sample, attend_codes
+from vllm_fibquant.ops import Batch
 from vllm_fibquant.options import MonitorOptions
 
 MIN_TOKENS, MAX_TOKENS = 16, 64
 """Tokens of a sample. Softmax over very few says little."""
 
 SAVED = 4
-"""Comparisons whose time is kept for new samples."""
+"""Comparisons whose time is kept for new samples: prompts are rarer than other steps."""
 
-Ints = npt.NDArray[np.int64]
+MAX_STEP_S = 0.25
+"""A GPU's step lasts from its planning to the next one's: of more, the engine was idle."""
 
-
-class Layer(Protocol):
-    """What the monitor needs to know of an attention layer."""
-
-    codec: KVCodec
-    attend: Attend
-    num_heads: int
-    num_kv_heads: int
-
-    def pages(self, kv_cache: torch.Tensor) -> Pages: ...
+_NO_SLOT = -2
+"""In the place of a slot; -1 is one that stores nothing."""
 
 
-def _empty() -> torch.Tensor:
-    return torch.empty(0)
+class Step(NamedTuple):
+    """The batch of a step: query_start_loc, seq_lens and block_table as `ops.Batch`, slots as the
+    slot_mapping of its new tokens, all on the device."""
 
-
-@dataclass(eq=False)
-class Exact:
-    """Exact keys and values of a run of tokens of one request, in one layer and KV head.
-
-    Attributes:
-        layer: index into the monitor's layers.
-        head: the KV head.
-        key, value: 16-bit [tokens, head_dim]; all four are empty until the layer has run.
-        query: [1, num_q_heads, head_dim], the query the sample was taken with.
-        output: as query, what the pages gave for it.
-    """
-
-    layer: int
-    head: int
-    key: torch.Tensor = field(init=False, default_factory=_empty)
-    value: torch.Tensor = field(init=False, default_factory=_empty)
-    query: torch.Tensor = field(init=False, default_factory=_empty)
-    output: torch.Tensor = field(init=False, default_factory=_empty)
-
-    def keep(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Copies of all three, keys and values in 16 bits."""
-        dtype = torch.bfloat16 if key.dtype == torch.float32 else key.dtype
-        self.key, self.value = key.to(dtype, copy=True), value.to(dtype, copy=True)
-        self.query = query.clone()
-
-    def outputs(
-        self, layer: Layer, query: torch.Tensor, output: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the query heads that read the KV head, float32 [group_size, head_dim]: what the pages
-        gave, and attention over the exact keys and values."""
-        group_size = layer.num_heads // layer.num_kv_heads
-        heads = slice(self.head * group_size, (self.head + 1) * group_size)
-        scale, soft_cap = layer.attend.scale, layer.attend.soft_cap
-        exact = exact_attention(query[0, heads], self.key, self.value, scale, soft_cap)
-        return output[0, heads].float(), exact
-
-
-def attend_codes(
-    layer: Layer, query: torch.Tensor, kv_cache: torch.Tensor, batch: Batch, length: int
-) -> torch.Tensor:
-    """What the served kernel makes of a sample's codes: as query.
-
-    The query stands at the sample's last token, the batch's last one, in a window of the sample's
-    length: it sees the sample's tokens, at their own positions, and nothing else.
-    """
-    out = torch.empty_like(query)
-    attend = Attend(layer.attend.scale, window=length, soft_cap=layer.attend.soft_cap)
-    ops.paged_attention(query, out, layer.pages(kv_cache), batch, attend)
-    return out
-
-
-@dataclass(eq=False)
-class Sample(Exact):
-    """A sample of the CPU's monitor.
-
-    Attributes:
-        begin, end: positions in the request.
-        slots: int64 [end - begin].
-        table: int32 [1, blocks up to end], of which only those that hold the tokens mean something.
-        written: monotonic time.
-    """
-
-    begin: int
-    end: int
-    slots: Ints
-    table: torch.Tensor
-    written: float
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    slots: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -135,15 +71,15 @@ class Probe:
     """One comparison planned for a step.
 
     Attributes:
-        sample: to be taken if `first_row` is given, else to be compared again.
-        query_row: row of the step's batch whose query is asked.
-        first_row: row of the sample's first token.
+        first_row, last_row: of the step's new tokens, where the sample begins and whose query is
+            asked; None for a sample that is compared again.
     """
 
     monitor: Monitor
     sample: Sample
-    query_row: int
-    first_row: int | None
+    step: Step
+    first_row: int | None = None
+    last_row: int | None = None
 
     def run(
         self,
@@ -154,17 +90,55 @@ class Probe:
         kv_cache: torch.Tensor,
     ) -> None:
         """To be called by every layer once the step's codes are written; one of them compares."""
-        monitor = self.monitor
-        if monitor.layers[self.sample.layer] is not layer:
+        monitor, sample = self.monitor, self.sample
+        if monitor.layers[sample.layer] is not layer:
             return
-        began = time.perf_counter()
-        sample, asked = self.sample, query[self.query_row : self.query_row + 1]
-        if self.first_row is None:
-            monitor.compare_again(sample, asked, kv_cache)
+        if query.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        clock = _Clock(query.device)
+        if self.first_row is None or self.last_row is None:
+            found = monitor.compare_again(sample, self.step, query, kv_cache)
         else:
-            rows = slice(self.first_row, self.first_row + len(sample.slots))
-            monitor.take(sample, asked, key[rows, sample.head], value[rows, sample.head], kv_cache)
-        monitor.ledger.spend(time.perf_counter() - began, is_comparison=True)
+            rows = slice(self.first_row, self.first_row + sample.length)
+            asked = query[self.last_row : self.last_row + 1]
+            new_key, new_value = (x[rows, sample.head] for x in (key, value))
+            found = monitor.take(sample, asked, new_key, new_value, kv_cache)
+        monitor.send(sample, found, clock, is_new=self.first_row is not None)
+
+
+class _Clock:
+    """The time of what is launched between its making and `stop`, by the device's own events."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._on_gpu, self._began = device.type == "cuda", time.perf_counter()
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2 * self._on_gpu)]
+        if self._events:
+            self._events[0].record()
+
+    def stop(self) -> None:
+        self._host_s = time.perf_counter() - self._began
+        if self._events:
+            self._events[1].record()
+
+    @property
+    def has_stopped(self) -> bool:
+        return not self._events or self._events[1].query()
+
+    @property
+    def seconds(self) -> float:
+        """Of the host or of the device, whichever took longer."""
+        if not self._events:
+            return self._host_s
+        return max(self._host_s, self._events[0].elapsed_time(self._events[1]) / 1e3)
+
+
+class _Sent(NamedTuple):
+    """Numbers of a comparison under way to the host."""
+
+    sample: Sample
+    numbers: torch.Tensor
+    clock: _Clock
+    is_new: bool
 
 
 class Monitor:
@@ -176,6 +150,10 @@ class Monitor:
         numbers: their numbers in the model, which label what is found.
         block_size: tokens of a block.
         ledger: shared by the monitors of a process.
+        device: of pages and steps.
+        waits: whether the host may look at tensors of the device at once, as on CPUs.
+        num_speculative: tokens that are proposed for each request of a decode step, which may be
+            replayed from a graph.
     """
 
     def __init__(
@@ -185,16 +163,25 @@ class Monitor:
         numbers: list[int],
         block_size: int,
         ledger: Ledger,
+        device: torch.device,
+        waits: bool,
+        num_speculative: int = 0,
     ) -> None:
         self.layers: list[Layer] = layers
-        self.ledger = ledger
-        self._numbers = numbers
-        self._block_size = block_size
-        self._max_samples = max(1, options.tokens // MAX_TOKENS)
+        self.ledger, self._waits = ledger, waits
+        # New tokens of a request in a step that compares: fewer may be a captured graph's.
+        self._fewest_tokens = 0 if waits else max(MIN_TOKENS, num_speculative + 2)
+        self._numbers, self._block_size = numbers, block_size
+        num_places = max(1, options.tokens // MAX_TOKENS)
         self._samples: list[Sample] = []
-        self._sample_of_slot: dict[int, Sample] = {}
-        # A slot that no sample holds costs an array look-up; grows to the highest slot seen.
-        self._is_held = np.zeros(0, np.bool_)
+        self._free = list(range(num_places))
+        # Slots of each place's sample, and whether they hold what was written then.
+        self._slots = torch.full((num_places, MAX_TOKENS), _NO_SLOT, device=device)
+        self._holds = torch.zeros(num_places, dtype=torch.bool, device=device)
+        # The same slots where the host may look: most steps write none of them.
+        self._held: set[int] = set()
+        self._bounds = torch.tensor([0, 1], dtype=torch.int32, device=device)
+        self._sent: list[_Sent] = []
         self._random = np.random.default_rng(0)
         self._turn = 0
 
@@ -202,35 +189,28 @@ class Monitor:
     def num_samples(self) -> int:
         return len(self._samples)
 
-    def plan(
-        self,
-        query_start_loc: npt.NDArray[np.int32],
-        seq_lens: npt.NDArray[np.int32],
-        block_table: npt.NDArray[np.int32],
-        slot_mapping: Ints,
-    ) -> Probe | None:
-        """To be called for every step before its layers run.
+    def plan(self, starts: npt.NDArray[np.int32], step: Step) -> Probe | None:
+        """To be called for every step before its layers run, and outside of captured graphs.
 
         Args:
-            query_start_loc: [num_reqs + 1].
-            seq_lens: [num_reqs], new tokens included.
-            block_table: [num_reqs, max_blocks].
-            slot_mapping: [num_tokens] of the new tokens; -1 is stored nowhere.
+            starts: the step's query_start_loc, on the host.
+            step: the same batch on the device; slots of padding may follow the others.
 
         Returns:
             The comparison of this step, or None.
         """
         began = time.perf_counter()
-        self.ledger.begin_step(began)
-        slots = slot_mapping[: query_start_loc[-1]]
+        self.ledger.begin_step(began, None if self._waits else MAX_STEP_S)
+        self._receive()
+        step = step._replace(slots=step.slots[: starts[-1]])
         # First of all: what is planned below must not rest on tokens that this step replaces.
-        self._drop_written(slots)
-        batch, probe = (query_start_loc, seq_lens, block_table), None
-        if self.ledger.can_afford():
-            probe = self._plan_new(*batch, slots)
-        # Prompts are rarer than other steps: what they may cost is not spent on old samples.
-        if probe is None and self.ledger.can_afford(1 + SAVED):
-            probe = self._plan_again(*batch)
+        self._note_written(step.slots)
+        query_lens, probe = np.diff(starts), None
+        if (longest := query_lens.max(initial=0)) >= self._fewest_tokens:
+            if longest >= MIN_TOKENS and self.ledger.can_afford():
+                probe = self._plan_new(starts, query_lens, step)
+            if probe is None and self.ledger.can_afford(1 + SAVED):
+                probe = self._plan_again(step)
         self.ledger.spend(time.perf_counter() - began)
         return probe
 
@@ -241,168 +221,166 @@ class Monitor:
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
-    ) -> None:
+    ) -> torch.Tensor:
         """Fills a planned sample and compares it for the first time.
 
         Args:
             query: [1, num_q_heads, head_dim].
             key, value: [tokens, head_dim], of the sample's KV head.
             kv_cache: uint8 [num_blocks, num_kv_heads, block_size, record_bytes].
+
+        Returns:
+            As `_compare`.
         """
-        if not (torch.isfinite(key).all() and torch.isfinite(value).all()):
-            self._drop(sample)  # stored as zero vectors and counted; nothing to compare
-            return
+        is_finite = torch.isfinite(key).all() & torch.isfinite(value).all()
+        self._holds[sample.place] &= is_finite  # else zeros are stored, and counted elsewhere
         sample.keep(query, key, value)
         sample.output = self._read_pages(sample, query, kv_cache)
-        self._compare(sample, query, sample.output)
+        holds = self._holds[sample.place]
+        return self._compare(sample, query, sample.output, holds, torch.ones_like(holds))
 
-    def compare_again(self, sample: Sample, query: torch.Tensor, kv_cache: torch.Tensor) -> None:
-        """Compares a sample with a new query, and reads it again with its first one."""
-        self._compare(sample, query, self._read_pages(sample, query, kv_cache))
-        is_same = torch.equal(self._read_pages(sample, sample.query, kv_cache), sample.output)
-        self.ledger.reread(is_same)
-        if not is_same:
-            self._drop(sample)
+    def compare_again(
+        self, sample: Sample, step: Step, query: torch.Tensor, kv_cache: torch.Tensor
+    ) -> torch.Tensor:
+        """Compares a sample with the newest query of a request that reads it, and reads it again
+        with its first one. Returns as `_compare`."""
+        reads = self._readers(sample, step)
+        row = step.query_start_loc[1:].index_select(0, reads.int().argmax().view(1)) - 1
+        asked = query.index_select(0, row.clamp_min(0))
+        same = (self._read_pages(sample, sample.query, kv_cache) == sample.output).all()
+        output = self._read_pages(sample, asked, kv_cache)
+        return self._compare(sample, asked, output, self._holds[sample.place] & reads.any(), same)
+
+    def send(self, sample: Sample, found: torch.Tensor, clock: _Clock, is_new: bool) -> None:
+        """Lets what a comparison found go to the host, which looks at it in a later step, on a CPU
+        now."""
+        on_gpu = found.device.type == "cuda"
+        numbers = torch.empty(found.shape, dtype=found.dtype, device="cpu", pin_memory=on_gpu)
+        numbers.copy_(found, non_blocking=True)
+        clock.stop()
+        self._sent.append(_Sent(sample, numbers, clock, is_new))
+        if self._waits:
+            self._receive()
+
+    def _receive(self) -> None:
+        """Takes note of what has arrived."""
+        while self._sent and self._sent[0].clock.has_stopped:
+            sample, numbers, clock, is_new = self._sent.pop(0)
+            self.ledger.spend(clock.seconds, is_comparison=True)
+            cosine, error, is_valid, is_same, holds = numbers.tolist()
+            if is_valid:
+                age = time.monotonic() - sample.written if not is_new else 0.0
+                codec = self.layers[sample.layer].codec
+                self.ledger.compared(self._numbers[sample.layer], codec, age, cosine, error)
+                if not is_new:
+                    self.ledger.reread(bool(is_same))
+            if sample in self._samples and (not holds or (is_valid and not is_same)):
+                self._drop(sample)
 
     def _read_pages(
         self, sample: Sample, query: torch.Tensor, kv_cache: torch.Tensor
     ) -> torch.Tensor:
-        bounds = torch.tensor([0, 1], dtype=torch.int32)
-        batch = Batch(bounds, torch.tensor([sample.end], dtype=torch.int32), sample.table)
-        layer, length = self.layers[sample.layer], sample.end - sample.begin
-        return attend_codes(layer, query, kv_cache, batch, length)
+        batch = Batch(self._bounds, sample.end, sample.table)
+        return attend_codes(self.layers[sample.layer], query, kv_cache, batch, sample.length)
 
-    def _compare(self, sample: Sample, query: torch.Tensor, output: torch.Tensor) -> None:
-        layer = self.layers[sample.layer]
-        found, exact = sample.outputs(layer, query, output)
-        size = float(exact.norm())
-        if not size > 0:
-            return
-        cosine = float(torch.cosine_similarity(found, exact, dim=-1).mean())
-        error = float((found - exact).norm()) / size
-        age = time.monotonic() - sample.written
-        self.ledger.compared(self._numbers[sample.layer], layer.codec, age, cosine, error)
+    def _compare(
+        self,
+        sample: Sample,
+        query: torch.Tensor,
+        output: torch.Tensor,
+        is_valid: torch.Tensor,
+        is_same: torch.Tensor,
+    ) -> torch.Tensor:
+        """float32 [5]: cosine, relative error, whether they mean something, whether a second
+        reading gave the first one's bits, and whether the sample is as it was written."""
+        found, exact = sample.outputs(self.layers[sample.layer], query, output)
+        size = exact.norm()
+        cosine = torch.cosine_similarity(found, exact, dim=-1).mean()
+        error = (found - exact).norm() / size
+        flags = is_valid & (size > 0), is_same, self._holds[sample.place]
+        return torch.stack((cosine, error, *(flag.float() for flag in flags)))
+
+    def _readers(self, sample: Sample, step: Step) -> torch.Tensor:
+        """bool [requests]: those that read the sample's tokens, and have new ones."""
+        num_reqs, size = step.seq_lens.shape[0], self._block_size
+        number = torch.arange(sample.table.shape[1], device=sample.end.device)
+        begin = sample.end - sample.length
+        outside = (number < begin // size) | (number >= (sample.end + size - 1) // size)
+        reads = ((step.block_table[:num_reqs] == sample.table) | outside).all(-1)
+        query_lens = step.query_start_loc.diff()[:num_reqs]
+        reads &= (query_lens > 0) & (step.seq_lens - query_lens >= sample.end)
+        if window := self.layers[sample.layer].attend.window:
+            reads &= begin > step.seq_lens - 1 - window
+        return reads
 
     def _plan_new(
-        self,
-        query_start_loc: npt.NDArray[np.int32],
-        seq_lens: npt.NDArray[np.int32],
-        block_table: npt.NDArray[np.int32],
-        slots: Ints,
+        self, starts: npt.NDArray[np.int32], query_lens: npt.NDArray[np.int32], step: Step
     ) -> Probe | None:
         """A sample among the new tokens of a request that has enough of them."""
-        query_lens = np.diff(query_start_loc)
-        long = np.flatnonzero(query_lens >= MIN_TOKENS)
-        if not len(long):
-            return None
-        req = int(self._random.choice(long))
-        length = min(MAX_TOKENS, int(query_lens[req]))
-        # Its own last token's query is asked; a window layer would not see tokens far before it.
-        number = self._turn % len(self.layers)
+        req = int(self._random.choice(np.flatnonzero(query_lens >= MIN_TOKENS)))
+        number, num_new = self._turn % len(self.layers), int(query_lens[req])
         layer = self.layers[number]
-        window, num_new = layer.attend.window, int(query_lens[req])
+        # Its own last token's query is asked; a window layer would not see tokens far before it.
+        window = layer.attend.window
         reach = min(num_new, window) if window else num_new
         if reach < MIN_TOKENS:
             return None
-        length = min(length, reach)
-        last_row = int(query_start_loc[req + 1]) - 1
+        length = min(MAX_TOKENS, reach)
+        last_row = int(starts[req + 1]) - 1
         first_row = last_row + 1 - int(self._random.integers(length, reach + 1))
-        chosen = slots[first_row : first_row + length]
-        num_writes = np.isin(slots, chosen).sum()
-        if (chosen < 0).any() or not num_writes == length == len(np.unique(chosen)):
-            return None  # not stored, or written twice in this step
-        end = int(seq_lens[req]) - (last_row + 1 - first_row) + length
-        num_blocks = -(-end // self._block_size)
-        if num_blocks > block_table.shape[1]:
-            return None
+        if not self._free:
+            # Any one of them: some samples grow old, most are young.
+            self._drop(self._samples[int(self._random.integers(len(self._samples)))])
+        place = self._free.pop()
+        chosen = step.slots[first_row : first_row + length]
+        self._slots[place].fill_(_NO_SLOT)
+        self._slots[place, :length] = chosen
+        # Not where a token is not stored, or its slot is written twice in this step.
+        num_writes = (step.slots[:, None] == chosen).sum()
+        self._holds[place] = (chosen >= 0).all() & (num_writes == length)
         sample = Sample(
             number,
             int(self._random.integers(layer.num_kv_heads)),
-            end - length,
-            end,
-            chosen.copy(),
-            torch.from_numpy(block_table[req : req + 1, :num_blocks].astype(np.int32)),
+            length,
+            place,
+            step.seq_lens[req : req + 1] - (last_row + 1 - first_row) + length,
+            step.block_table[req : req + 1].clone(),
             time.monotonic(),
         )
-        if len(self._samples) >= self._max_samples:
-            # Any one of them: some samples grow old, most are young.
-            self._drop(self._samples[int(self._random.integers(len(self._samples)))])
         self._turn += 1
         self._samples.append(sample)
-        self._sample_of_slot.update(dict.fromkeys(sample.slots.tolist(), sample))
-        self._is_held[sample.slots] = True
+        if self._waits:
+            self._held.update(chosen.tolist())
         self.ledger.counters["monitor_tokens"] += length
-        return Probe(self, sample, last_row, first_row)
+        return Probe(self, sample, step, first_row, last_row)
 
-    def _plan_again(
-        self,
-        query_start_loc: npt.NDArray[np.int32],
-        seq_lens: npt.NDArray[np.int32],
-        block_table: npt.NDArray[np.int32],
-    ) -> Probe | None:
-        """The next sample whose tokens a request of this step reads."""
-        query_lens = np.diff(query_start_loc)
-        context = seq_lens - query_lens
+    def _plan_again(self, step: Step) -> Probe | None:
+        """The next sample, which a request of this step reads: a GPU finds that itself."""
         for _ in range(len(self._samples)):
             sample = self._samples.pop(0)
             self._samples.append(sample)
-            first, last = sample.begin // self._block_size, -(-sample.end // self._block_size)
-            if last > block_table.shape[1] or not len(sample.query):
+            if len(sample.query) == 0 or sample.table.shape[1] != step.block_table.shape[1]:
                 continue
-            held = sample.table[0, first:last].numpy()
-            reads = (block_table[:, first:last] == held).all(-1)
-            reads &= (query_lens > 0) & (context >= sample.end)
-            layer = self.layers[sample.layer]
-            if layer.attend.window:
-                reads &= sample.begin > seq_lens - 1 - layer.attend.window
-            readers = np.flatnonzero(reads)
-            if len(readers):
-                return Probe(self, sample, int(query_start_loc[readers[0] + 1]) - 1, None)
+            if not self._waits or self._readers(sample, step).any():
+                return Probe(self, sample, step)
         return None
 
-    def _drop_written(self, slots: Ints) -> None:
-        highest = int(slots.max(initial=-1))
-        if highest >= len(self._is_held):
-            grown = np.zeros(max(highest + 1, 2 * len(self._is_held)), np.bool_)
-            grown[: len(self._is_held)] = self._is_held
-            self._is_held = grown
-        written = slots[slots >= 0]
-        for slot in written[self._is_held[written]].tolist():
-            if slot in self._sample_of_slot:
-                self._drop(self._sample_of_slot[slot])
+    def _note_written(self, slots: torch.Tensor) -> None:
+        if not self._samples or not len(slots):
+            return
+        if self._waits and self._held.isdisjoint(slots.tolist()):
+            return
+        ordered = slots.sort().values
+        at = torch.searchsorted(ordered, self._slots).clamp_max_(len(ordered) - 1)
+        self._holds &= (ordered[at] != self._slots).all(-1)
+        if self._waits:
+            holds = self._holds.tolist()
+            for sample in [sample for sample in self._samples if not holds[sample.place]]:
+                self._drop(sample)
 
     def _drop(self, sample: Sample) -> None:
         self._samples.remove(sample)
-        self._is_held[sample.slots] = False
-        for slot in sample.slots.tolist():
-            del self._sample_of_slot[slot]
-        self.ledger.counters["monitor_tokens"] -= len(sample.slots)
-
-
-def monitor_of(
-    owner: object,
-    layers: dict[str, Any],
-    block_size: int,
-    is_loss_accepted: bool = False,
-    make: Callable[..., Any] = Monitor,
-) -> Any:
-    """The monitor of a group of layers, or None when it is off.
-
-    Args:
-        owner: the run; the monitors of one run have one ledger.
-        layers: the group's layers by name, with their options.
-        block_size: tokens of a block.
-        is_loss_accepted: as of `ledger.Ledger`.
-        make: what makes it of the arguments of `Monitor`.
-    """
-    global _latest
-    options = next(iter(layers.values())).options.monitor if layers else None
-    if options is None:
-        return None
-    if _latest is None or _latest[0] is not owner:
-        _latest = owner, Ledger(options.budget, own_counters(), is_loss_accepted)
-    numbers = [int(n[0]) if (n := re.findall(r"\d+", name)) else 0 for name in layers]
-    return make(options, list(layers.values()), numbers, block_size, _latest[1])
-
-
-_latest: tuple[object, Ledger] | None = None
+        if self._waits:
+            self._held.difference_update(self._slots[sample.place].tolist())
+        self._free.append(sample.place)
+        self.ledger.counters["monitor_tokens"] -= sample.length
