@@ -21,18 +21,20 @@ struct Batch {
   // Scratch, [count, head_dim] each.
   float *x, *y, *run, *decoded;
   uint32_t *index, *patterns;
+  float* parts;  // [count, 2, 16], of sums
 };
 
 // For `most` vectors.
 static inline void set_scratch(Batch& b, int head_dim, int most) {
   const int64_t floats = (int64_t)most * head_dim;
-  float* p = static_cast<float*>(thread_scratch((size_t)floats * 24));
+  float* p = static_cast<float*>(thread_scratch((size_t)floats * 24 + (size_t)most * 128));
   b.x = p;
   b.y = p + floats;
   b.run = p + 2 * floats;
   b.decoded = p + 3 * floats;
   b.index = reinterpret_cast<uint32_t*>(p + 4 * floats);
   b.patterns = b.index + floats;
+  b.parts = p + 6 * floats;
 }
 
 }  // namespace fq::FQ_ISA

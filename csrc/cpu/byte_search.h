@@ -138,8 +138,8 @@ static inline vi find_boxes(const FqCode& code, const float* y) {
   return dot_bytes(vi{}, side, (vb)weights) + (((vi)side >> 24) << 9);
 }
 
-// Scores of 4 subvectors, times 16, with 15 less a row's place in its box below: lane 4 n + i has
-// of the n-th one the best two of rows i, i + 4, i + 8 and i + 12.
+// Scores of 4 subvectors, times 256, with 255 less a row's number in the byte below: lane 4 n + i
+// has of the n-th one the best two of rows i, i + 4, i + 8 and i + 12 of its box.
 static inline BestTwo score_boxes(const FqCode& code, const Table* planes, const float* y,
                                   const int32_t* box) {
   const vi whole = to_ints(load(y) * code.box_scale - code.box_shift);
@@ -156,25 +156,27 @@ static inline BestTwo score_boxes(const FqCode& code, const Table* planes, const
   vb plane[4];
   for (int j = 0; j < 4; ++j) plane[j] = look_up(planes[j], number, upper);
   const vb sign = splat_byte(code.folded ? 0 : 0x80);
-  vi place = {15, 14, 13, 12, 15, 14, 13, 12, 15, 14, 13, 12, 15, 14, 13, 12};
+  // Bytes with a sign are multiplied as bytes + 128; what that adds is taken away, so that a score
+  // fits.
+  const vi added = dot_bytes(vi{}, sign, high);
   vi score[4];
-  for (int q = 0; q < 4; ++q, place -= 4) {
+  for (int q = 0; q < 4; ++q) {
     const vb c01 = zip_bytes(q / 2, plane[0], plane[1]), c23 = zip_bytes(q / 2, plane[2], plane[3]);
     const vb row = zip_words(q % 2, c01, c23);
     const vb size = code.folded ? row : absolute_bytes(row), unsigned_row = row ^ sign;
-    vi sum = (dot_bytes(vi{}, unsigned_row, high) << 2) - dot_bytes(vi{}, size, size);
+    vi sum = (dot_bytes(-added, unsigned_row, high) << 2) - dot_bytes(vi{}, size, size);
     sum = dot_bytes(sum << 5, unsigned_row, low);
-    score[q] = (sum << 4) + place;
+    const vb last = zip_words(q % 2, zip_bytes(q / 2, ~number, vb{}), vb{});
+    score[q] = (sum << 8) + (vi)last;
   }
   const BestTwo a = {max_ints(score[0], score[1]), min_ints(score[0], score[1])};
   const BestTwo b = {max_ints(score[2], score[3]), min_ints(score[2], score[3])};
   return best_two(a, b);
 }
 
-static inline void search_boxes(const FqCode& code, const Table* planes, int count, const float* y,
-                                uint32_t* index) {
-  alignas(64) int32_t box[16], place[16];
-  store_ints(box, find_boxes(code, y));
+// Rows for 16 subvectors in these boxes. Returns which are still open.
+static inline uint32_t search_boxes(const FqCode& code, const Table* planes, const float* y,
+                                    const int32_t* box, vi* row) {
   vi best[4], second[4];
   vf largest = vf{};
   for (int n = 0; n < 4; ++n) {
@@ -188,26 +190,36 @@ static inline void search_boxes(const FqCode& code, const Table* planes, int cou
   const BestTwo two = best_two(best_two({best[0], second[0]}, {best[1], second[1]}),
                                best_two({best[2], second[2]}, {best[3], second[3]}));
   const vi order = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
-  store_ints(place, 15 - (__builtin_shuffle(two.best, order) & 15));
-  for (int i = 0; i < count; ++i) index[i] = code.boxes[16 * box[i] + place[i]];
-  const vi near = two.second >= two.best - (16 * code.box_margin + 15);
+  *row = 255 - (__builtin_shuffle(two.best, order) & 255);
+  const vi near = two.second >= two.best - (256 * code.box_margin + 255);
   uint32_t open = lane_bits(__builtin_shuffle(near, order));
   if (lane_bits(largest > code.box_reach)) {
     for (int i = 0; i < 64; ++i)
       open |= (uint32_t)(__builtin_fabsf(y[i]) > code.box_reach) << i / 4;
   }
-  if (open) settle<4>(code, open, count, y, index);
+  return open;
 }
 
 static void nearest_in_boxes(const FqCode& code, int num_subvecs, const float* y, uint32_t* index) {
   Table planes[4];
   for (int j = 0; j < 4; ++j) planes[j] = load_table(code.planes + 256 * j);
-  for (int s = 0; s < num_subvecs; s += 16) {
-    const int count = num_subvecs - s < 16 ? num_subvecs - s : 16;
-    alignas(64) float rest[64] = {};
-    const float* from = y + 4 * s;
-    if (count < 16) from = static_cast<float*>(memcpy(rest, from, (size_t)count * 16));
-    search_boxes(code, planes, count, from, index + s);
+  constexpr int kGroups = 16;  // whose boxes are found before any is read: reads then do not wait
+  alignas(64) int32_t box[16 * kGroups];
+  alignas(64) float rest[64] = {};
+  for (int s = 0; s < num_subvecs; s += 16 * kGroups) {
+    const int count = num_subvecs - s < 16 * kGroups ? num_subvecs - s : 16 * kGroups;
+    const auto from = [&](int i) -> const float* {  // 16 subvectors, the last ones of them 0
+      if (count - i >= 16) return y + 4 * (s + i);
+      return static_cast<float*>(memcpy(rest, y + 4 * (s + i), (size_t)(count - i) * 16));
+    };
+    for (int i = 0; i < count; i += 16) store_ints(box + i, find_boxes(code, from(i)));
+    for (int i = 0; i < count; i += 16) {
+      const int here = count - i < 16 ? count - i : 16;
+      vi row;
+      const uint32_t open = search_boxes(code, planes, from(i), box + i, &row);
+      memcpy(index + s + i, &row, (size_t)here * 4);
+      if (open) settle<4>(code, open, here, y + 4 * (s + i), index + s + i);
+    }
   }
 }
 

@@ -223,36 +223,26 @@ static inline float peak(const float* x, int count) {
   return lane_bits(finite) == (1u << kLanes) - 1 ? max_lane(largest) : __builtin_inff();
 }
 
-// 16 partial sums of terms added in turn, and their sum, in one order whatever kLanes is.
+// 16 partial sums of terms added in turn, in one order whatever kLanes is.
 struct Sum16 {
   vf part[kPerUnit] = {};
   void add(int i, vf x) { part[i] = part[i] + x; }
-  float total() const {
-    alignas(64) float lanes[16];
-    for (int i = 0; i < kPerUnit; ++i) store(lanes + i * kLanes, part[i]);
-    float sum = 0.0f;
-    for (int j = 0; j < 16; ++j) sum += lanes[j];
-    return sum;
+  void store_to(float* parts) const {
+    for (int i = 0; i < kPerUnit; ++i) store(parts + i * kLanes, part[i]);
   }
 };
+
+// Their sum. It is asked for when the partial sums of all vectors of a batch are there: such sums
+// wait for each other's terms, and those of several vectors can wait together.
+static inline float total(const float* parts) {
+  float sum = 0.0f;
+  for (int j = 0; j < 16; ++j) sum += parts[j];
+  return sum;
+}
 
 static inline void divide(float* x, int count, float by) {
   const vf divisor = splat(by);
   for (int i = 0; i < count; i += kLanes) store(x + i, load(x + i) / divisor);
-}
-
-// Divides x, of which no square overflows, by its length, which it returns; zeros stay.
-static inline float normalise(float* x, int count) {
-  Sum16 squares;
-  for (int i = 0; i < count; i += kUnit) {
-    for (int c = 0; c < kPerUnit; ++c) {
-      const vf v = load(x + i + c * kLanes);
-      squares.add(c, v * v);
-    }
-  }
-  const float length = __builtin_sqrtf(squares.total());
-  if (length > 0.0f) divide(x, count, length);
-  return length;
 }
 
 // What a vector's direction was divided by: its length is peak * length. peak is 0 for the zero
@@ -262,33 +252,61 @@ struct Magnitude {
   float peak, length;
 };
 
-// x [head_dim] becomes its rotated direction.
-static inline Magnitude to_direction(const FqCodec& codec, float* x) {
-  const int head_dim = codec.head_dim;
-  const float largest = peak(x, head_dim);
-  if (largest == __builtin_inff() || largest < kMinNormal) {
-    memset(x, 0, (size_t)head_dim * 4);
-    return {largest < kMinNormal ? 0.0f : largest, 0.0f};
+// Divides each of `count` vectors x, of which no square overflows, by its length, which size gets;
+// zeros stay. `parts` is scratch, [count, 16].
+static inline void normalise(int count, int dim, float* x, Magnitude* size, float* parts) {
+  for (int n = 0; n < count; ++n) {
+    Sum16 squares;
+    for (int i = 0; i < dim; i += kUnit) {
+      for (int c = 0; c < kPerUnit; ++c) {
+        const vf v = load(x + n * dim + i + c * kLanes);
+        squares.add(c, v * v);
+      }
+    }
+    squares.store_to(parts + 16 * n);
   }
-  // Dividing by the largest coordinate first keeps squares of any finite input finite.
-  divide(x, head_dim, largest);
-  rotate(codec, x, false);
-  return {largest, normalise(x, head_dim)};
+  for (int n = 0; n < count; ++n) size[n].length = __builtin_sqrtf(total(parts + 16 * n));
+  for (int n = 0; n < count; ++n) {
+    if (size[n].length > 0.0f) divide(x + n * dim, dim, size[n].length);
+  }
+}
+
+// Each of `count` vectors x [head_dim] becomes its rotated direction. `parts` as in `normalise`.
+static inline void to_directions(const FqCodec& codec, int count, float* x, Magnitude* size,
+                                 float* parts) {
+  const int dim = codec.head_dim;
+  for (int n = 0; n < count; ++n) size[n].peak = peak(x + n * dim, dim);
+  for (int n = 0; n < count; ++n) {
+    float* v = x + n * dim;
+    if (size[n].peak == __builtin_inff() || size[n].peak < kMinNormal) {
+      memset(v, 0, (size_t)dim * 4);
+      if (size[n].peak < kMinNormal) size[n].peak = 0.0f;
+      continue;
+    }
+    // Dividing by the largest coordinate first keeps squares of any finite input finite.
+    divide(v, dim, size[n].peak);
+    rotate(codec, v, false);
+  }
+  normalise(count, dim, x, size, parts);
 }
 
 // Takes the signs from the directions x of some vectors: `patterns` gets each subvector's, bit j
 // that of coordinate j.
-static inline void fold(const FqCode& code, int num_subvecs, float* x, uint32_t* patterns) {
-  const int dim = code.subvec_dim, count = num_subvecs * dim;
-  if (kLanes % dim == 0) {
-    for (int i = 0; i < count; i += kLanes) {
-      const vf v = load(x + i);
-      const uint32_t bits = lane_bits(v < 0.0f);
-      for (int j = 0; j < kLanes; j += dim) patterns[(i + j) / dim] = bits >> j & ((1u << dim) - 1);
-      store(x + i, vabs(v));
-    }
-    return;
+template <int kDim>
+static inline void fold(int num_subvecs, float* x, uint32_t* patterns) {
+  constexpr int kCount = kLanes / kDim;
+  for (int s = 0; s < num_subvecs; s += kCount, x += kLanes) {
+    const vf v = load(x);
+    const uint32_t bits = lane_bits(v < 0.0f);
+    for (int j = 0; j < kCount; ++j) patterns[s + j] = bits >> (j * kDim) & ((1u << kDim) - 1);
+    store(x, vabs(v));
   }
+}
+
+static inline void fold(const FqCode& code, int num_subvecs, float* x, uint32_t* patterns) {
+  const int dim = code.subvec_dim;
+  if (dim == 2) return fold<2>(num_subvecs, x, patterns);
+  if (dim == 4) return fold<4>(num_subvecs, x, patterns);
   for (int s = 0; s < num_subvecs; ++s, x += dim) {
     patterns[s] = 0;
     for (int j = 0; j < dim; ++j) {
@@ -316,9 +334,8 @@ static inline void copy_rows(const FqCode& code, const uint32_t* index, int num_
   copy_rows<0>(code, index, num_subvecs, out);
 }
 
-// <y, v> and |v|^2 of `count` coordinates, a multiple of 16.
-static inline void dot_and_square(const float* y, const float* v, int count, float* dot,
-                                  float* square) {
+// The partial sums of <y, v> and of |v|^2 of `count` coordinates, a multiple of 16: [2, 16].
+static inline void dot_and_square(const float* y, const float* v, int count, float* parts) {
   Sum16 dots, squares;
   for (int i = 0; i < count; i += kUnit) {
     for (int c = 0; c < kPerUnit; ++c) {
@@ -327,8 +344,20 @@ static inline void dot_and_square(const float* y, const float* v, int count, flo
       squares.add(c, decoded * decoded);
     }
   }
-  *dot = dots.total();
-  *square = squares.total();
+  dots.store_to(parts);
+  squares.store_to(parts + 16);
+}
+
+// The lowest byte of each index.
+static inline void to_bytes(const uint32_t* index, int count, uint8_t* bytes) {
+  typedef uint32_t Words __attribute__((vector_size(64), aligned(4), may_alias));
+  typedef uint8_t Bytes __attribute__((vector_size(16), aligned(1), may_alias));
+  int i = 0;
+  for (; i + 16 <= count; i += 16) {
+    const Words words = *reinterpret_cast<const Words*>(index + i);
+    *reinterpret_cast<Bytes*>(bytes + i) = __builtin_convertvector(words, Bytes);
+  }
+  for (; i < count; ++i) bytes[i] = (uint8_t)index[i];
 }
 
 // The same bytes as pack_index of num_subvecs indices, a multiple of 4, of kBits each: an even
@@ -351,8 +380,7 @@ static inline void pack_fours(const FqCode& code, int num_subvecs, const uint32_
 static inline void pack_indices(const FqCode& code, int num_subvecs, const uint32_t* index,
                                 const uint32_t* patterns, uint8_t* field) {
   if (code.index_bits == 8 && !code.folded) {
-    for (int s = 0; s < num_subvecs; ++s) field[s] = (uint8_t)index[s];
-    return;
+    return to_bytes(index, num_subvecs, field);
   }
   if (code.folded && num_subvecs % 4 == 0) {
     if (code.index_bits == 12) return pack_fours<12>(code, num_subvecs, index, patterns, field);
@@ -364,18 +392,11 @@ static inline void pack_indices(const FqCode& code, int num_subvecs, const uint3
   }
 }
 
-// Packs the indices of a direction y, folded if the code is, into a zeroed field. Returns the norm.
-static inline uint16_t pack_vector(const FqCodec& codec, const FqCode& code, const float* y,
-                                   Magnitude size, const uint32_t* index, const uint32_t* patterns,
-                                   uint8_t* field) {
+// The norm of a vector whose direction is y: v is what its indices stand for, and the signs of a
+// folded code cancel. `parts` are dot_and_square's.
+static inline uint16_t norm_of(const FqCode& code, Magnitude size, const float* parts) {
   if (size.peak == 0.0f || size.peak == __builtin_inff()) return 0;
-  const int num_subvecs = codec.head_dim / code.subvec_dim;
-  pack_indices(code, num_subvecs, index, patterns, field);
-  // Of the decoded direction v; the signs of a folded code cancel in both.
-  alignas(64) float v[kMaxHeadDim];
-  copy_rows(code, index, num_subvecs, v);
-  float dot, decoded_sq;
-  dot_and_square(y, v, codec.head_dim, &dot, &decoded_sq);
+  const float dot = total(parts), decoded_sq = total(parts + 16);
   float gain = size.length;
   if (code.gain == kFqPreserve) gain = size.length / __builtin_sqrtf(fmax2(decoded_sq, 1e-12f));
   if (code.gain == kFqMse) gain = size.length * fmax2(dot, 0.0f) / fmax2(decoded_sq, 1e-12f);

@@ -13,17 +13,22 @@ static int64_t encode_vectors(const FqCodec& codec, const FqCode& code, Batch& b
                               uint16_t* norm) {
   const int head_dim = codec.head_dim, num_subvecs = head_dim / code.subvec_dim;
   int64_t nonfinite = 0;
-  for (int i = 0; i < b.count; ++i) {
-    b.size[i] = to_direction(codec, b.x + (int64_t)i * head_dim);
-    nonfinite += b.size[i].peak == __builtin_inff();
-  }
+  // Step by step, all vectors in each: what one of them waits for does not hold up the others.
+  to_directions(codec, b.count, b.x, b.size, b.parts);
   if (code.folded) fold(code, b.count * num_subvecs, b.x, b.patterns);
   nearest_all(code, b.count * num_subvecs, b.x, b.index);
+  copy_rows(code, b.index, b.count * num_subvecs, b.decoded);
   for (int i = 0; i < b.count; ++i) {
-    norm[i] = pack_vector(codec, code, b.x + (int64_t)i * head_dim, b.size[i],
-                          b.index + (int64_t)i * num_subvecs, b.patterns + (int64_t)i * num_subvecs,
-                          b.record[i] + index_offset);
+    nonfinite += b.size[i].peak == __builtin_inff();
+    if (b.size[i].peak == 0.0f || b.size[i].peak == __builtin_inff()) continue;
+    const int64_t at = (int64_t)i * num_subvecs;
+    pack_indices(code, num_subvecs, b.index + at, b.patterns + at, b.record[i] + index_offset);
   }
+  for (int i = 0; i < b.count; ++i) {
+    const int64_t at = (int64_t)i * head_dim;
+    dot_and_square(b.x + at, b.decoded + at, head_dim, b.parts + 32 * i);
+  }
+  for (int i = 0; i < b.count; ++i) norm[i] = norm_of(code, b.size[i], b.parts + 32 * i);
   return nonfinite;
 }
 
@@ -34,6 +39,7 @@ static int64_t encode_batch(const FqCodec& codec, const RecordLayout& layout, co
   const int head_dim = codec.head_dim;
   const FqKeyMap* map = args.key_map;
   int64_t nonfinite = 0;
+  Turned turned;
   for (int i = 0; i < b.count; ++i) {
     float* x = b.x + (int64_t)i * head_dim;
     load_row(args.key, b.token[i] * args.stride_key_token + b.head[i] * args.stride_key_head,
@@ -43,7 +49,7 @@ static int64_t encode_batch(const FqCodec& codec, const RecordLayout& layout, co
     if (first) {
       subtract_first(*map, map->first_key, b.head[i], head_dim, position, x);
     } else {
-      subtract_mean(*map, b.head[i], head_dim, position, x);
+      subtract_mean(*map, b.head[i], head_dim, position, turned, x);
     }
   }
   if (map && !first && map->num_coded > 0) {

@@ -25,8 +25,11 @@ static inline void subtract_first(const FqKeyMap& map, const float* means, int h
 static int64_t transform_keys(const FqKeyMap& map, int head_dim, Batch& b) {
   int64_t nonfinite = 0;
   for (int i = 0; i < b.count; ++i) {
+    b.size[i].peak = peak(b.x + (int64_t)i * head_dim, head_dim);
+  }
+  for (int i = 0; i < b.count; ++i) {
     float* x = b.x + (int64_t)i * head_dim;
-    const float largest = peak(x, head_dim);
+    const float largest = b.size[i].peak;
     const bool is_finite = largest != __builtin_inff();
     nonfinite += !is_finite;
     b.size[i].peak = is_finite && largest >= kMinNormal ? largest : 0.0f;
@@ -42,11 +45,10 @@ static int64_t transform_keys(const FqKeyMap& map, int head_dim, Batch& b) {
     multiply_transposed(matrix_of(map, map.key_matrix_t, b.head[i], head_dim), head_dim, num_coded,
                         next - i, b.x + (int64_t)i * head_dim, b.y + (int64_t)i * num_coded);
   }
+  normalise(b.count, num_coded, b.y, b.size, b.parts);
   const vf source_scale = splat(map.source_scale);
-  for (int i = 0; i < b.count; ++i) {
-    float* y = b.y + (int64_t)i * num_coded;
-    b.size[i].length = normalise(y, num_coded);
-    for (int j = 0; j < num_coded; j += kLanes) store(y + j, load(y + j) * source_scale);
+  for (int j = 0; j < b.count * num_coded; j += kLanes) {
+    store(b.y + j, load(b.y + j) * source_scale);
   }
   return nonfinite;
 }
@@ -65,14 +67,14 @@ static inline int encode_run(const FqCode& code, int num_coded, int num_subvecs,
     const uint32_t* index = b.index + i * num_subvecs;
     copy_rows<kDim>(code, index, num_subvecs, b.decoded + (int64_t)i * num_coded + at);
     if (!(b.size[i].length > 0.0f)) continue;  // the zero vector's field stays 0
-    for (int s = 0; s < num_subvecs; ++s) b.record[i][offset + s] = (uint8_t)index[s];
+    to_bytes(index, num_subvecs, b.record[i] + offset);
   }
   return at + length;
 }
 
-// The gain of least weighted error of a direction y decoded as v, both [num_coded].
-static inline float weighted_gain(const float* weight, const float* y, const float* v,
-                                  int num_coded) {
+// The partial sums of <y, v> and of |v|^2, weighted, both [num_coded]: [2, 16].
+static inline void weighted_sums(const float* weight, const float* y, const float* v, int num_coded,
+                                 float* parts) {
   Sum16 dots, squares;
   for (int i = 0; i < num_coded; i += kUnit) {
     for (int c = 0; c < kPerUnit; ++c) {
@@ -82,7 +84,8 @@ static inline float weighted_gain(const float* weight, const float* y, const flo
       squares.add(c, w * decoded * decoded);
     }
   }
-  return fmax2(dots.total(), 0.0f) / fmax2(squares.total(), 1e-12f);
+  dots.store_to(parts);
+  squares.store_to(parts + 16);
 }
 
 // Encodes keys b.x (overwritten), without their means, through the transform into zeroed records
@@ -95,12 +98,17 @@ static int64_t encode_transformed(const FqKeyMap& map, int head_dim, int offset,
   end = encode_run<4>(map.codes[1], num_coded, num[1], end, offset + num[0], b);
   end = encode_run<8>(map.codes[2], num_coded, num[2], end, offset + num[0] + num[1], b);
   for (int i = 0; i < b.count; ++i) {
-    b.norm[0][i] = 0;
-    if (!(b.size[i].length > 0.0f)) continue;
     float* v = b.decoded + (int64_t)i * num_coded;
     for (int j = end; j < num_coded; ++j) v[j] = 0.0f;
-    const float gain = weighted_gain(map.weight + (int64_t)b.head[i] * num_coded,
-                                     b.y + (int64_t)i * num_coded, v, num_coded);
+    weighted_sums(map.weight + (int64_t)b.head[i] * num_coded, b.y + (int64_t)i * num_coded, v,
+                  num_coded, b.parts + 32 * i);
+  }
+  for (int i = 0; i < b.count; ++i) {
+    b.norm[0][i] = 0;
+    if (!(b.size[i].length > 0.0f)) continue;
+    // The gain of least weighted error of a direction y decoded as v.
+    const float dot = total(b.parts + 32 * i), square = total(b.parts + 32 * i + 16);
+    const float gain = fmax2(dot, 0.0f) / fmax2(square, 1e-12f);
     const float stored = gain * b.size[i].length / map.source_scale * b.size[i].peak;
     b.norm[0][i] = float_to_half(stored < 65504.0f ? stored : 65504.0f);
   }

@@ -208,6 +208,8 @@ static void describe_calls(fq::AbiText& abi) {
                         FQ_FIELD(turn_mean),
                         FQ_FIELD(turn_fine),
                         FQ_FIELD(turn_coarse),
+                        FQ_FIELD(turn_columns),
+                        FQ_FIELD(turn_dense),
                         FQ_FIELD(num_positions),
                         FQ_FIELD(num_turning),
                         FQ_FIELD(num_fast),

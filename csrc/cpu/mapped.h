@@ -17,25 +17,45 @@ constexpr int kStep = 32;         // positions of a row of turn_coarse
 constexpr int kHalf = kStep / 2;  // distances from the middle of a step: 0.5, 1.5, .. of turn_fine
 static_assert(kStep == kMaxTile);
 
-// Subtracts R_p c of one head from x.
-static inline void subtract_turning(const FqKeyMap& map, int head, int64_t position, float* x) {
-  const int32_t* pair = map.turn_pairs + (int64_t)head * map.num_turning * 3;
-  const float* c = map.turn_mean + (int64_t)head * map.num_turning * 2;
-  const int i = (int)(position % kStep), n = map.num_fast_columns;
+// The cosines and sines by which coordinates turn at one position.
+struct Turned {
+  int64_t position = -1;
+  float cosine[kMaxHeadDim], sine[kMaxHeadDim];
+};
+
+static inline void turn_to(const FqKeyMap& map, int head_dim, int64_t position, Turned& turned) {
+  if (turned.position == position) return;
+  turned.position = position;
+  const int i = (int)(position % kStep), n = map.num_fast_columns, all = map.num_columns;
   const float* fine = map.turn_fine + (i < kHalf ? kHalf - 1 - i : i - kHalf);
-  const float* coarse = map.turn_coarse + position / kStep * 2 * map.num_columns;
-  for (int j = 0; j < map.num_turning; ++j, pair += 3, c += 2) {
-    const int column = pair[2];
-    float cosine = coarse[column], sine = coarse[map.num_columns + column];
-    if (column < n) {
-      const float cos2 = fine[column * kHalf];
-      const float sin2 = i < kHalf ? -fine[(n + column) * kHalf] : fine[(n + column) * kHalf];
-      const float cos1 = cosine, sin1 = sine;
-      cosine = cos1 * cos2 - sin1 * sin2;
-      sine = sin1 * cos2 + cos1 * sin2;
-    }
-    x[pair[0]] -= c[0] * cosine - c[1] * sine;
-    x[pair[1]] -= c[1] * cosine + c[0] * sine;
+  const float* coarse = map.turn_coarse + position / kStep * 2 * all;
+  float cosines[kMaxHeadDim / 2 + 32], sines[kMaxHeadDim / 2 + 32];
+  for (int c = 0; c < n; ++c) {
+    const float cos1 = coarse[c], sin1 = coarse[all + c];
+    const float cos2 = fine[c * kHalf], size2 = fine[(n + c) * kHalf];
+    const float sin2 = i < kHalf ? -size2 : size2;
+    cosines[c] = cos1 * cos2 - sin1 * sin2;
+    sines[c] = sin1 * cos2 + cos1 * sin2;
+  }
+  for (int c = n; c < all; ++c) {
+    cosines[c] = coarse[c];
+    sines[c] = coarse[all + c];
+  }
+  for (int j = 0; j < head_dim; ++j) {
+    turned.cosine[j] = cosines[map.turn_columns[j]];
+    turned.sine[j] = sines[map.turn_columns[j]];
+  }
+}
+
+// Subtracts R_p c of one head from x.
+static inline void subtract_turning(const FqKeyMap& map, int head, int head_dim,
+                                    const Turned& turned, float* x) {
+  const float* of_cosine = map.turn_dense + (int64_t)head * 2 * head_dim;
+  const float* of_sine = of_cosine + head_dim;
+  for (int i = 0; i < head_dim; i += kLanes) {
+    const vf turning = load(of_cosine + i) * load(turned.cosine + i) -
+                       load(of_sine + i) * load(turned.sine + i);
+    store(x + i, load(x + i) - turning);
   }
 }
 
@@ -154,9 +174,11 @@ static void turning_step(const FqKeyMap& map, int head, const float* weights, co
 
 // Subtracts the mean of a head's keys from x [head_dim].
 static inline void subtract_mean(const FqKeyMap& map, int head, int head_dim, int64_t position,
-                                 float* x) {
+                                 Turned& turned, float* x) {
   subtract(x, map.mean + (int64_t)head * head_dim, head_dim);
-  if (map.turn_fine) subtract_turning(map, head, position, x);
+  if (!map.turn_fine) return;
+  turn_to(map, head_dim, position, turned);
+  subtract_turning(map, head, head_dim, turned, x);
 }
 
 template <int kDim>

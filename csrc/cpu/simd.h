@@ -275,7 +275,9 @@ static inline void load_row(const void* base, int64_t offset, int32_t dtype, int
     memcpy(dst, static_cast<const float*>(base) + offset, (size_t)count * 4);
   } else if (dtype == kFqBFloat16) {
     const uint16_t* src = static_cast<const uint16_t*>(base) + offset;
-    for (int i = 0; i < count; ++i) dst[i] = bfloat_to_float(src[i]);
+    int i = 0;
+    for (; i + kLanes <= count; i += kLanes) store(dst + i, load_bfloats(src + i));
+    for (; i < count; ++i) dst[i] = bfloat_to_float(src[i]);
   } else {
     const uint16_t* src = static_cast<const uint16_t*>(base) + offset;
     int i = 0;

@@ -92,6 +92,10 @@ struct FqKeyMap {
   const float* turn_mean;    // [num_kv_heads, num_turning, 2], c in these coordinates
   const float* turn_fine;    // [2, num_fast_columns, 16], cosines and then sines, or null
   const float* turn_coarse;  // [num_positions / 32 + 1, 2, num_columns], likewise
+  const int32_t* turn_columns;  // [head_dim], each coordinate's column
+  // [num_kv_heads, 2, head_dim], R_p c of all coordinates as a factor of the coordinate's cosine less
+  // one of its sine; 0 where nothing turns.
+  const float* turn_dense;
   int64_t num_positions;
   int32_t num_turning;  // at most head_dim / 2
   int32_t num_fast;

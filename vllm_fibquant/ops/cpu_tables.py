@@ -62,6 +62,7 @@ class FqKeyMap(Structure):
         ("num_subvecs", c_int32 * 3),
         ("codes", FqCode * 3),
         *((name, c_void_p) for name in ("turn_pairs", "turn_mean", "turn_fine", "turn_coarse")),
+        *((name, c_void_p) for name in ("turn_columns", "turn_dense")),
         ("num_positions", c_int64),
         *((name, c_int32) for name in ("num_turning", "num_fast", "num_columns")),
         *((name, c_int32) for name in ("num_fast_columns", "num_first_means")),
@@ -224,10 +225,13 @@ def key_map_pointer(key_map: KeyMap | None) -> Any:
             coordinates = turns.pairs[chosen.long()]  # [num_kv_heads, num_turning, 2]
             columns = tables.column_of_pair[chosen.long()].unsqueeze(-1)
             rows = torch.cat((coordinates, columns), -1).contiguous()
-            keep += (rows, _aligned(turns.length * turning.mean), tables.fine, tables.coarse)
+            mean = _aligned(turns.length * turning.mean)
+            keep += (rows, mean, tables.fine, tables.coarse)
             struct.turn_pairs, struct.turn_mean, struct.turn_fine, struct.turn_coarse = (
                 x.data_ptr() for x in keep[-4:]
             )
+            keep += _dense_turns(rows.long(), mean, key_map.mean.shape[1])
+            struct.turn_columns, struct.turn_dense = (x.data_ptr() for x in keep[-2:])
             struct.num_positions, struct.num_fast = turns.num_positions, turning.num_fast
             struct.num_turning, struct.num_columns = chosen.shape[1], tables.coarse.shape[2]
             struct.num_fast_columns = tables.fine.shape[1]
@@ -237,6 +241,23 @@ def key_map_pointer(key_map: KeyMap | None) -> Any:
             struct.num_first_means = first.num_first
         _key_maps[key_map] = (struct, keep)
     return pointer(_key_maps[key_map][0])
+
+
+def _dense_turns(
+    rows: torch.Tensor, mean: torch.Tensor, head_dim: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """turn_columns and turn_dense of `tables.h`, of turn_pairs `rows` and turn_mean."""
+    columns = torch.zeros(head_dim, dtype=torch.int32)
+    dense = torch.zeros(len(rows), 2, head_dim)
+    first, second = rows[..., 0], rows[..., 1]
+    for coordinate, of_cosine, of_sine in (
+        (first, mean[..., 0], mean[..., 1]),
+        (second, mean[..., 1], -mean[..., 0]),
+    ):
+        columns[coordinate] = rows[..., 2].int()  # the same in every head that has the pair
+        dense[:, 0].scatter_(-1, coordinate, of_cosine)
+        dense[:, 1].scatter_(-1, coordinate, of_sine)
+    return columns, _aligned(dense)
 
 
 @dataclass(frozen=True)
