@@ -143,11 +143,11 @@ static inline vi find_boxes(const FqCode& code, const float* y) {
 static inline BestTwo score_boxes(const FqCode& code, const Table* planes, const float* y,
                                   const int32_t* box) {
   const vi whole = to_ints(load(y) * code.box_scale - code.box_shift);
-  const vi high_digit = (whole + 64) >> 7;
+  const vi high_digit = (whole + 128) >> 8;
   vb spread;  // the lowest bytes of each part's words, in all of its words
   for (int i = 0; i < 64; ++i) spread[i] = (uint8_t)(i / 16 * 16 + 4 * (i % 4));
   const vb high = permute(spread, (vb)high_digit);
-  const vb low = permute(spread, (vb)(whole - (high_digit << 7)));
+  const vb low = permute(spread, (vb)(whole - (high_digit << 8)));
 
   const uint8_t* at[4];
   for (int n = 0; n < 4; ++n) at[n] = code.boxes + 16 * (int64_t)box[n];
@@ -165,7 +165,7 @@ static inline BestTwo score_boxes(const FqCode& code, const Table* planes, const
     const vb row = zip_words(q % 2, c01, c23);
     const vb size = code.folded ? row : absolute_bytes(row), unsigned_row = row ^ sign;
     vi sum = (dot_bytes(-added, unsigned_row, high) << 2) - dot_bytes(vi{}, size, size);
-    sum = dot_bytes(sum << 5, unsigned_row, low);
+    sum = dot_bytes(sum << 6, unsigned_row, low);
     const vb last = zip_words(q % 2, zip_bytes(q / 2, ~number, vb{}), vb{});
     score[q] = (sum << 8) + (vi)last;
   }

@@ -172,7 +172,8 @@ def test_a_box_lists_the_rows_that_win_in_it(spec: CodeSpec, head_dim: int) -> N
 
     words = book.table.double()[rows]
     whole = (y / boxes.step - boxes.shift).round().double()
-    scores = (words @ whole.unsqueeze(-1)).squeeze(-1) - 32 * words.square().sum(-1)
+    scores = (words @ whole.unsqueeze(-1)).squeeze(-1) - 64 * words.square().sum(-1)
+    assert scores.abs().max() < 2**23 - 2**16  # what a score has beside the row's number
     order = scores.topk(2, -1)
     clear = ~is_full & (order.values[:, 0] - order.values[:, 1] > boxes.margin)
     assert 0.9 < clear[-40_000:].double().mean() < 1

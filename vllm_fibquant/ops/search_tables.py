@@ -67,7 +67,7 @@ class Boxes:
     to some point of it among them.
 
     A row's score is an integer: the sum of its bytes times round(y / step - shift), less
-    32 |bytes|^2; less is the same of every row.
+    64 |bytes|^2; less is the same of every row.
 
     Attributes:
         rows: uint8 `[8^4, 16]`, the numbers of those rows, ascending; 16 times one number where
@@ -75,7 +75,7 @@ class Boxes:
         sides: uint8 `[128]`: which of an axis' 8 parts each of its 128 finest ones belongs to.
         low: the smallest coordinate.
         fine: length of a finest part.
-        step: of a subvector's coordinates, 1/64 of the book's.
+        step: of a subvector's coordinates, 1/128 of the book's.
         shift: what a folded book's rows, which are bytes + 1/2, take from every coordinate.
         reach: the largest magnitude of a coordinate.
         margin: two scores of a box that differ by more are in the order of the rows' true scores.
@@ -166,11 +166,11 @@ def make_boxes(book: Codebook) -> Boxes | None:
     listed = torch.where(can_win.sum(-1, keepdim=True) > LISTED, listed[:, :1], listed)
     # An integer differs from y / step by 1/2 at most: scores of two rows by half of their distance.
     margin = float(pairs.max()) / 2 + _ROUNDING
-    shift = 32.0 if spec.folded else 0.0
+    shift = 64.0 if spec.folded else 0.0
     tables = listed.to(torch.uint8).contiguous(), sides.to(torch.uint8)
     # A little less than the last box's end: there a float's part would round up to the next one.
     most = reach * (1 - 1e-6)
-    return Boxes(*tables, low, fine, book.scale / 64, shift, most, int(margin) + 1)
+    return Boxes(*tables, low, fine, book.scale / 128, shift, most, int(margin) + 1)
 
 
 def _can_win(rows: torch.Tensor, middles: torch.Tensor, reaches: torch.Tensor) -> torch.Tensor:
