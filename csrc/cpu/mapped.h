@@ -53,8 +53,8 @@ static inline void subtract_turning(const FqKeyMap& map, int head, int head_dim,
   const float* of_cosine = map.turn_dense + (int64_t)head * 2 * head_dim;
   const float* of_sine = of_cosine + head_dim;
   for (int i = 0; i < head_dim; i += kLanes) {
-    const vf turning = load(of_cosine + i) * load(turned.cosine + i) -
-                       load(of_sine + i) * load(turned.sine + i);
+    const vf turning =
+        load(of_cosine + i) * load(turned.cosine + i) - load(of_sine + i) * load(turned.sine + i);
     store(x + i, load(x + i) - turning);
   }
 }

@@ -89,12 +89,12 @@ struct FqKeyMap {
   FqCode codes[3];              // theirs: 256 rows each, searched exhaustively
   // [num_kv_heads, num_turning, 3]: a pair's two coordinates, and its column.
   const int32_t* turn_pairs;
-  const float* turn_mean;    // [num_kv_heads, num_turning, 2], c in these coordinates
-  const float* turn_fine;    // [2, num_fast_columns, 16], cosines and then sines, or null
-  const float* turn_coarse;  // [num_positions / 32 + 1, 2, num_columns], likewise
+  const float* turn_mean;       // [num_kv_heads, num_turning, 2], c in these coordinates
+  const float* turn_fine;       // [2, num_fast_columns, 16], cosines and then sines, or null
+  const float* turn_coarse;     // [num_positions / 32 + 1, 2, num_columns], likewise
   const int32_t* turn_columns;  // [head_dim], each coordinate's column
-  // [num_kv_heads, 2, head_dim], R_p c of all coordinates as a factor of the coordinate's cosine less
-  // one of its sine; 0 where nothing turns.
+  // [num_kv_heads, 2, head_dim], R_p c of all coordinates as a factor of the coordinate's cosine
+  // less one of its sine; 0 where nothing turns.
   const float* turn_dense;
   int64_t num_positions;
   int32_t num_turning;  // at most head_dim / 2
