@@ -5,13 +5,22 @@ from __future__ import annotations
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.engine.models import VOCAB_SIZE, make_model
+from vllm_fibquant.evaluation.texts import Sizes
 
 pytestmark = pytest.mark.engine
+
+
+SMOKE = Sizes(
+    chunk=160, num_chunks=1, num_other=1, fidelity=96, calibration=256, far=80,
+    passkeys=((1, 1),), passkey_length=64, greedy=1, prompt_length=32, answer_length=8,
+    retrieval=(),
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +45,7 @@ def test_the_suite(tmp_path, words, monkeypatch):
     wanted = {"uncompressed, simulated", "2bit, exact, uncalibrated", "2bit, quality, uncalibrated",
               "2bit, exact, uncalibrated, simulated", "2bit, quality, uncalibrated, simulated",
               "KIVI 2 bits, residual 64", "2bit, quality"}  # fmt: skip
-    sizes = texts.SMOKE
+    sizes = SMOKE
     rows = [row for row in all_rows(sizes.step) if row.name in wanted]
     rows.append(Row("KVQuant", "rival", KVQuant(3), main=True))
     model, path = make_model("llama", tmp_path), tmp_path / "out" / "results.jsonl"
@@ -78,18 +87,39 @@ def test_the_suite(tmp_path, words, monkeypatch):
     assert not suite.Suite(model, sizes, path, **given, any_code=True).missing
 
 
+def test_any_row_on_any_text(tmp_path, words, capsys):
+    """`eval --row`: a line for each row and text, and the means; an uncompressed cache loses
+    nothing."""
+    from types import SimpleNamespace
+
+    from vllm_fibquant.evaluation import trial
+
+    rows = ["auto", 'fibquant_2bit {"mode": "exact", "calibrate": "none"}']
+    given = SimpleNamespace(
+        row=rows, text=[str(words)], tokens=96, chunks=2, dtype="float32",
+        json=tmp_path / "found.jsonl",
+    )  # fmt: skip
+    assert trial.run(Path(make_model("llama", tmp_path)), given) == 0
+    found = [json.loads(line) for line in given.json.read_text().splitlines()]
+    assert [result["row"] for result in found] == [row for row in rows for _ in range(2)]
+    assert max(result["kl"] for result in found[:2]) < 1e-6 < 1e-3 < found[2]["kl"]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.startswith(rows[1]) for line in lines] == [False] * 3 + [True] * 2 + [False, True]
+    assert "mean of 2" in lines[-1]
+
+
 def test_long_retrieval_through_the_engine(tmp_path, words):
     """The uncompressed row finds what the plain model finds; a row of ours answers as many, and a
     dtype other than float32 is another result without simulated rows."""
     from dataclasses import replace
 
-    from vllm_fibquant.evaluation import measure, suite, texts
+    from vllm_fibquant.evaluation import measure, suite
     from vllm_fibquant.evaluation.formats import Format
     from vllm_fibquant.evaluation.rows import all_rows
     from vllm_fibquant.evaluation.simulate import Simulator
 
     model, path = make_model("llama", tmp_path), tmp_path / "results.jsonl"
-    sizes = replace(texts.SMOKE, retrieval=(900,), num_retrieval=1)
+    sizes = replace(SMOKE, retrieval=(900,), num_retrieval=1)
     rows = [r for r in all_rows(sizes.step) if r.name in ("uncompressed", "2bit, quality", "q4_0")]
     given = {"rows": rows, "kinds": ["retrieval"], "haystack": words, "sources": ["prose"]}
     plan = suite.Suite(model, sizes, path, **given)

@@ -28,12 +28,10 @@ def fetched(name: str) -> Path:
 @pytest.mark.parametrize("name", MODELS)
 def test_the_default_is_faithful(name):
     """Prose and code through the engine: close to the uncompressed model's distributions."""
-    from vllm_fibquant.evaluation.trial import Trial, run_trials
+    from vllm_fibquant.evaluation.trial import measure_rows, parse_row
 
-    trials = [Trial("auto", {}), Trial("fibquant", {})]
-    results = list(
-        run_trials(str(fetched(name)), trials, ["prose", "code"], LENGTH, 1, 16, "float32", 256)
-    )
+    rows = [parse_row("auto"), parse_row("fibquant")]
+    results = measure_rows(str(fetched(name)), rows, ["prose", "code"], LENGTH, 1)
     assert len(results) == 4
     for result in results[:2]:
         assert result["kl"] < 1e-6, "the uncompressed cache is the truth"

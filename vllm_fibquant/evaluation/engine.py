@@ -8,6 +8,7 @@ import gc
 import itertools
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,29 @@ from vllm_fibquant.evaluation.watch import AttentionWatch, attention_layers
 
 UNCOMPRESSED = "auto"
 """The cache dtype of the engine whose distributions are the truth."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What of a model decides the size of its cache."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    num_positions: int
+
+    @classmethod
+    def of(cls, model: str) -> Shape:
+        from transformers import AutoConfig
+
+        config = AutoConfig.from_pretrained(model).get_text_config()
+        num_heads = config.num_attention_heads
+        return cls(
+            config.num_hidden_layers,
+            getattr(config, "num_key_value_heads", None) or num_heads,
+            getattr(config, "head_dim", None) or config.hidden_size // num_heads,
+            getattr(config, "max_position_embeddings", 1 << 30),
+        )
 
 
 class Engine:
@@ -132,12 +156,8 @@ class Engine:
 
 def _cache_bytes(model: str, longest: int, num_texts: int) -> int:
     """Enough for the texts in float32, with half a text to spare for each."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(model).get_text_config()
-    num_kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    token_bytes = 2 * 4 * config.num_hidden_layers * num_kv_heads * head_dim
+    shape = Shape.of(model)
+    token_bytes = 2 * 4 * shape.num_layers * shape.num_kv_heads * shape.head_dim
     return max(64 << 20, int(1.5 * token_bytes * (longest + 64) * num_texts))
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_fibquant.evaluation.engine import Shape
 from vllm_fibquant.evaluation.report import CONTEXT, TITLES, Summary, found_of, summarise, table
 from vllm_fibquant.evaluation.rows import Row, all_rows
-from vllm_fibquant.evaluation.suite import Shape
 from vllm_fibquant.evaluation.texts import Sizes
 
 README_ROWS = ("fp8 e4m3", "4bit, quality", "3bit, quality", "2bit, quality", "1bit, quality",

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from vllm_fibquant.evaluation.digests import code_digest, model_digest
-from vllm_fibquant.evaluation.engine import UNCOMPRESSED, Engine
+from vllm_fibquant.evaluation.engine import UNCOMPRESSED, Engine, Shape
 from vllm_fibquant.evaluation.measure import measure_fidelity, measure_spans, measure_text
 from vllm_fibquant.evaluation.retrieval import retrieval_units
 from vllm_fibquant.evaluation.rivals import KVQuant
@@ -60,29 +60,6 @@ class Job:
     what: str
 
 
-@dataclass(frozen=True)
-class Shape:
-    """What of a model decides the size of its cache."""
-
-    num_layers: int
-    num_kv_heads: int
-    head_dim: int
-    num_positions: int
-
-    @classmethod
-    def of(cls, model: str) -> Shape:
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(model).get_text_config()
-        num_heads = config.num_attention_heads
-        return cls(
-            config.num_hidden_layers,
-            getattr(config, "num_key_value_heads", None) or num_heads,
-            getattr(config, "head_dim", None) or config.hidden_size // num_heads,
-            getattr(config, "max_position_embeddings", 1 << 30),
-        )
-
-
 class Suite:
     """The plan for one model, and what of it has been measured.
 
@@ -113,7 +90,7 @@ class Suite:
         self._base = repr((model_digest(Path(model)), self._calibration, sizes.far))
         if dtype != SIMULATED:
             self._base += dtype
-        units = [unit for unit in self._units(sources, haystack) if unit.kind in kinds]
+        units = list(self._units(kinds, sources, haystack))
         self._early = [unit.name for unit in units if unit.kind == "text"][: sizes.num_other]
         self.jobs = [
             Job(row, unit, self._what(row, unit))
@@ -127,16 +104,23 @@ class Suite:
         self.results: dict[tuple[str, str], dict[str, Any]] = {}
         self.read()
 
-    def _units(self, sources: Sequence[str], haystack: Path) -> Iterator[Unit]:
+    def _units(
+        self, kinds: Sequence[str], sources: Sequence[str], haystack: Path
+    ) -> Iterator[Unit]:
         sizes, tokenizer = self.sizes, self._tokenizer
         texts = text_units(tokenizer, sources, sizes.chunk, sizes.num_chunks)
         start = texts[0].tokens[: sizes.fidelity]
-        yield Unit("fidelity", f"fidelity:{texts[0].name}:{sizes.fidelity}", start)
-        yield from texts
-        yield from passkey_units(tokenizer, sizes)
-        yield from greedy_units(tokenizer, sizes)
-        lengths = [n for n in sizes.retrieval if n <= self.shape.num_positions]
-        yield from retrieval_units(tokenizer, lengths, sizes.num_retrieval, haystack)
+        if "fidelity" in kinds:
+            yield Unit("fidelity", f"fidelity:{texts[0].name}:{sizes.fidelity}", start)
+        if "text" in kinds:
+            yield from texts
+        if "passkey" in kinds:
+            yield from passkey_units(tokenizer, sizes)
+        if "greedy" in kinds:
+            yield from greedy_units(tokenizer, sizes)
+        if "retrieval" in kinds:
+            lengths = [n for n in sizes.retrieval if n <= self.shape.num_positions]
+            yield from retrieval_units(tokenizer, lengths, sizes.num_retrieval, haystack)
 
     def read(self) -> None:
         """Takes from the file what belongs to this plan."""
@@ -286,7 +270,7 @@ class Suite:
     def _run_engine(self, row: Row, jobs: list[Job], bar: Any) -> None:
         preset, options = row.engine or (UNCOMPRESSED, {})
         if row.is_calibrated:  # measured by the first such row of this run
-            options = {**options, "calibration": str(self.folder / "model.fqcal")}
+            options = {"calibration": str(self.folder / "model.fqcal"), **options}
         is_long = jobs[0].unit.kind == "retrieval"
         step, together = (EXACT_STEP, 1) if is_long else (row.step, min(TOGETHER, len(jobs)))
         units = [self._asked(job.unit) for job in jobs]

@@ -121,11 +121,6 @@ QUICK = Sizes(
     passkeys=((1, 2), (4, 1)), passkey_length=256, greedy=2, prompt_length=64, answer_length=32,
     retrieval=(),
 )  # fmt: skip
-SMOKE = Sizes(
-    chunk=160, num_chunks=1, num_other=1, fidelity=96, calibration=256, far=80,
-    passkeys=((1, 1),), passkey_length=64, greedy=1, prompt_length=32, answer_length=8,
-    retrieval=(),
-)  # fmt: skip
 
 
 def chunks_of(

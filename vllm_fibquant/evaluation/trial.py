@@ -1,164 +1,116 @@
 # SPDX-License-Identifier: Apache-2.0
 """`vllm-fibquant eval MODEL --row ...`: any presets and options on any texts, nothing else.
 
-Everything is read through the engine, the uncompressed cache too, and compared at once; no
+A suite of these rows and texts alone, all read through the engine, the uncompressed cache too; no
 results are kept but those that are asked for with --json.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
-import sys
 import tempfile
-import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from vllm_fibquant.codec.config import is_fibquant
-from vllm_fibquant.evaluation.engine import UNCOMPRESSED, Engine
-from vllm_fibquant.evaluation.measure import measure_text, quantile_of_worst
-from vllm_fibquant.evaluation.rows import EXACT_STEP
-from vllm_fibquant.evaluation.texts import Sizes, Tokenizer, Unit, text_units
-from vllm_fibquant.evaluation.watch import AttentionWatch
+from vllm_fibquant.evaluation.formats import Format
+from vllm_fibquant.evaluation.report import shown, summarise
+from vllm_fibquant.evaluation.rows import EXACT_STEP, Row
+from vllm_fibquant.evaluation.suite import Job, Suite
+from vllm_fibquant.evaluation.texts import Sizes
 from vllm_fibquant.options import parse_options
 
-TOGETHER = 4
-"""Texts that are read at the same time."""
+COLUMNS = (("ΔPPL", "delta", ".2%"), ("KL", "kl", ".5f"), ("99.9 %", "kl_worst", ".4f"),
+           ("same", "same", ".1%"), ("cosine", "cosine", ".4f"),
+           ("worst", "worst_cosine", ".4f"))  # fmt: skip
+"""Heading, name among a summary's numbers, and format."""
+
+Result = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Trial:
-    """A preset with its options, as in --kv-cache-dtype and --additional-config."""
+def parse_row(text: str) -> Row:
+    """`PRESET`, or `PRESET {"option": value, ...}`, as in --kv-cache-dtype and --additional-config.
 
-    preset: str
-    options: dict[str, Any]
-
-    @classmethod
-    def parse(cls, text: str) -> Trial:
-        """`PRESET`, or `PRESET {"option": value, ...}`.
-
-        Raises:
-            ValueError: it is something else.
-        """
-        preset, _, rest = text.strip().partition(" ")
-        try:
-            options = json.loads(rest) if rest.strip() else {}
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"eval: --row must be a preset and its options as JSON, got {text!r} ({error}); "
-                """write for example --row 'fibquant_2bit {"mode": "quality"}'"""
-            ) from error
-        if is_fibquant(preset):
-            parse_options(preset, {"fibquant": options})
-        return cls(preset, options)
-
-    def step(self, quality_step: int) -> int:
-        """Tokens of a text prefilled at once: many where that changes nothing but the time."""
-        if not is_fibquant(self.preset):
-            return EXACT_STEP
-        parsed = parse_options(self.preset, {"fibquant": self.options})
-        return quality_step if parsed.prefill == "raw" else EXACT_STEP
-
-    @property
-    def is_calibrated(self) -> bool:
-        """Whether the model's keys are measured first."""
-        if not is_fibquant(self.preset):
-            return False
-        return parse_options(self.preset, {"fibquant": self.options}).calibrate != "none"
-
-    def __str__(self) -> str:
-        return f"{self.preset} {json.dumps(self.options)}" if self.options else self.preset
-
-
-def read(
-    model: str, trial: Trial, units: Sequence[Unit], step: int, dtype: str
-) -> Iterator[tuple[Engine, list[torch.Tensor], dict[str, float]]]:
-    """The engine, still open, what it made of the units' texts, in their order, and the cosines of
-    its attention over the first of them."""
-    longest = max(len(unit.tokens) for unit in units)
-    engine = Engine(
-        model, trial.preset, trial.options, trial.step(step), longest,
-        min(TOGETHER, len(units)), dtype,
-    )  # fmt: skip
+    Raises:
+        ValueError: it is something else.
+    """
+    preset, _, rest = text.strip().partition(" ")
     try:
-        watch = AttentionWatch()
-        states = engine.hidden([unit.tokens for unit in units], watch)
-        yield engine, states, watch.summary()
-    finally:
-        engine.close()
+        options = json.loads(rest) if rest.strip() else {}
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"eval: --row must be a preset and its options as JSON, got {text!r} ({error}); "
+            """write for example --row 'fibquant_2bit {"mode": "quality"}'"""
+        ) from error
+    step = EXACT_STEP
+    if is_fibquant(preset) and parse_options(preset, {"fibquant": options}).prefill == "raw":
+        step = Sizes.step
+    name = f"{preset} {json.dumps(options)}" if options else preset
+    return Row(name, "quality", Format(), (preset, options), step, main=True)
 
 
-def run_trials(
-    model: str, trials: Sequence[Trial], sources: Sequence[str], length: int, num_chunks: int,
-    step: int, dtype: str, far: int,
-) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """One result per trial and text, as soon as it is there.
+class _Trial(Suite):
+    """A suite that shows each result as soon as it is there."""
+
+    show: Callable[[Result], None]
+
+    def _keep(self, job: Job, metrics: Result, seconds: float) -> None:
+        super()._keep(job, metrics, seconds)
+        self.show(self.results[job.row.name, job.unit.name])
+
+
+def measure_rows(
+    model: str, rows: Sequence[Row], sources: Sequence[str], length: int, num_chunks: int,
+    dtype: str = "float32", show: Callable[[Result], None] = lambda result: None,
+) -> list[Result]:  # fmt: skip
+    """One result per row and text.
 
     Args:
         sources: `prose`, `code` or files, see `texts.text_units`.
         length, num_chunks: tokens of a text, and texts of a source.
-        step: tokens of a text prefilled at once in mode quality.
+        dtype: of the model.
+        show: called with each result.
     """
-    units = text_units(Tokenizer(model), sources, length, num_chunks)
-    truths: list[torch.Tensor] = []
-    for _, states, _ in read(model, Trial(UNCOMPRESSED, {}), units, EXACT_STEP, dtype):
-        truths = states
+    sizes = Sizes(chunk=length, num_chunks=num_chunks, far=length // 2, calibration=length)
     with tempfile.TemporaryDirectory() as folder:
-        for trial in trials:
-            # Measured once for all trials, unless the trial says where it is.
-            options = dict(trial.options)
-            if trial.is_calibrated:
-                options.setdefault("calibration", str(Path(folder) / "model.fqcal"))
-            begun, used = time.perf_counter(), time.process_time()
-            asked = Trial(trial.preset, options)
-            for engine, states, cosines in read(model, asked, units, step, dtype):
-                took = time.perf_counter() - begun, time.process_time() - used
-                for unit, truth, of_trial in zip(units, truths, states, strict=True):
-                    metrics = measure_text(engine.logits, unit.tokens, truth, of_trial, far)
-                    metrics |= cosines if unit is units[0] else {}
-                    yield {
-                        "model": Path(model).name, "row": str(trial), "unit": unit.name,
-                        **metrics, "seconds": round(took[0], 1), "cpu_seconds": round(took[1], 1),
-                    }  # fmt: skip
+        trial = _Trial(
+            model, sizes, Path(folder) / "results.jsonl", rows=rows, sources=sources,
+            kinds=("text",), folder=Path(folder), dtype=dtype,
+        )  # fmt: skip
+        trial.show = show
+        trial.prepare()
+        trial.run()
+    return list(trial.results.values())
 
 
 def run(model: Path, options: Any) -> int:
-    """The command: prints a line per trial and text, and the means; returns the exit status."""
-    trials = [Trial.parse(text) for text in options.row]
-    length, chunks = options.tokens or 2048, options.chunks or 2
-    results: list[dict[str, Any]] = []
-    head = f"{'row':64} {'text':28} {'ΔPPL':>8} {'KL':>8} {'99.9 %':>8} {'same':>6}"
-    print(f"{head} {'cosine':>7} {'worst':>7}", flush=True)
+    """The command: prints a line per row and text, and the means; returns the exit status."""
+    rows = {row.name: row for row in map(parse_row, options.row)}
+    results: list[Result] = []
+    heads = "".join(f" {head:>8}" for head, *_ in COLUMNS)
+    print(f"{'row':64} {'text':28}{heads}", flush=True)
+
+    def line(name: str, text: str, some: Sequence[Result]) -> None:
+        numbers = summarise(rows[name], 1, some).numbers
+        cells = "".join(f" {shown(numbers.get(key), form):>8}" for _, key, form in COLUMNS)
+        print(f"{name:64} {text:28}{cells}", flush=True)
+
+    def show(result: Result) -> None:
+        results.append(result)
+        line(result["row"], result["unit"], [result])
+        if options.json:
+            with open(options.json, "a") as file:
+                file.write(json.dumps(result) + "\n")
+
     try:
-        for result in run_trials(
-            str(model), trials, options.text, length, chunks, Sizes.step, options.dtype, length // 2
-        ):
-            results.append(result)
-            _show(result["row"], result["unit"], [result])
-            if options.json:
-                with open(options.json, "a") as file:
-                    file.write(json.dumps(result) + "\n")
+        measure_rows(
+            str(model), list(rows.values()), options.text, options.tokens or 2048,
+            options.chunks or 2, options.dtype, show,
+        )  # fmt: skip
     finally:
         for name in dict.fromkeys(result["row"] for result in results):
             mine = [result for result in results if result["row"] == name]
-            _show(name, f"mean of {len(mine)}, {mine[0]['seconds']:.0f} s", mine)
+            seconds = sum(result["cpu_seconds"] for result in mine)
+            line(name, f"mean of {len(mine)}, {seconds:.0f} CPU s", mine)
     return 0
-
-
-def _show(name: str, text: str, results: Sequence[dict[str, Any]]) -> None:
-    increase = statistics.fmean(r["loss_increase"] for r in results)
-    delta = torch.tensor(increase).expm1().item()
-    kl = statistics.fmean(r["kl"] for r in results)
-    same = statistics.fmean(r["same"] for r in results)
-    seen = [r for r in results if "cosine" in r]
-    cosines = f" {seen[0]['cosine']:7.4f} {seen[0]['worst_cosine']:7.4f}" if seen else ""
-    print(
-        f"{name:64} {text:28} {delta:8.2%} {kl:8.5f} {quantile_of_worst(results):8.4f} "
-        f"{same:6.1%}{cosines}",
-        file=sys.stdout, flush=True,
-    )  # fmt: skip
