@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Which tokens have copies, planned once a step for all layers of a group: the rule of
-// vllm_fibquant/engine/device_pool.py, whose tensor operations are the oracle of these kernels.
+// vllm_fibquant/engine/device_pool.py. Their oracle is in tests/engine/test_device_pool.py.
 //
 // Three launches, so that none reads what another thread of it writes: slots that are written lose
 // their copies and tokens say which row they want; the last of those that want a row takes it; the

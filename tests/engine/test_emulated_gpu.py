@@ -86,7 +86,7 @@ def calls(monkeypatch) -> dict[str, int]:
         return choose(codec, cache) if cache.shape[0] == 1 else served
 
     monkeypatch.setattr(ops, "choose", door)
-    monkeypatch.setattr(device_pool, "planner_of", lambda device: emu.emulated().plan_copies)
+    monkeypatch.setattr(device_pool, "planner", lambda: emu.emulated().plan_copies)
     return counts
 
 

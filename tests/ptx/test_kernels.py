@@ -96,7 +96,6 @@ def test_kept_first_tokens(library, num_splits: int) -> None:
 def test_plans_of_copies(library) -> None:
     """A batch of several requests, chunks and decodes, blocks that change hands, and few rows."""
     run = Run(num_rows=90, num_first=2, num_recent=20)
-    assert run.other is not None
     found = []
     for batch in (
         [([1, 2, 3], 0, 40), ([4], 0, 9), ([], 0, 0)],

@@ -5,8 +5,8 @@
 batch before it. Here a token's row follows from its slot alone, and a tag says whose copy a row
 holds. All is done on the device, once a step for all layers of a group, before the first of them
 encodes: nothing is read back, and captured CUDA graphs find the plan where it was (`table`,
-`rows`). Kernels of the CUDA library do it (csrc/cuda/copy_plan.h); without them, and as their
-oracle, tensor operations, of which a step takes a hundred.
+`rows`). Kernels of the CUDA library do it (csrc/cuda/copy_plan.h); their oracle, the rule in plain
+Python, is in tests/engine/test_device_pool.py.
 
 Rules of a step, in this order:
 
@@ -39,7 +39,6 @@ UNIT = 16
 RECENT_ROWS, FIRST_ROWS = 2, 4
 """Rows for each token that full batches would copy: rows are taken as if at random, and with as
 many rows as tokens a third of them would be lost. First tokens are never written again."""
-_GOLDEN = 2654435769  # 2^32 over the golden ratio: neighbours are spread evenly
 
 
 def serves(device_type: str) -> bool:
@@ -51,9 +50,9 @@ Planner = Callable[[FqCudaPlan, torch.device], None]
 """Carries out a step's plan: `cuda.Library.plan_copies`."""
 
 
-def planner_of(device: torch.device) -> Planner | None:
-    """The kernels that plan on a device; None for tensor operations."""
-    return cuda.library().plan_copies if device.type == "cuda" else None
+def planner() -> Planner:
+    """The kernels that plan on GPUs."""
+    return cuda.library().plan_copies
 
 
 def rows_of_a_request(device_type: str, num_first: int, num_recent: int) -> int:
@@ -86,7 +85,7 @@ class DevicePool:
         num_recent: newest tokens of a request to be copied.
         block_size: tokens of a block, a multiple of UNIT.
         max_reqs, max_tokens: requests and new tokens of a step, at most; padding included.
-        planner: kernels in the place of tensor operations.
+        planner: the kernels.
 
     Raises:
         ValueError: num_first or block_size.
@@ -101,7 +100,7 @@ class DevicePool:
         max_reqs: int,
         max_tokens: int,
         device: torch.device,
-        planner: Planner | None = None,
+        planner: Planner,
     ) -> None:
         if num_first > UNIT or block_size % UNIT:
             raise ValueError(
@@ -109,19 +108,13 @@ class DevicePool:
                 f"got {num_first} and {block_size}"
             )
         self.num_rows, self.num_first, self.num_recent = num_rows, num_first, num_recent
-        self._block_size = block_size
         wanted_first, wanted_recent = FIRST_ROWS * num_first, RECENT_ROWS * num_recent
-        self._first_units = self._recent_units = 0
+        first_units = 0
         if num_first:
-            self._first_units = num_rows * wanted_first // (wanted_first + wanted_recent)
-            self._first_units //= num_first
-        self._begin_recent = self._first_units * num_first
-        self._recent_units = (num_rows - self._begin_recent) // UNIT
+            first_units = num_rows * wanted_first // (wanted_first + wanted_recent) // num_first
         # The slot whose copy a row holds, -1 for none. Behind the rows: what is no first token's
-        # row may point there, and the last one takes what is no copy.
+        # row may point there.
         self._tags = torch.full((num_rows + UNIT,), -1, dtype=torch.int64, device=device)
-        self._nowhere = num_rows + UNIT - 1
-        self._last = torch.empty_like(self._tags)
         self._table = torch.full(
             (max_reqs, num_first + num_recent), -1, dtype=torch.int32, device=device
         )
@@ -130,17 +123,9 @@ class DevicePool:
         self._plan = FqCudaPlan(
             tags=self._tags.data_ptr(), wanted=self._wanted.data_ptr(),
             rows=self._rows.data_ptr(), table=self._table.data_ptr(), block_size=block_size,
-            num_first=num_first, num_recent=num_recent, first_units=self._first_units,
-            recent_units=self._recent_units,
+            num_first=num_first, num_recent=num_recent, first_units=first_units,
+            recent_units=(num_rows - first_units * num_first) // UNIT,
         )  # fmt: skip
-        self._token = torch.arange(max_tokens, device=device)
-        column = torch.arange(num_first + num_recent, device=device)
-        self._is_first = column < num_first
-        # A column's position, for first ones itself, for others counted from the context's end.
-        self._position = torch.where(self._is_first, column, column - len(column))
-        self._least = torch.where(self._is_first, 0, num_first)
-        # What a part of the pool without a row never has.
-        self._never = torch.where(self._is_first, self._first_units == 0, self._recent_units == 0)
 
     @property
     def num_used(self) -> int:
@@ -178,56 +163,10 @@ class DevicePool:
                 f"{len(self._rows)} new tokens, got {num_reqs} and {num_tokens}; report this model "
                 "and command line"
             )
-        if self._planner is not None:
-            plan = self._plan
-            plan.query_start_loc, plan.seq_lens = query_start_loc.data_ptr(), seq_lens.data_ptr()
-            plan.block_table, plan.slots = block_table.data_ptr(), slot_mapping.data_ptr()
-            plan.stride_block_table, plan.table_width = block_table.stride(0), block_table.shape[1]
-            plan.num_reqs, plan.num_tokens = num_reqs, num_tokens
-            self._planner(plan, self._tags.device)
-        else:
-            ends, lens = query_start_loc[1:].long(), seq_lens.long()
-            self._take_rows(ends, lens, slot_mapping)
-            self._look_up(lens - query_start_loc.diff(), block_table)
+        plan = self._plan
+        plan.query_start_loc, plan.seq_lens = query_start_loc.data_ptr(), seq_lens.data_ptr()
+        plan.block_table, plan.slots = block_table.data_ptr(), slot_mapping.data_ptr()
+        plan.stride_block_table, plan.table_width = block_table.stride(0), block_table.shape[1]
+        plan.num_reqs, plan.num_tokens = num_reqs, num_tokens
+        self._planner(plan, self._tags.device)
         return DevicePlan(self._table[:num_reqs], self._rows)
-
-    def _take_rows(self, ends: torch.Tensor, lens: torch.Tensor, slots: torch.Tensor) -> None:
-        """Rules 1 and 2."""
-        tags, nowhere, token = self._tags, self._nowhere, self._token[: len(slots)]
-        req = torch.searchsorted(ends, token, right=True).clamp_max(len(lens) - 1)
-        position, seq_len = token + (lens - ends)[req], lens[req]
-        is_first, is_stored = position < self.num_first, slots >= 0
-        is_near = is_stored & (is_first | (position >= seq_len - self.num_recent))
-        if self._first_units == 0:
-            is_near &= ~is_first
-        if self._recent_units == 0:
-            is_near &= is_first
-        first, recent = self._rows_of(slots)
-        both = torch.stack((first, recent))
-        tags[torch.where((tags[both] == slots) & is_stored, both, nowhere)] = -1
-        row = torch.where(is_near, torch.where(is_first, first, recent), nowhere)
-        last = self._last.fill_(-1).scatter_reduce_(0, row, token, "amax")
-        takes = is_near & (last[row] == token)
-        tags[torch.where(takes, row, nowhere)] = torch.where(takes, slots, -1)
-        self._rows[: len(slots)] = torch.where(takes, row, -1)
-
-    def _look_up(self, context: torch.Tensor, block_table: torch.Tensor) -> None:
-        """Rule 3."""
-        context, size = context[:, None], self._block_size
-        position = torch.where(self._is_first, 0, context) + self._position
-        # A recent token that is also a first one counts once.
-        is_found = (position >= self._least) & (position < context) & ~self._never
-        is_found &= position < block_table.shape[1] * size
-        entry = torch.where(is_found, position, 0) // size
-        slot = block_table[: len(context)].gather(1, entry)
-        slot = slot.long() * size + position % size
-        row = torch.where(self._is_first, *self._rows_of(slot))
-        is_found &= (slot >= 0) & (self._tags[row] == slot)
-        self._table[: len(context)] = torch.where(is_found, row, -1)
-
-    def _rows_of(self, slot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows among those of first tokens, where the slot is one's, and among the others."""
-        mixed, within = slot // UNIT * _GOLDEN & 0xFFFFFFFF, slot % UNIT
-        first = (mixed * self._first_units >> 32) * self.num_first + within
-        recent = (mixed * self._recent_units >> 32) * UNIT + within + self._begin_recent
-        return first, recent

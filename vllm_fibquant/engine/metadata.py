@@ -117,7 +117,7 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
                 shape = (len(copies.key), options.num_copied_first, options.recent_window,
                          kv_cache_spec.block_size)  # fmt: skip
                 if device_pool.serves(device.type):
-                    on_device = *_largest_step(vllm_config), device, device_pool.planner_of(device)
+                    on_device = *_largest_step(vllm_config), device, device_pool.planner()
                     self._pool = device_pool.DevicePool(*shape, *on_device)
                 else:
                     self._pool = CopyPool(*shape)
