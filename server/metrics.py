@@ -7,7 +7,8 @@ engine; what is counted per worker also has the label worker.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from operator import itemgetter
 from typing import Any, get_args
 
 from prometheus_client import REGISTRY
@@ -34,33 +35,61 @@ AGE_NAMES = [
     for low, high in zip((0.0, *AGES_S), AGES_S, strict=False)
 ] + [f">{floatToGoString(AGES_S[-1])}s".replace(".0", "")]
 
-# Counted by every worker: metric, counter, help.
-WORKER_COUNTERS = (
-    ("steps", "steps", "Steps of the model."),
-    ("tokens", "tokens", "New tokens of all steps, encoded in every layer."),
-    ("encode_seconds", "encode_seconds", "Time in encode ops, all layers."),
-    ("attend_seconds", "attend_seconds", "Time in attention ops, all layers."),
-    ("non_finite_vectors", "non_finite_vectors",
-     "Keys and values with NaN or Inf, stored as zero vectors."),
-    ("monitor_seconds", "monitor_seconds", "Time the fidelity monitor has taken."),
-    ("monitor_step_seconds", "monitor_step_seconds",
-     "Time of steps as the fidelity monitor sees it; its budget is a share of this."),
-    ("monitor_rereads", "monitor_rereads", "Samples read again after they had been compared."),
-    ("monitor_changed", "monitor_changed", "Samples that no longer read as when they were taken."),
+# Counted by every worker: name of metric and counter, help.
+WORKER_COUNTERS = {
+    "steps": "Steps of the model.",
+    "tokens": "New tokens of all steps, encoded in every layer.",
+    "encode_seconds": "Time in encode ops, all layers.",
+    "attend_seconds": "Time in attention ops, all layers.",
+    "non_finite_vectors": "Keys and values with NaN or Inf, stored as zero vectors.",
+    "monitor_seconds": "Time the fidelity monitor has taken.",
+    "monitor_step_seconds": "Time of steps as the fidelity monitor sees it; its budget is a share "
+    "of this.",
+    "monitor_rereads": "Samples read again after they had been compared.",
+    "monitor_changed": "Samples that no longer read as when they were taken.",
+}
+
+# Of every worker: metric, help, number.
+WORKER_GAUGES: tuple[tuple[str, str, Callable[[Counters], float]], ...] = (
+    ("monitor_tokens", "Tokens of which the monitor holds exact copies.",
+     lambda c: c["monitor_tokens"]),
+    ("monitor_worst_layer_cosine", "Lowest mean cosine of recent samples among layers.",
+     lambda c: c["monitor_worst_cosine"]),
+    ("self_check_passed", "1 when the start-up check of the kernels passed, 0 when it was switched "
+     "off.", lambda c: float(c["self_checks"] > 0)),
+    ("monitor_enabled", "1 when the fidelity monitor is on, else 0.",
+     lambda c: c["monitor_enabled"]),
 )  # fmt: skip
 
-WORKER_GAUGES = (
-    ("monitor_tokens", "monitor_tokens", "Tokens of which the monitor holds exact copies."),
-    ("monitor_worst_layer_cosine", "monitor_worst_cosine",
-     "Lowest mean cosine of recent samples among layers."),
-)  # fmt: skip
+Numbers = Callable[[Engine], Iterable[tuple[list[str], float | None]]]
+"""What an engine has of a metric: further labels, and a number or None."""
 
-# Measured once at the start: metric, fact, help.
-EXPECTED = (
-    ("expected_kl", "kl", "KL of next-token distributions with exact attention and from codes, in "
-     "nats, on the start's text."),
-    ("expected_perplexity_increase", "perplexity_increase",
-     "Increase of perplexity by codes on the start's text, a share."),
+# Of every engine: metric, help, further labels, numbers.
+ENGINE_GAUGES: tuple[tuple[str, str, list[str], Numbers], ...] = (
+    ("kv_cache_capacity_tokens", "Tokens the cache can hold.", [],
+     lambda e: [([], e.capacity_tokens)]),
+    ("kv_cache_capacity_tokens_16bit", "Tokens that 16 bits would hold in its memory.", [],
+     lambda e: [([], e.capacity_tokens / e.ratio)]),
+    ("kv_cache_bytes", "Memory of the cache.", [], lambda e: [([], e.cache_bytes)]),
+    ("bytes_per_token", "Bytes of one token in all layers.", [],
+     lambda e: [([], e.token_bytes("stored"))]),
+    ("bytes_per_token_16bit", "Bytes of one token with 16 bits per coordinate.", [],
+     lambda e: [([], e.token_bytes("16bit"))]),
+    ("kv_cache_padding_ratio", "Share of the pages that holds nothing.", [],
+     lambda e: [([], e.padding)]),
+    ("compression_ratio", "Tokens in the memory of one in 16 bits.", [], lambda e: [([], e.ratio)]),
+    # Measured once at the start.
+    ("fidelity_gate", "1 at what the start said of the codes' loss, else 0.", ["state"],
+     lambda e: [([state], state == e.fidelity["state"]) for state in get_args(State)]),
+    ("expected_kl", "KL of next-token distributions with exact attention and from codes, in nats, "
+     "on the start's text.", [], lambda e: [([], e.fidelity["kl"])]),
+    ("expected_perplexity_increase", "Increase of perplexity by codes on the start's text, a "
+     "share.", [], lambda e: [([], e.fidelity["perplexity_increase"])]),
+    ("expected_cosine", "Cosine of attention over codes and over exact keys and values on the "
+     "start's text, by layer.", ["layer"],
+     lambda e: [([layer], x) for layer, x in e.fidelity["layer_cosines"].items()]),
+    ("monitor_health", "1 at the state the fidelity monitor is in, else 0.", ["state"],
+     lambda e: [([name], name == HEALTH[e.health()]) for name in HEALTH]),
 )  # fmt: skip
 
 FIDELITY = (
@@ -100,37 +129,22 @@ class FibQuantCollector:
         if status.options is None or not status.engines:
             return
         yield info_gauge(status, status.options)
-        yield from self._engine_gauges(status)
-        yield from loss_metrics(status)
-        yield from worker_metrics(status)
-        yield from monitor_metrics(status)
-
-    def _engine_gauges(self, status: Status) -> Iterator[Metric]:
-        usage = self._usage()
-        for name, text, number in (
-            ("kv_cache_capacity_tokens", "Tokens the cache can hold.",
-             lambda e: e.capacity_tokens),
-            ("kv_cache_capacity_tokens_16bit", "Tokens that 16 bits would hold in its memory.",
-             lambda e: e.capacity_tokens / e.ratio),
-            ("kv_cache_bytes", "Memory of the cache.", lambda e: e.cache_bytes),
-            ("kv_cache_used_tokens", "Tokens of blocks in use, filled or not.",
-             lambda e: usage[e.index] * e.capacity_tokens),
-            ("kv_cache_used_bytes", "Memory of blocks in use.",
-             lambda e: usage[e.index] * e.cache_bytes),
-            ("bytes_per_token", "Bytes of one token in all layers.",
-             lambda e: e.token_bytes("stored")),
-            ("bytes_per_token_16bit", "Bytes of one token with 16 bits per coordinate.",
-             lambda e: e.token_bytes("16bit")),
-            ("kv_cache_padding_ratio", "Share of the pages that holds nothing.",
-             lambda e: e.padding),
-            ("compression_ratio", "Tokens in the memory of one in 16 bits.", lambda e: e.ratio),
-        ):  # fmt: skip
-            family = gauge(name, text, LABELS)
+        usage = self._usage()  # of no engine with --disable-log-stats
+        used: tuple[tuple[str, str, list[str], Numbers], ...] = (
+            ("kv_cache_used_tokens", "Tokens of blocks in use, filled or not.", [],
+             lambda e: [([], usage[e.index] * e.capacity_tokens)] if e.index in usage else []),
+            ("kv_cache_used_bytes", "Memory of blocks in use.", [],
+             lambda e: [([], usage[e.index] * e.cache_bytes)] if e.index in usage else []),
+        )  # fmt: skip
+        for name, text, labelnames, numbers in (*ENGINE_GAUGES, *used):
+            family = gauge(name, text, [*LABELS, *labelnames])
             for engine in status.engines:
-                if "used" in name and engine.index not in usage:
-                    continue  # vLLM was started with --disable-log-stats
-                family.add_metric(labels(status, engine), float(number(engine)))
+                for own, number in numbers(engine):
+                    if number is not None:
+                        family.add_metric([*labels(status, engine), *own], float(number))
             yield family
+        yield from worker_metrics(status)
+        yield from fidelity_metrics(status)
 
 
 def gauge(name: str, text: str, labelnames: list[str]) -> GaugeMetricFamily:
@@ -172,55 +186,15 @@ def worker_metrics(status: Status) -> Iterator[Metric]:
         return family
 
     names = [*LABELS, "worker"]
-    for name, counter, text in WORKER_COUNTERS:
+    for name, text in WORKER_COUNTERS.items():
         family = CounterMetricFamily(f"fibquant:{name}", text, labels=names)
-        yield fill(family, lambda c, counter=counter: c[counter])  # type: ignore[misc]
-    for name, counter, text in WORKER_GAUGES:
-        yield fill(gauge(name, text, names), lambda c, counter=counter: c[counter])  # type: ignore[misc]
-    yield fill(
-        gauge("self_check_passed", "1 when the start-up check of the kernels passed, 0 when it "
-              "was switched off.", names),
-        lambda c: float(c["self_checks"] > 0),
-    )  # fmt: skip
-    yield fill(
-        gauge("monitor_enabled", "1 when the fidelity monitor is on, else 0.", names),
-        lambda c: c["monitor_enabled"],
-    )
+        yield fill(family, itemgetter(name))
+    for name, text, number in WORKER_GAUGES:
+        yield fill(gauge(name, text, names), number)
 
 
-def loss_metrics(status: Status) -> Iterator[Metric]:
-    """What the start of each engine found that codes cost the model."""
-    family = gauge("fidelity_gate", "1 at what the start said of the codes' loss, else 0.",
-                   [*LABELS, "state"])  # fmt: skip
-    for engine in status.engines:
-        for state in get_args(State):
-            own = [*labels(status, engine), state]
-            family.add_metric(own, float(engine.fidelity["state"] == state))
-    yield family
-    for name, fact, text in EXPECTED:
-        family = gauge(name, text, LABELS)
-        for engine in status.engines:
-            if engine.fidelity[fact] is not None:
-                family.add_metric(labels(status, engine), engine.fidelity[fact])
-        yield family
-    family = gauge("expected_cosine", "Cosine of attention over codes and over exact keys and "
-                   "values on the start's text, by layer.", [*LABELS, "layer"])  # fmt: skip
-    for engine in status.engines:
-        for layer, cosine in engine.fidelity["layer_cosines"].items():
-            if cosine is not None:
-                family.add_metric([*labels(status, engine), layer], cosine)
-    yield family
-
-
-def monitor_metrics(status: Status) -> Iterator[Metric]:
+def fidelity_metrics(status: Status) -> Iterator[Metric]:
     """What the fidelity monitors of an engine's workers found together."""
-    family = gauge("monitor_health", "1 at the state the fidelity monitor is in, else 0.",
-                   [*LABELS, "state"])  # fmt: skip
-    for engine in status.engines:
-        state = HEALTH[engine.health()]
-        for name in HEALTH:
-            family.add_metric([*labels(status, engine), name], float(name == state))
-    yield family
     for name, histogram, label, text in FIDELITY:
         samples = HistogramMetricFamily(f"fibquant:{name}", text, labels=[*LABELS, label])
         bounds = [*map(floatToGoString, HISTOGRAMS[histogram][1]), "+Inf"]
