@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import math
-import weakref
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from vllm_fibquant.codec.codec import KVCodec, VectorCodec
+from vllm_fibquant.ops.kept import kept_with
 
 
 def next_power_of_two(n: int) -> int:
@@ -85,24 +85,17 @@ def _device_code(code: VectorCodec, device: torch.device) -> DeviceCode:
     )
 
 
-_codecs: weakref.WeakKeyDictionary[KVCodec, dict[torch.device, DeviceCodec]] = (
-    weakref.WeakKeyDictionary()
-)
-
-
+@kept_with
 def device_codec(codec: KVCodec, device: torch.device) -> DeviceCodec:
     """The codec's tables on `device`, made once and kept while the codec lives.
 
     The first call copies to the device: make it before a CUDA graph is captured.
     """
-    made = _codecs.setdefault(codec, {})
-    if device not in made:
-        made[device] = DeviceCodec(
-            codec.key.rotation.matrix.float().contiguous().to(device),
-            _device_code(codec.key, device),
-            _device_code(codec.value, device),
-        )
-    return made[device]
+    return DeviceCodec(
+        codec.key.rotation.matrix.float().contiguous().to(device),
+        _device_code(codec.key, device),
+        _device_code(codec.value, device),
+    )
 
 
 def prefixed(prefix: str, constants: dict[str, Any]) -> dict[str, Any]:

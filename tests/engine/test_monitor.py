@@ -88,7 +88,7 @@ def test_drill_damage(model_folder, every_step_compares):
         assert findings.health in (UNKNOWN, HEALTHY)
         codec = KVCodec.from_preset(PRESET, 64)
         shape = codec.value.codebook.rows.shape
-        table = next(t for t in cpu_tables._codecs[codec][1] if t.shape == shape)
+        table = next(t for t in cpu_tables.codec_struct(codec).tables if t.shape == shape)
         kept = table.clone()
         try:
             with torch.inference_mode():  # a table made by an engine may be written in no other

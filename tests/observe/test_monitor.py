@@ -213,7 +213,7 @@ def test_drill_a_codebook_damaged_after_the_self_check(monkeypatch):
     assert bench.counters["monitor_changed"] == 0
     rows = next(
         t
-        for t in cpu_tables._codecs[bench.codec][1]
+        for t in cpu_tables.codec_struct(bench.codec).tables
         if t.shape == bench.codec.key.codebook.rows.shape
     )
     kept = rows.clone()

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from weakref import WeakKeyDictionary
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from vllm_fibquant.codec.codebook import load_codebook, make_codebook
 from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.codec.config import PRESETS, CodeSpec
 from vllm_fibquant.codec.search import nearest_rows
-from vllm_fibquant.ops import cpu_library, cpu_tables, search_tables
+from vllm_fibquant.ops import cpu, cpu_library, cpu_tables, search_tables
 from vllm_fibquant.ops.search_tables import FINEST, SQUARES, make_boxes, make_scan, make_squares
 
 PAIRS = [CodeSpec(2, 256, storage="float16"), CodeSpec(2, 1024, folded=True, storage="float16")]
@@ -99,7 +98,8 @@ def test_integers_without_their_margin_err(
         return None if found is None else replace(found, margin=-1)
 
     monkeypatch.setattr(cpu_tables, f"make_{table}", without)
-    monkeypatch.setattr(cpu_tables, "_codecs", WeakKeyDictionary())  # made anew
+    anew = cpu_tables.codec_struct.__wrapped__
+    monkeypatch.setattr(cpu, "codec_struct", anew)
     monkeypatch.setattr(cpu_tables, "_code", cpu_tables._code.__wrapped__)
     assert not torch.equal(expected, encoded(name, 64, 400))
 

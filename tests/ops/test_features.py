@@ -15,7 +15,7 @@ from vllm_fibquant import ops
 from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.codec.config import PRESETS
 from vllm_fibquant.ops import Attend, Batch, Copies, Fresh, Pages, checks, cuda, gpu
-from vllm_fibquant.ops.features import FEATURES, IMPLEMENTATIONS, features_markdown
+from vllm_fibquant.ops.features import FEATURES, IMPLEMENTATIONS
 
 KERNELS = {k.implementation: k for k in (ops.REFERENCE, ops.CPU, cuda.Cuda(None), gpu.TRITON)}
 OF_A_RUN = {"layers", "monitor"}
@@ -44,6 +44,18 @@ def ask(feature: str, kernels: ops.Kernels) -> None:
     batch = Batch(paged.query_start_loc, paged.seq_lens, paged.block_table)
     checks.check_pair(pages, attend)
     checks.check_attention(paged.query, paged.query, pages, batch, attend, fresh)
+
+
+def features_markdown() -> str:
+    """The table of docs/kernels.md."""
+    lines = [
+        f"| feature | asked for by | {' | '.join(IMPLEMENTATIONS)} |",
+        f"| --- | --- |{' :-: |' * len(IMPLEMENTATIONS)}",
+    ]
+    for row in FEATURES.values():
+        marks = ("yes" if name in row.had_by else "" for name in IMPLEMENTATIONS)
+        lines.append(f"| {row.what} | {row.asked_by} | {' | '.join(marks)} |")
+    return "\n".join(lines) + "\n"
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

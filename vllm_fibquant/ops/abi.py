@@ -8,20 +8,26 @@ import itertools
 from collections.abc import Sequence
 from ctypes import Structure, c_int32, c_int64, c_void_p
 from pathlib import Path
+from typing import Any
 
 import torch
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
+def fields(*rows: tuple[Any, str]) -> list[tuple[str, Any]]:
+    """The `_fields_` of a struct, from a type and the names of the fields in a row that have it."""
+    return [(name, kind) for kind, names in rows for name in names.split()]
+
+
 class FqPages(Structure):
     """The pages of one layer."""
 
-    _fields_ = [
-        ("base", c_void_p),
-        *((name, c_int64) for name in ("num_blocks", "stride_block", "stride_head")),
-        *((name, c_int32) for name in ("num_kv_heads", "block_size")),
-    ]
+    _fields_ = fields(
+        (c_void_p, "base"),
+        (c_int64, "num_blocks stride_block stride_head"),
+        (c_int32, "num_kv_heads block_size"),
+    )  # fmt: skip
 
 
 def pages_of(cache: torch.Tensor) -> FqPages:

@@ -23,7 +23,7 @@ from ctypes import (
 
 from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.files import PACKAGE_DIR
-from vllm_fibquant.ops.abi import FqPages, load_library
+from vllm_fibquant.ops.abi import FqPages, fields, load_library
 from vllm_fibquant.ops.cpu_tables import FqCode, FqCodec, FqKeyMap, codec_struct
 
 LIBRARY_PATH = PACKAGE_DIR / "lib" / "libfibquant_cpu.so"
@@ -32,56 +32,49 @@ HEAD_DIM_MULTIPLE = 16
 
 
 class FqEncode(Structure):
-    _fields_ = [
-        *((name, c_void_p) for name in ("key", "value", "slot_mapping")),
-        ("num_tokens", c_int64),
-        *((f"stride_key_{name}", c_int64) for name in ("token", "head")),
-        *((f"stride_value_{name}", c_int64) for name in ("token", "head")),
-        ("dtype", c_int32),
-        ("num_threads", c_int32),
-        ("key_map", POINTER(FqKeyMap)),
-        ("positions", c_void_p),
-    ]
+    _fields_ = fields(
+        (c_void_p, "key value slot_mapping"),
+        (c_int64, "num_tokens stride_key_token stride_key_head stride_value_token "
+                  "stride_value_head"),
+        (c_int32, "dtype num_threads"),
+        (POINTER(FqKeyMap), "key_map"),
+        (c_void_p, "positions"),
+    )  # fmt: skip
 
 
 class FqBatch(Structure):
-    _fields_ = [
-        *((name, c_void_p) for name in ("query_start_loc", "seq_lens", "block_table")),
-        *((name, c_void_p) for name in ("copy_table", "new_tokens", "new_rows")),
-        *((name, c_int64) for name in ("stride_block_table", "num_new")),
-        *((name, c_int32) for name in ("num_reqs", "num_copy_columns")),
-    ]
+    _fields_ = fields(
+        (c_void_p, "query_start_loc seq_lens block_table copy_table new_tokens new_rows"),
+        (c_int64, "stride_block_table num_new"),
+        (c_int32, "num_reqs num_copy_columns"),
+    )  # fmt: skip
 
 
 class FqCopyPool(Structure):
-    _fields_ = [
-        *((name, c_void_p) for name in ("row_of_slot", "slot_of_row", "next", "previous")),
-        ("num_slots", c_int64),
-        *((name, c_int32) for name in ("num_rows", "num_first", "num_recent", "block_size")),
-    ]
+    _fields_ = fields(
+        (c_void_p, "row_of_slot slot_of_row next previous"),
+        (c_int64, "num_slots"),
+        (c_int32, "num_rows num_first num_recent block_size"),
+    )  # fmt: skip
 
 
 class FqAttend(Structure):
-    _fields_ = [
-        ("batch", POINTER(FqBatch)),
-        ("plan", c_void_p),
-        *((name, c_void_p) for name in ("query", "out", "raw_key", "raw_value", "sinks")),
-        *((f"stride_query_{name}", c_int64) for name in ("token", "head")),
-        *((f"stride_out_{name}", c_int64) for name in ("token", "head")),
-        *((f"stride_raw_key_{name}", c_int64) for name in ("token", "head")),
-        *((f"stride_raw_value_{name}", c_int64) for name in ("token", "head")),
-        *((name, c_int32) for name in ("num_q_heads", "dtype", "window")),
-        *((name, c_float) for name in ("scale", "soft_cap")),
-        ("num_threads", c_int32),
-        *((f"copy_{name}", c_void_p) for name in ("key", "value")),
-        *((name, c_int32) for name in ("copy_dtype", "num_first")),
-        ("num_copy_rows", c_int64),
-        *((f"stride_copy_{name}", c_int64) for name in ("row", "head")),
-        ("first_query", c_void_p),
-        *((f"stride_first_query_{name}", c_int64) for name in ("token", "head")),
-        ("keep_first", c_int64),
-        ("key_map", POINTER(FqKeyMap)),
-    ]
+    _fields_ = fields(
+        (POINTER(FqBatch), "batch"),
+        (c_void_p, "plan query out raw_key raw_value sinks"),
+        (c_int64, "stride_query_token stride_query_head stride_out_token stride_out_head "
+                  "stride_raw_key_token stride_raw_key_head stride_raw_value_token "
+                  "stride_raw_value_head"),
+        (c_int32, "num_q_heads dtype window"),
+        (c_float, "scale soft_cap"),
+        (c_int32, "num_threads"),
+        (c_void_p, "copy_key copy_value"),
+        (c_int32, "copy_dtype num_first"),
+        (c_int64, "num_copy_rows stride_copy_row stride_copy_head"),
+        (c_void_p, "first_query"),
+        (c_int64, "stride_first_query_token stride_first_query_head keep_first"),
+        (POINTER(FqKeyMap), "key_map"),
+    )  # fmt: skip
 
 
 @functools.cache

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import functools
-import weakref
 from ctypes import Structure, c_float, c_int32, c_int64, c_void_p, pointer
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,8 @@ from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.codec.config import GAIN_NUMBERS, CodeSpec
 from vllm_fibquant.codec.search import CodewordLists
 from vllm_fibquant.keys.key_map import STEP, KeyMap, Turns
+from vllm_fibquant.ops.abi import fields
+from vllm_fibquant.ops.kept import kept_with
 from vllm_fibquant.ops.search_tables import make_boxes, make_scan, make_squares
 
 _ALIGNMENT = 64
@@ -24,50 +25,43 @@ _COLUMNS = 16  # of turning tables, a multiple of it for each kind of pair
 
 
 class FqCode(Structure):
-    _fields_ = [
-        *((name, c_int32) for name in ("subvec_dim", "index_bits", "num_rows", "folded", "gain")),
-        ("num_rows_padded", c_int32),
-        *((name, c_void_p) for name in ("rows", "rows_t", "half_sq")),
-        *((name, c_int32) for name in ("num_cells", "num_lists")),
-        *((name, c_void_p) for name in ("cell_tiles", "list_tiles", "list_begin", "list_index")),
-        ("planes", c_void_p),
-        ("plane_step", c_float),
-        ("scan_scale", c_float),
-        *((name, c_int32) for name in ("scan_most", "scan_margin")),
-        *((name, c_void_p) for name in ("scan", "squares", "square_planes")),
-        *((name, c_float) for name in ("square_low", "square_scale")),
-        *((name, c_void_p) for name in ("boxes", "box_sides")),
-        *((f"box_{name}", c_float) for name in ("low", "fine", "scale", "shift", "reach")),
-        ("box_margin", c_int32),
-    ]
+    _fields_ = fields(
+        (c_int32, "subvec_dim index_bits num_rows folded gain num_rows_padded"),
+        (c_void_p, "rows rows_t half_sq"),
+        (c_int32, "num_cells num_lists"),
+        (c_void_p, "cell_tiles list_tiles list_begin list_index planes"),
+        (c_float, "plane_step scan_scale"),
+        (c_int32, "scan_most scan_margin"),
+        (c_void_p, "scan squares square_planes"),
+        (c_float, "square_low square_scale"),
+        (c_void_p, "boxes box_sides"),
+        (c_float, "box_low box_fine box_scale box_shift box_reach"),
+        (c_int32, "box_margin"),
+    )  # fmt: skip
 
 
 class FqCodec(Structure):
-    _fields_ = [
-        ("head_dim", c_int32),
-        ("record_bytes", c_int32),
-        *((f"rotation_{name}", c_void_p) for name in ("signs", "matrix", "matrix_t")),
-        ("key", FqCode),
-        ("value", FqCode),
-    ]
+    _fields_ = fields(
+        (c_int32, "head_dim record_bytes"),
+        (c_void_p, "rotation_signs rotation_matrix rotation_matrix_t"),
+        (FqCode, "key value"),
+    )  # fmt: skip
 
 
 class FqKeyMap(Structure):
-    _fields_ = [
-        ("mean", c_void_p),
-        ("num_plain", c_int64),
-        *((name, c_void_p) for name in ("key_matrix_t", "query_matrix_t", "weight")),
-        ("source_scale", c_float),
-        ("num_coded", c_int32),
-        ("num_subvecs", c_int32 * 3),
-        ("codes", FqCode * 3),
-        *((name, c_void_p) for name in ("turn_pairs", "turn_mean", "turn_fine", "turn_coarse")),
-        *((name, c_void_p) for name in ("turn_columns", "turn_dense")),
-        ("num_positions", c_int64),
-        *((name, c_int32) for name in ("num_turning", "num_fast", "num_columns")),
-        *((name, c_int32) for name in ("num_fast_columns", "num_first_means")),
-        *((name, c_void_p) for name in ("first_key", "first_value")),
-    ]
+    _fields_ = fields(
+        (c_void_p, "mean"),
+        (c_int64, "num_plain"),
+        (c_void_p, "key_matrix_t query_matrix_t weight"),
+        (c_float, "source_scale"),
+        (c_int32, "num_coded"),
+        (c_int32 * 3, "num_subvecs"),
+        (FqCode * 3, "codes"),
+        (c_void_p, "turn_pairs turn_mean turn_fine turn_coarse turn_columns turn_dense"),
+        (c_int64, "num_positions"),
+        (c_int32, "num_turning num_fast num_columns num_fast_columns num_first_means"),
+        (c_void_p, "first_key first_value"),
+    )  # fmt: skip
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
@@ -170,77 +164,64 @@ def _tiles(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     return torch.cat((bias.unsqueeze(-1), rows[index]), -1).unflatten(0, (-1, 16)).transpose(1, 2)
 
 
-_codecs: weakref.WeakKeyDictionary[KVCodec, tuple[FqCodec, list[torch.Tensor]]] = (
-    weakref.WeakKeyDictionary()
-)
-
-
+@kept_with
 def codec_struct(codec: KVCodec) -> FqCodec:
-    """The codec as the library reads it, made once per codec and kept alive with it."""
-    if codec not in _codecs:
-        keep: list[torch.Tensor] = []
-        rotation = codec.key.rotation
-        if rotation.kind == "hadamard":
-            keep.append(_aligned(rotation.signs))
-            pointers = [keep[0].data_ptr(), None, None]
-        else:
-            keep += [_aligned(rotation.matrix), _aligned(rotation.matrix.T)]
-            pointers = [None, *(t.data_ptr() for t in keep)]
-        struct = FqCodec(codec.head_dim, codec.layout.record_bytes, *pointers)
-        struct.key, key_tables = _code(codec.key.spec, codec.key.codebook, codec.key.lists)
-        struct.value, value_tables = _code(
-            codec.value.spec, codec.value.codebook, codec.value.lists
-        )
-        keep += key_tables + value_tables
-        _codecs[codec] = (struct, keep)
-    return _codecs[codec][0]
-
-
-_key_maps: weakref.WeakKeyDictionary[KeyMap, tuple[FqKeyMap, list[torch.Tensor]]] = (
-    weakref.WeakKeyDictionary()
-)
+    """The codec as the library reads it, made once per codec and kept alive with it; `tables` are
+    what it points to."""
+    rotation = codec.key.rotation
+    if rotation.kind == "hadamard":
+        tables = [_aligned(rotation.signs)]
+        pointers = [tables[0].data_ptr(), None, None]
+    else:
+        tables = [_aligned(rotation.matrix), _aligned(rotation.matrix.T)]
+        pointers = [None, *(t.data_ptr() for t in tables)]
+    struct = FqCodec(codec.head_dim, codec.layout.record_bytes, *pointers)
+    struct.key, of_key = _code(codec.key.spec, codec.key.codebook, codec.key.lists)
+    struct.value, of_value = _code(codec.value.spec, codec.value.codebook, codec.value.lists)
+    struct.tables = tables + of_key + of_value
+    return struct
 
 
 def key_map_pointer(key_map: KeyMap | None) -> Any:
     """The map as the library reads it, made once per map and kept alive with it."""
-    if key_map is None:
-        return None
-    if key_map not in _key_maps:
-        keep = [_aligned(key_map.mean)]
-        struct = FqKeyMap(keep[0].data_ptr(), key_map.num_plain)
-        if (transform := key_map.transform) is not None:
-            matrices = (transform.key_matrix.mT, transform.query_matrix.mT, transform.weight)
-            keep += [_aligned(x) for x in matrices]
-            struct.key_matrix_t, struct.query_matrix_t, struct.weight = (
-                x.data_ptr() for x in keep[1:]
-            )
-            struct.source_scale, struct.num_coded = transform.source_scale, transform.num_coded
-            struct.num_subvecs[:] = transform.lengths
-            for i, book in enumerate(transform.codebooks):
-                struct.codes[i], of_code = _code(book.spec, book)
-                keep += of_code
-        if (turning := key_map.turning) is not None:
-            turns, chosen = turning.turns, turning.chosen
-            tables = _turn_tables(turns)
-            coordinates = turns.pairs[chosen.long()]  # [num_kv_heads, num_turning, 2]
-            columns = tables.column_of_pair[chosen.long()].unsqueeze(-1)
-            rows = torch.cat((coordinates, columns), -1).contiguous()
-            mean = _aligned(turns.length * turning.mean)
-            keep += (rows, mean, tables.fine, tables.coarse)
-            struct.turn_pairs, struct.turn_mean, struct.turn_fine, struct.turn_coarse = (
-                x.data_ptr() for x in keep[-4:]
-            )
-            keep += _dense_turns(rows.long(), mean, key_map.mean.shape[1])
-            struct.turn_columns, struct.turn_dense = (x.data_ptr() for x in keep[-2:])
-            struct.num_positions, struct.num_fast = turns.num_positions, turning.num_fast
-            struct.num_turning, struct.num_columns = chosen.shape[1], tables.coarse.shape[2]
-            struct.num_fast_columns = tables.fine.shape[1]
-        if (first := key_map.first) is not None:
-            keep += [_aligned(first.key), _aligned(first.value)]
-            struct.first_key, struct.first_value = (x.data_ptr() for x in keep[-2:])
-            struct.num_first_means = first.num_first
-        _key_maps[key_map] = (struct, keep)
-    return pointer(_key_maps[key_map][0])
+    return None if key_map is None else pointer(_key_map_struct(key_map))
+
+
+@kept_with
+def _key_map_struct(key_map: KeyMap) -> FqKeyMap:
+    keep = [_aligned(key_map.mean)]
+    struct = FqKeyMap(keep[0].data_ptr(), key_map.num_plain)
+    if (transform := key_map.transform) is not None:
+        matrices = (transform.key_matrix.mT, transform.query_matrix.mT, transform.weight)
+        keep += [_aligned(x) for x in matrices]
+        struct.key_matrix_t, struct.query_matrix_t, struct.weight = (x.data_ptr() for x in keep[1:])
+        struct.source_scale, struct.num_coded = transform.source_scale, transform.num_coded
+        struct.num_subvecs[:] = transform.lengths
+        for i, book in enumerate(transform.codebooks):
+            struct.codes[i], of_code = _code(book.spec, book)
+            keep += of_code
+    if (turning := key_map.turning) is not None:
+        turns, chosen = turning.turns, turning.chosen
+        tables = _turn_tables(turns)
+        coordinates = turns.pairs[chosen.long()]  # [num_kv_heads, num_turning, 2]
+        columns = tables.column_of_pair[chosen.long()].unsqueeze(-1)
+        rows = torch.cat((coordinates, columns), -1).contiguous()
+        mean = _aligned(turns.length * turning.mean)
+        keep += (rows, mean, tables.fine, tables.coarse)
+        struct.turn_pairs, struct.turn_mean, struct.turn_fine, struct.turn_coarse = (
+            x.data_ptr() for x in keep[-4:]
+        )
+        keep += _dense_turns(rows.long(), mean, key_map.mean.shape[1])
+        struct.turn_columns, struct.turn_dense = (x.data_ptr() for x in keep[-2:])
+        struct.num_positions, struct.num_fast = turns.num_positions, turning.num_fast
+        struct.num_turning, struct.num_columns = chosen.shape[1], tables.coarse.shape[2]
+        struct.num_fast_columns = tables.fine.shape[1]
+    if (first := key_map.first) is not None:
+        keep += [_aligned(first.key), _aligned(first.value)]
+        struct.first_key, struct.first_value = (x.data_ptr() for x in keep[-2:])
+        struct.num_first_means = first.num_first
+    struct.tables = keep
+    return struct
 
 
 def _dense_turns(
@@ -269,23 +250,19 @@ class _TurnTables:
     column_of_pair: torch.Tensor  # int32 [num_pairs]
 
 
-_tables: weakref.WeakKeyDictionary[Turns, _TurnTables] = weakref.WeakKeyDictionary()
-
-
+@kept_with
 def _turn_tables(turns: Turns) -> _TurnTables:
     """Made once for all layers that turn alike."""
-    if turns not in _tables:
-        kinds = [kind.nonzero().squeeze(-1) for kind in (~turns.is_slow, turns.is_slow)]
-        fast, slow = (-(-len(kind) // _COLUMNS) * _COLUMNS for kind in kinds)
-        columns = torch.zeros(len(turns.pairs), dtype=torch.int32)
-        for kind, begin in zip(kinds, (0, fast), strict=True):
-            columns[kind] = torch.arange(begin, begin + len(kind), dtype=torch.int32)
-        middles = torch.arange(turns.num_positions // STEP + 1) * STEP + (STEP - 1) / 2
-        coarse = torch.zeros(len(middles), 2, fast + slow)
-        table = turns.table(middles, stepped=True).float().unflatten(-1, (2, -1))
-        coarse[..., columns.long()] = table
-        fine = torch.zeros(2, fast, STEP // 2)
-        table = turns.table(torch.arange(STEP // 2) + 0.5).float().T.unflatten(0, (2, -1))
-        fine[:, : len(kinds[0])] = table[:, kinds[0]]
-        _tables[turns] = _TurnTables(_aligned(fine), _aligned(coarse), columns)
-    return _tables[turns]
+    kinds = [kind.nonzero().squeeze(-1) for kind in (~turns.is_slow, turns.is_slow)]
+    fast, slow = (-(-len(kind) // _COLUMNS) * _COLUMNS for kind in kinds)
+    columns = torch.zeros(len(turns.pairs), dtype=torch.int32)
+    for kind, begin in zip(kinds, (0, fast), strict=True):
+        columns[kind] = torch.arange(begin, begin + len(kind), dtype=torch.int32)
+    middles = torch.arange(turns.num_positions // STEP + 1) * STEP + (STEP - 1) / 2
+    coarse = torch.zeros(len(middles), 2, fast + slow)
+    table = turns.table(middles, stepped=True).float().unflatten(-1, (2, -1))
+    coarse[..., columns.long()] = table
+    fine = torch.zeros(2, fast, STEP // 2)
+    table = turns.table(torch.arange(STEP // 2) + 0.5).float().T.unflatten(0, (2, -1))
+    fine[:, : len(kinds[0])] = table[:, kinds[0]]
+    return _TurnTables(_aligned(fine), _aligned(coarse), columns)

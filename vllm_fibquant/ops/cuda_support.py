@@ -37,18 +37,6 @@ class Support:
             frozenset((name_of[row[1]], name_of[row[2]]) for row in rows if row[0] == "pair"),
         )
 
-    def markdown(self) -> str:
-        """The table of docs/gpu.md."""
-        lines = ["| code | coordinates | index bits | sign-folded |", "|---|---|---|---|"]
-        for (dim, bits, folded), name in self.codes.items():
-            lines.append(f"| `{name}` | {dim} | {bits} | {'yes' if folded else 'no'} |")
-        lines += ["", "| head_dim | rows of a narrow row block | of a wide one |", "|---|---|---|"]
-        for dim, columns in self.wide_columns.items():
-            lines.append(f"| {dim} | {NARROW_COLUMNS} | {columns} |")
-        pairs = ", ".join(f"`{key}`/`{value}`" for key, value in sorted(self.pairs))
-        lines += ["", f"Key/value pairs with a decode kernel of their own: {pairs}."]
-        return "\n".join(lines)
-
     def unsupported(self, codec: KVCodec) -> str | None:
         """Why there is no kernel for this codec, or None when there is one."""
         if codec.head_dim not in self.wide_columns:

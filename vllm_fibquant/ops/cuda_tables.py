@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import weakref
 from ctypes import Structure, c_float, c_int32, c_void_p
 
 import torch
@@ -13,6 +12,8 @@ from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.codec.config import GAIN_NUMBERS, CodeSpec
 from vllm_fibquant.keys.key_map import STEP, KeyMap, TurningMean, Turns
 from vllm_fibquant.keys.transform import run_lengths
+from vllm_fibquant.ops.abi import fields
+from vllm_fibquant.ops.kept import kept_with
 
 TILE = 16
 """Positions of a row of the coarse table of cosines and sines."""
@@ -21,36 +22,32 @@ PAIRS = 8
 
 
 class FqCudaCode(Structure):
-    _fields_ = [
-        *((name, c_int32) for name in ("subvec_dim", "index_bits", "folded", "gain")),
-        ("table_scale", c_float),
-        ("num_rows", c_int32),
-        *((name, c_void_p) for name in ("table", "rows", "half_sq")),
-    ]
+    _fields_ = fields(
+        (c_int32, "subvec_dim index_bits folded gain"),
+        (c_float, "table_scale"),
+        (c_int32, "num_rows"),
+        (c_void_p, "table rows half_sq"),
+    )  # fmt: skip
 
 
 class FqCudaCodec(Structure):
-    _fields_ = [
-        ("head_dim", c_int32),
-        ("record_bytes", c_int32),
-        *((f"rotation_{name}", c_void_p) for name in ("signs", "matrix", "matrix_t")),
-        ("key", FqCudaCode),
-        ("value", FqCudaCode),
-    ]
+    _fields_ = fields(
+        (c_int32, "head_dim record_bytes"),
+        (c_void_p, "rotation_signs rotation_matrix rotation_matrix_t"),
+        (FqCudaCode, "key value"),
+    )  # fmt: skip
 
 
 class FqCudaKeyMap(Structure):
-    _fields_ = [
-        *((name, c_void_p) for name in ("mean", "key_matrix_t", "query_matrix_t", "weight")),
-        ("codes", FqCudaCode * 3),
-        *((name, c_void_p) for name in ("first_key", "first_value", "turn_pairs", "turn_mean")),
-        *((name, c_void_p) for name in ("turn_fine", "turn_coarse")),
-        ("num_coded", c_int32),
-        ("num_subvecs", c_int32 * 3),
-        *((name, c_int32) for name in ("num_plain", "num_first", "num_turning", "num_pairs")),
-        ("num_steps", c_int32),
-        ("source_scale", c_float),
-    ]
+    _fields_ = fields(
+        (c_void_p, "mean key_matrix_t query_matrix_t weight"),
+        (FqCudaCode * 3, "codes"),
+        (c_void_p, "first_key first_value turn_pairs turn_mean turn_fine turn_coarse"),
+        (c_int32, "num_coded"),
+        (c_int32 * 3, "num_subvecs"),
+        (c_int32, "num_plain num_first num_turning num_pairs num_steps"),
+        (c_float, "source_scale"),
+    )  # fmt: skip
 
 
 def _code(
@@ -68,81 +65,70 @@ def _code(
     )  # fmt: skip
 
 
-_Made = dict[torch.device, tuple[FqCudaCodec, list[torch.Tensor]]]
-_codecs: weakref.WeakKeyDictionary[KVCodec, _Made] = weakref.WeakKeyDictionary()
-
-
+@kept_with
 def codec_struct(codec: KVCodec, device: torch.device) -> FqCudaCodec:
     """The codec with its tables on `device`, made once and kept while the codec lives.
 
     The first call copies to the device: make it before a CUDA graph is captured.
     """
-    made = _codecs.setdefault(codec, {})
-    if device not in made:
-        keep: list[torch.Tensor] = []
-        rotation = codec.key.rotation
-        if rotation.kind == "hadamard":
-            keep.append(rotation.signs.float().contiguous().to(device))
-            pointers = [keep[0].data_ptr(), None, None]
-        else:
-            matrix = rotation.matrix.float()
-            keep += [x.contiguous().to(device) for x in (matrix, matrix.T)]
-            pointers = [None, *(x.data_ptr() for x in keep)]
-        struct = FqCudaCodec(codec.head_dim, codec.layout.record_bytes, *pointers)
-        struct.key, struct.value = (
-            _code(c.spec, c.codebook, device, keep) for c in (codec.key, codec.value)
-        )
-        made[device] = struct, keep
-    return made[device][0]
+    rotation = codec.key.rotation
+    if rotation.kind == "hadamard":
+        keep = [rotation.signs.float().contiguous().to(device)]
+        pointers = [keep[0].data_ptr(), None, None]
+    else:
+        matrix = rotation.matrix.float()
+        keep = [x.contiguous().to(device) for x in (matrix, matrix.T)]
+        pointers = [None, *(x.data_ptr() for x in keep)]
+    struct = FqCudaCodec(codec.head_dim, codec.layout.record_bytes, *pointers)
+    struct.key, struct.value = (
+        _code(c.spec, c.codebook, device, keep) for c in (codec.key, codec.value)
+    )
+    struct.tables = keep
+    return struct
 
 
-_MadeMap = dict[torch.device, tuple[FqCudaKeyMap, list[torch.Tensor]]]
-_key_maps: weakref.WeakKeyDictionary[KeyMap, _MadeMap] = weakref.WeakKeyDictionary()
-
-
+@kept_with
 def key_map_struct(key_map: KeyMap, device: torch.device) -> FqCudaKeyMap:
     """The map with its tables on `device`, made once and kept while the map lives.
 
     The first call copies to the device: make it before a CUDA graph is captured.
     """
-    made = _key_maps.setdefault(key_map, {})
-    if device not in made:
-        keep: list[torch.Tensor] = []
+    keep: list[torch.Tensor] = []
 
-        def put(x: torch.Tensor) -> int:
-            keep.append(x.contiguous().clone().to(device))
-            return keep[-1].data_ptr()
+    def put(x: torch.Tensor) -> int:
+        keep.append(x.contiguous().clone().to(device))
+        return keep[-1].data_ptr()
 
-        struct = FqCudaKeyMap(put(key_map.mean), num_plain=key_map.num_plain)
-        struct.num_coded, struct.source_scale = key_map.mean.shape[1], 1.0
-        if (transform := key_map.transform) is not None:
-            # A table holds rows over their scale: the query's part has it.
-            scales = [
-                torch.full((count * book.spec.subvec_dim,), float(book.scale))
-                for book, count in zip(transform.codebooks, transform.lengths, strict=True)
-            ]
-            scale = torch.nn.functional.pad(
-                torch.cat(scales), (0, transform.num_coded - sum(map(len, scales)))
-            )
-            struct.key_matrix_t = put(transform.key_matrix.mT)
-            struct.query_matrix_t = put((transform.query_matrix * scale.unsqueeze(-1)).mT)
-            struct.weight = put(transform.weight)
-            struct.source_scale, struct.num_coded = transform.source_scale, transform.num_coded
-            struct.num_subvecs[:] = transform.lengths
-            struct.codes[:] = [_code(b.spec, b, device, keep) for b in transform.codebooks]
-        if (first := key_map.first) is not None:
-            struct.first_key, struct.first_value = put(first.key), put(first.value)
-            struct.num_first = first.num_first
-        if key_map.turning is not None:
-            pairs, mean = _padded_turns(key_map.turning)
-            struct.turn_pairs, struct.turn_mean = put(pairs), put(mean)
-            fine, coarse = _turn_tables(key_map.turning.turns, device)
-            keep += [fine, coarse]
-            struct.turn_fine, struct.turn_coarse = fine.data_ptr(), coarse.data_ptr()
-            struct.num_turning, struct.num_pairs = pairs.shape[1], fine.shape[1]
-            struct.num_steps = len(coarse)
-        made[device] = struct, keep
-    return made[device][0]
+    struct = FqCudaKeyMap(put(key_map.mean), num_plain=key_map.num_plain)
+    struct.num_coded, struct.source_scale = key_map.mean.shape[1], 1.0
+    if (transform := key_map.transform) is not None:
+        # A table holds rows over their scale: the query's part has it.
+        scales = [
+            torch.full((count * book.spec.subvec_dim,), float(book.scale))
+            for book, count in zip(transform.codebooks, transform.lengths, strict=True)
+        ]
+        scale = torch.nn.functional.pad(
+            torch.cat(scales), (0, transform.num_coded - sum(map(len, scales)))
+        )
+        struct.key_matrix_t = put(transform.key_matrix.mT)
+        struct.query_matrix_t = put((transform.query_matrix * scale.unsqueeze(-1)).mT)
+        struct.weight = put(transform.weight)
+        struct.source_scale, struct.num_coded = transform.source_scale, transform.num_coded
+        struct.num_subvecs[:] = transform.lengths
+        struct.codes[:] = [_code(b.spec, b, device, keep) for b in transform.codebooks]
+    if (first := key_map.first) is not None:
+        struct.first_key, struct.first_value = put(first.key), put(first.value)
+        struct.num_first = first.num_first
+    if key_map.turning is not None:
+        pairs, mean = _padded_turns(key_map.turning)
+        struct.turn_pairs, struct.turn_mean = put(pairs), put(mean)
+        fine, coarse = _turn_tables(key_map.turning.turns, device)
+        keep += [fine, coarse]
+        struct.turn_fine, struct.turn_coarse = fine.data_ptr(), coarse.data_ptr()
+        struct.num_turning, struct.num_pairs = pairs.shape[1], fine.shape[1]
+        struct.num_steps = len(coarse)
+    struct.tables = keep
+    return struct
 
 
 def _padded_turns(turning: TurningMean) -> tuple[torch.Tensor, torch.Tensor]:
@@ -157,25 +143,18 @@ def _padded_turns(turning: TurningMean) -> tuple[torch.Tensor, torch.Tensor]:
     return rows, mean
 
 
-_tables: weakref.WeakKeyDictionary[Turns, dict[torch.device, tuple[torch.Tensor, torch.Tensor]]] = (
-    weakref.WeakKeyDictionary()
-)
-
-
+@kept_with
 def _turn_tables(turns: Turns, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """turn_fine and turn_coarse of params.h, made once for all layers that turn alike.
 
     Slow pairs stand, over each step, as in its middle: their fine angle is 0.
     """
-    made = _tables.setdefault(turns, {})
-    if device not in made:
-        is_slow = turns.is_slow
-        fine = turns.table(torch.arange(TILE)).unflatten(-1, (2, -1)).mT
-        fine[:, is_slow] = torch.tensor([1.0, 0.0], dtype=fine.dtype)
-        begins = torch.arange(-(-turns.num_positions // STEP) * (STEP // TILE)) * TILE
-        coarse = turns.table(begins, stepped=True).unflatten(-1, (2, -1)).mT
-        made[device] = tuple(x.float().contiguous().to(device) for x in (fine, coarse))
-    return made[device]
+    fine = turns.table(torch.arange(TILE)).unflatten(-1, (2, -1)).mT
+    fine[:, turns.is_slow] = torch.tensor([1.0, 0.0], dtype=fine.dtype)
+    begins = torch.arange(-(-turns.num_positions // STEP) * (STEP // TILE)) * TILE
+    coarse = turns.table(begins, stepped=True).unflatten(-1, (2, -1)).mT
+    fine, coarse = (x.float().contiguous().to(device) for x in (fine, coarse))
+    return fine, coarse
 
 
 def unsupported_transform(index_bytes: int, head_dim: int) -> str | None:

@@ -47,15 +47,3 @@ codes and block sizes are answered by `Kernels.refuses`."""
 def features_of(implementation: str) -> frozenset[str]:
     """The features one implementation has."""
     return frozenset(name for name, row in FEATURES.items() if implementation in row.had_by)
-
-
-def features_markdown() -> str:
-    """The table of docs/kernels.md."""
-    lines = [
-        f"| feature | asked for by | {' | '.join(IMPLEMENTATIONS)} |",
-        f"| --- | --- |{' :-: |' * len(IMPLEMENTATIONS)}",
-    ]
-    for row in FEATURES.values():
-        marks = ("yes" if name in row.had_by else "" for name in IMPLEMENTATIONS)
-        lines.append(f"| {row.what} | {row.asked_by} | {' | '.join(marks)} |")
-    return "\n".join(lines) + "\n"
