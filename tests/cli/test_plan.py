@@ -62,7 +62,7 @@ def test_equals_vllm(kinds, skip, context):
     shape = make_shape(layer_types=kinds, sliding_window=1000)
     found = by_name(plan.plan_capacities(shape, GIB, context, skip_layers=skip))
     for name in plan.token_bytes(shape.head_dim):
-        layers = plan.layer_specs(shape, name, skip_layers=skip)
+        layers = plan.layer_specs(shape, name, plan.Settings(skip_layers=skip))
         layers = plan.fit_layers(layers) if name in PRESETS else layers
         expected = vllm_capacity(layers, context)
         assert (found[name].num_blocks, found[name].max_concurrency) == expected, name
@@ -83,10 +83,7 @@ def test_layers_with_their_own_presets_equal_vllm(window, skip):
     coded = [size for size in sizes.values() if size < 256]
     assert found.effective_rate == pytest.approx(8 * sum(coded) / len(coded) / 128)
     block_size = plan.DEFAULT_BLOCK_SIZE
-    layers = [
-        plan.LayerSpec(window, 3 * sizes[n], block_size, block_size * 3 * sizes[n])
-        for n in range(30)
-    ]
+    layers = [plan.LayerSpec(window, 3 * sizes[n], block_size) for n in range(30)]
     assert (found.num_blocks, found.max_concurrency) == vllm_capacity(layers, 8192)
 
 
@@ -130,18 +127,17 @@ def vllm_capacity(layers, context):
     )
     specs = {}
     for index, layer in enumerate(layers):
-        page_bytes = layer.block_size * layer.token_bytes
         common = {
             "block_size": layer.block_size,
             "num_kv_heads": 1,
             "head_size": 64,
             "dtype": torch.uint8,
             "state_content_bytes": layer.token_bytes,
-            "page_size_padded": layer.page_bytes if layer.page_bytes != page_bytes else None,
+            "page_size_padded": layer.page_size_padded,
         }
         specs[f"layers.{index}"] = (
-            SlidingWindowSpec(sliding_window=layer.window, **common)
-            if layer.window
+            SlidingWindowSpec(sliding_window=layer.sliding_window, **common)
+            if layer.sliding_window
             else FullAttentionSpec(**common)
         )
     groups = kv_cache_utils.get_kv_cache_groups(config, specs)

@@ -16,8 +16,8 @@ from typing import Any
 from vllm_fibquant.cli.shape import ModelShape, max_context, needs_vllm, read_config, shape_of
 from vllm_fibquant.codec.config import PRESETS
 from vllm_fibquant.codec.layout import preset_layout
-from vllm_fibquant.codec.page_fit import fit_pages
 from vllm_fibquant.engine import device_pool
+from vllm_fibquant.engine.compat_pages import fitted
 from vllm_fibquant.engine.copies import num_copy_rows
 from vllm_fibquant.options import SECTION, parse_layers, parse_options
 
@@ -38,14 +38,53 @@ BLOCK_MULTIPLE = {"cpu": 32, "cuda": 16}
 
 
 @dataclass(frozen=True)
-class LayerSpec:
-    """The cache of one layer, as vLLM's allocator sees it."""
+class Settings:
+    """What decides what fits, beside the model, the memory and the length of requests.
 
-    window: int
+    Attributes:
+        block_size: tokens of a block.
+        tensor_parallel_size: workers that share the KV heads.
+        skip_layers: as --kv-cache-dtype-skip-layers: layer numbers, or ``sliding_window``; these
+            stay in 16 bits.
+        batched_tokens: vLLM's --max-num-batched-tokens, which bounds what a sliding-window layer
+            holds of one request.
+        num_copies: tokens of a request that our layers also keep in 16 bits (mode quality).
+        num_copied_first: of them, first ones.
+        max_num_seqs: vLLM's --max-num-seqs: requests that have copies; None for DEFAULT_NUM_SEQS.
+        layer_presets: numbers of layers that have another preset than the rest, and its name.
+        device: "cpu" or "cuda", whose pools of copies differ.
+    """
+
+    block_size: int = DEFAULT_BLOCK_SIZE
+    tensor_parallel_size: int = 1
+    skip_layers: tuple[str, ...] = ()
+    batched_tokens: int = DEFAULT_BATCHED_TOKENS
+    num_copies: int = 0
+    num_copied_first: int = 0
+    max_num_seqs: int | None = None
+    layer_presets: tuple[tuple[int, str], ...] = ()
+    device: str = DEFAULT_DEVICE
+
+    @property
+    def num_seqs(self) -> int:
+        if self.max_num_seqs is None:
+            return DEFAULT_NUM_SEQS.get(self.device, 1)
+        return self.max_num_seqs
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """The cache of one layer, as vLLM's allocator sees it, and in its words."""
+
+    sliding_window: int
     token_bytes: int
     block_size: int
-    page_bytes: int
+    page_size_padded: int | None = None
     num_coordinates: int = field(default=0, compare=False)
+
+    @property
+    def page_size_bytes(self) -> int:
+        return self.page_size_padded or self.block_size * self.token_bytes
 
 
 @dataclass(frozen=True)
@@ -77,12 +116,7 @@ def plan_model(
     context: int | None = None,
     *,
     options: dict[str, Any] | None = None,
-    block_size: int = DEFAULT_BLOCK_SIZE,
-    tensor_parallel_size: int = 1,
-    skip_layers: tuple[str, ...] = (),
-    batched_tokens: int = DEFAULT_BATCHED_TOKENS,
-    max_num_seqs: int | None = None,
-    device: str = DEFAULT_DEVICE,
+    **settings: Any,
 ) -> tuple[ModelShape, int, list[Capacity]]:
     """A model's shape, tokens of a request, and what fits: see `plan_capacities`.
 
@@ -90,25 +124,26 @@ def plan_model(
         model: directory with a config.json, or a Hugging Face name.
         context: None for the model's maximum.
         options: as under additional_config["fibquant"]: mode and layers decide what fits.
+        settings: fields of `Settings` but those that follow from options.
 
     Raises:
         ValueError: the model cannot be read, or is refused.
     """
-    options = options or {}
+    options, given = options or {}, Settings(**settings)
     config = read_config(model)
     context = context or max_context(config)
     if needs_vllm(config):
         from vllm_fibquant.cli.plan_states import plan_states
 
-        if device != DEFAULT_DEVICE:
+        if given.device != DEFAULT_DEVICE:
             raise ValueError(
                 "plan: --device must be left out for models whose cache vLLM alone knows, got "
-                f"{device}: vLLM is asked, for the device of this machine"
+                f"{given.device}: vLLM is asked, for the device of this machine"
             )
-        if tensor_parallel_size != 1:
+        if given.tensor_parallel_size != 1:
             raise ValueError(
                 "plan: --tensor-parallel-size must be 1 for models whose cache vLLM alone knows, "
-                f"got {tensor_parallel_size}; a start's own log has the numbers"
+                f"got {given.tensor_parallel_size}; a start's own log has the numbers"
             )
         shape, capacities = plan_states(
             model,
@@ -116,10 +151,10 @@ def plan_model(
             memory_bytes,
             context,
             options,
-            block_size=block_size,
-            kv_cache_dtype_skip_layers=list(skip_layers),
-            max_num_batched_tokens=batched_tokens,
-            max_num_seqs=max_num_seqs or DEFAULT_NUM_SEQS[DEFAULT_DEVICE],
+            block_size=given.block_size,
+            kv_cache_dtype_skip_layers=list(given.skip_layers),
+            max_num_batched_tokens=given.batched_tokens,
+            max_num_seqs=given.num_seqs,
         )
         return shape, context, capacities
     shape = shape_of(model, config)
@@ -129,33 +164,16 @@ def plan_model(
         shape,
         memory_bytes,
         context,
-        block_size=block_size,
-        tensor_parallel_size=tensor_parallel_size,
-        skip_layers=skip_layers,
-        batched_tokens=batched_tokens,
+        **settings,
         num_copies=parsed.num_copies,
         num_copied_first=parsed.num_copied_first,
-        max_num_seqs=max_num_seqs,
-        device=device,
         layer_presets=parse_layers(options.get("layers")),
     )
     return shape, context, capacities
 
 
 def plan_capacities(
-    shape: ModelShape,
-    memory_bytes: int,
-    context: int,
-    *,
-    block_size: int = DEFAULT_BLOCK_SIZE,
-    tensor_parallel_size: int = 1,
-    skip_layers: tuple[str, ...] = (),
-    batched_tokens: int = DEFAULT_BATCHED_TOKENS,
-    num_copies: int = 0,
-    num_copied_first: int = 0,
-    max_num_seqs: int | None = None,
-    layer_presets: tuple[tuple[int, str], ...] = (),
-    device: str = DEFAULT_DEVICE,
+    shape: ModelShape, memory_bytes: int, context: int, **settings: Any
 ) -> list[Capacity]:
     """What fits into `memory_bytes` of every worker's cache, for bf16, fp8 and every preset.
 
@@ -163,50 +181,41 @@ def plan_capacities(
         shape: the model.
         memory_bytes: of the KV cache, as in VLLM_CPU_KVCACHE_SPACE; per tensor-parallel worker.
         context: tokens of one user's request, prompt and answer.
-        block_size: tokens of a block.
-        tensor_parallel_size: workers that share the KV heads.
-        skip_layers: as --kv-cache-dtype-skip-layers: layer numbers, or ``sliding_window``;
-            these stay in 16 bits.
-        batched_tokens: vLLM's --max-num-batched-tokens, which bounds what a sliding-window
-            layer holds of one request.
-        num_copies: tokens of a request that our layers also keep in 16 bits (mode quality).
-        num_copied_first: of them, first ones.
-        max_num_seqs: vLLM's --max-num-seqs: requests that have copies; None for DEFAULT_NUM_SEQS.
-        layer_presets: numbers of layers that have another preset than the rest, and its name.
-        device: "cpu" or "cuda", whose pools of copies differ.
+        settings: fields of `Settings`.
 
     Returns:
         One entry for every cache dtype that the head_dim allows.
     """
-    if max_num_seqs is None:
-        max_num_seqs = DEFAULT_NUM_SEQS.get(device, 1)
-    _check_numbers(shape, device, block_size, tensor_parallel_size, skip_layers, max_num_seqs)
+    given = Settings(**settings)
+    _check_numbers(shape, given)
     sizes = token_bytes(shape.head_dim)
     others = [token_bytes(head_dim) for head_dim in shape.head_dims]
-    _check_layer_presets(shape, layer_presets, skip_layers, sizes)
+    _check_layer_presets(shape, given, sizes)
 
-    rows = device_pool.rows_of_a_request(device, num_copied_first, num_copies - num_copied_first)
+    num_first, num_recent = given.num_copied_first, given.num_copies - given.num_copied_first
+    rows = device_pool.rows_of_a_request(given.device, num_first, num_recent)
     # Layers that read another's pages read its copies, too, where encoding makes them.
-    readers = () if device_pool.serves(device) else shape.readers
+    readers = () if device_pool.serves(given.device) else shape.readers
     capacities = []
     for name in [n for n in sizes if all(n in other for other in others)]:
-        layers = layer_specs(
-            shape, name, block_size, skip_layers, layer_presets, tensor_parallel_size
-        )
+        layers = layer_specs(shape, name, given)
         groups = group_layers(fit_layers(layers) if name in PRESETS else layers)
-        bytes_per_block = max(sum(layer.page_bytes for layer in group) for group in groups)
+        bytes_per_block = max(sum(layer.page_size_bytes for layer in group) for group in groups)
         # Only layers that store codes have copies, of keys and values in 16 bits.
         dense_bytes = DENSE_BYTES["bf16"]
         coded = [x for x in layers if x.token_bytes < x.num_coordinates * dense_bytes]
         stored = sum(layer.token_bytes for layer in coded or layers)
         copying = coded + [layers[i] for i in readers if layers[i] in coded]
         row_bytes = sum(layer.num_coordinates for layer in copying) * dense_bytes
-        copied = num_copies if name in PRESETS and coded else 0
+        copied = given.num_copies if name in PRESETS and coded else 0
         copy_bytes = 0
         if copied:
-            copy_bytes = row_bytes * num_copy_rows(max_num_seqs * rows, row_bytes, memory_bytes)
+            wanted = given.num_seqs * rows
+            copy_bytes = row_bytes * num_copy_rows(wanted, row_bytes, memory_bytes)
         num_blocks = (memory_bytes - copy_bytes) // bytes_per_block
-        blocks_per_user = sum(request_blocks(group, context, batched_tokens) for group in groups)
+        blocks_per_user = sum(
+            request_blocks(group, context, given.batched_tokens) for group in groups
+        )
         max_concurrency = num_blocks / blocks_per_user
         capacities.append(
             Capacity(
@@ -237,47 +246,36 @@ def effective_rate(stored_bytes: int, num_coordinates: int, num_copies: int, con
     return 8 * stored_bytes / num_coordinates + 8 * DENSE_BYTES["bf16"] * copied
 
 
-def _check_numbers(
-    shape: ModelShape,
-    device: str,
-    block_size: int,
-    tensor_parallel_size: int,
-    skip_layers: tuple[str, ...],
-    max_num_seqs: int,
-) -> None:
+def _check_numbers(shape: ModelShape, given: Settings) -> None:
     num_layers = len(shape.windows)
     known = {"sliding_window", *map(str, range(num_layers))}
-    unknown = ", ".join(name for name in skip_layers if name not in known)
-    multiple = BLOCK_MULTIPLE.get(device, 1)
+    unknown = ", ".join(name for name in given.skip_layers if name not in known)
+    multiple = BLOCK_MULTIPLE.get(given.device, 1)
     for is_met, flag, must, got in (
         (not unknown, "kv-cache-dtype-skip-layers",
          f"layer numbers below {num_layers} or sliding_window", unknown),
-        (device in BLOCK_MULTIPLE, "device", " or ".join(BLOCK_MULTIPLE), device),
-        (block_size > 0 and block_size % multiple == 0, "block-size",
-         f"a positive multiple of {multiple}", block_size),
-        (tensor_parallel_size > 0, "tensor-parallel-size", "at least 1", tensor_parallel_size),
-        (max_num_seqs > 0, "max-num-seqs", "at least 1", max_num_seqs),
+        (given.device in BLOCK_MULTIPLE, "device", " or ".join(BLOCK_MULTIPLE), given.device),
+        (given.block_size > 0 and given.block_size % multiple == 0, "block-size",
+         f"a positive multiple of {multiple}", given.block_size),
+        (given.tensor_parallel_size > 0, "tensor-parallel-size", "at least 1",
+         given.tensor_parallel_size),
+        (given.num_seqs > 0, "max-num-seqs", "at least 1", given.num_seqs),
     ):  # fmt: skip
         if not is_met:
             raise ValueError(f"plan: --{flag} must be {must}, got {got}")
 
 
-def _check_layer_presets(
-    shape: ModelShape,
-    layer_presets: tuple[tuple[int, str], ...],
-    skip_layers: tuple[str, ...],
-    sizes: dict[str, int],
-) -> None:
+def _check_layer_presets(shape: ModelShape, given: Settings, sizes: dict[str, int]) -> None:
     """Refuses what the engine refuses.
 
     Raises:
         ValueError: naming the layers or the preset.
     """
-    num_layers = len(shape.windows)
+    num_layers, layer_presets = len(shape.windows), given.layer_presets
     beyond = [str(number) for number, _ in layer_presets if number >= num_layers]
     if beyond:
         raise ValueError(f"plan: --layers must be below {num_layers}, got {', '.join(beyond)}")
-    both = [str(number) for number, _ in layer_presets if str(number) in skip_layers]
+    both = [str(number) for number, _ in layer_presets if str(number) in given.skip_layers]
     if both:
         raise ValueError(
             "plan: --layers must not be among --kv-cache-dtype-skip-layers, got "
@@ -306,68 +304,44 @@ def token_bytes(head_dim: int) -> dict[str, int]:
     return sizes
 
 
-def layer_specs(
-    shape: ModelShape,
-    name: str,
-    block_size: int = DEFAULT_BLOCK_SIZE,
-    skip_layers: tuple[str, ...] = (),
-    layer_presets: tuple[tuple[int, str], ...] = (),
-    tensor_parallel_size: int = 1,
-) -> list[LayerSpec]:
+def layer_specs(shape: ModelShape, name: str, given: Settings) -> list[LayerSpec]:
     """The spec of every layer that has a cache of its own.
 
     Args:
         name: the cache dtype of layers that are not skipped, which have 16 bits, and have no
             preset of their own.
     """
-    own = dict(layer_presets) if name in PRESETS else {}
+    own = dict(given.layer_presets) if name in PRESETS else {}
     layers = []
     for index, window in enumerate(shape.windows):
         num_heads, head_dim = shape.layer_heads(index)
-        num_heads = max(1, num_heads // tensor_parallel_size)
-        is_skipped = str(index) in skip_layers or (window > 0 and "sliding_window" in skip_layers)
+        num_heads = max(1, num_heads // given.tensor_parallel_size)
+        skipped = given.skip_layers
+        is_skipped = str(index) in skipped or (window > 0 and "sliding_window" in skipped)
         head_bytes = token_bytes(head_dim)["bf16" if is_skipped else own.get(index, name)]
+        num_coordinates = 2 * num_heads * head_dim
         layers.append(
-            LayerSpec(
-                window,
-                num_heads * head_bytes,
-                block_size,
-                block_size * num_heads * head_bytes,
-                2 * num_heads * head_dim,
-            )
+            LayerSpec(window, num_heads * head_bytes, given.block_size, None, num_coordinates)
         )
     return layers
 
 
 def fit_layers(layers: list[LayerSpec]) -> list[LayerSpec]:
     """The layers with pages of two sizes made one size, as our backend asks of vLLM."""
-    sizes = sorted({layer.page_bytes for layer in layers})
-    is_mixed = len({layer.window for layer in layers}) > 1
-    fit = fit_pages(*sizes) if is_mixed and len(sizes) == 2 else None
-    if fit is None:
-        return layers
-    if fit.page_bytes > sizes[1]:
-        grown = (replace(x, page_bytes=fit.page_bytes) for x in layers)
-        return [g if x.page_bytes == sizes[1] else x for g, x in zip(grown, layers, strict=True)]
-    return [
-        replace(x, block_size=x.block_size * fit.num_small, page_bytes=fit.page_bytes)
-        if x.page_bytes == sizes[0]
-        else x
-        for x in layers
-    ]
+    return list(fitted(dict(enumerate(layers))).values())
 
 
 def group_layers(layers: list[LayerSpec]) -> list[list[LayerSpec]]:
     """The layers that share a block table; every group draws blocks from one pool."""
-    if len({(layer.window, layer.block_size) for layer in layers}) == 1:
+    if len({(layer.sliding_window, layer.block_size) for layer in layers}) == 1:
         return [layers]
 
-    page_bytes = max(layer.page_bytes for layer in layers)
+    page_bytes = max(layer.page_size_bytes for layer in layers)
     kinds: defaultdict[LayerSpec, list[LayerSpec]] = defaultdict(list)
     for layer in layers:
-        ratio, rest = divmod(page_bytes, layer.page_bytes)
+        ratio, rest = divmod(page_bytes, layer.page_size_bytes)
         block_size = layer.block_size * (1 if rest else ratio)
-        unified = replace(layer, block_size=block_size, page_bytes=page_bytes)
+        unified = replace(layer, block_size=block_size, page_size_padded=page_bytes)
         kinds[unified].append(unified)
 
     sizes = [len(kind) for kind in kinds.values()]
@@ -382,10 +356,10 @@ def group_layers(layers: list[LayerSpec]) -> list[list[LayerSpec]]:
 def request_blocks(group: list[LayerSpec], context: int, batched_tokens: int) -> int:
     """Blocks one request of `context` tokens may hold in a group."""
     first = group[0]
-    if not first.window:
+    if not first.sliding_window:
         return -(-context // first.block_size)
     # The window need not start at a block's edge, hence one more.
-    held = min(first.window - 1 + batched_tokens, context)
+    held = min(first.sliding_window - 1 + batched_tokens, context)
     return -(-held // first.block_size) + 1
 
 

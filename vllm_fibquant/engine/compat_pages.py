@@ -49,7 +49,7 @@ def fit_layers_pages(names: list[str]) -> None:
     wrap_once(Attention, "get_kv_cache_spec", get_kv_cache_spec)
 
 
-def fitted(specs: Mapping[str, Any]) -> dict[str, Any]:
+def fitted(specs: Mapping[Any, Any]) -> dict[Any, Any]:
     """Specifications whose pages `codec.page_fit.fit_pages` has made equally large where it can."""
     specs = dict(specs)
     windows = {getattr(spec, "sliding_window", None) for spec in specs.values()}
