@@ -145,7 +145,7 @@ def test_non_finite_keys_are_counted_and_do_not_spread(model_folder, monkeypatch
     model = make_model("llama", model_folder)
     with engine(model, "fibquant_4bit") as llm:
         expected = generate(llm, prompts[:1], 4)
-        before = non_finite.non_finite_vectors()
+        before = non_finite.counter.total
         update = attention.FibQuantImpl.do_kv_cache_update
 
         def poisoned(self, layer, key, value, kv_cache, slot_mapping):
@@ -153,7 +153,7 @@ def test_non_finite_keys_are_counted_and_do_not_spread(model_folder, monkeypatch
 
         monkeypatch.setattr(attention.FibQuantImpl, "do_kv_cache_update", poisoned)
         generate(llm, prompts[1:], 4)
-        assert non_finite.non_finite_vectors() > before
+        assert non_finite.counter.total > before
         monkeypatch.undo()
         assert bits(generate(llm, prompts[:1], 4)) == bits(expected)
 

@@ -51,9 +51,9 @@ def test_keys_with_nan(model_folder, tmp_path, warnings):
         alone = one_by_one(llm, prompts, NUM_TOKENS)
         # The token generated last is never stored.
         stored = sum(len(prompt) + NUM_TOKENS - 1 for prompt in prompts)
-        assert non_finite.non_finite_vectors() == stored
+        assert non_finite.counter.total == stored
         together = in_batches(llm, prompts, NUM_TOKENS)
-        assert non_finite.non_finite_vectors() == 2 * stored
+        assert non_finite.counter.total == 2 * stored
         assert all(cache.numel() for cache in cache_tensors(llm))
     assert all(math.isfinite(value) for answer in alone for value in answer.logprobs)
     assert [a.bits for a in together] == [a.bits for a in alone]
@@ -71,5 +71,5 @@ def test_hidden_states_with_nan(model_folder, tmp_path, warnings, mode):
         answers = in_batches(llm, prompts, NUM_TOKENS)
     assert all(len(answer.tokens) == NUM_TOKENS for answer in answers)
     # Keys and values of both heads of layer 1.
-    assert non_finite.non_finite_vectors() == sum(4 * (len(p) + NUM_TOKENS - 1) for p in prompts)
+    assert non_finite.counter.total == sum(4 * (len(p) + NUM_TOKENS - 1) for p in prompts)
     assert len(warnings) == 1

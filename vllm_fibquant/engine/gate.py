@@ -182,7 +182,7 @@ def _measure(
     sums = {}
     for name, of_layer in readings.items():
         if of_layer.sums[0]:  # a draft model's layers have not been read
-            sums[_number(name)] = of_layer.sums
+            sums[number_of(name)] = of_layer.sums
     return RankLoss(sums, next_tokens)
 
 
@@ -202,7 +202,7 @@ def _compare(
     return result
 
 
-def _number(name: str) -> int:
-    """A layer's number in its model."""
+def number_of(name: str) -> int:
+    """A layer's number in its model, by its name."""
     numbers = re.findall(r"\d+", name)
     return int(numbers[0]) if numbers else 0

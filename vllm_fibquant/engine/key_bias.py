@@ -9,7 +9,6 @@ longer than what tells keys apart (Qwen2), and a code would spend its bits on th
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,9 +21,6 @@ from vllm_fibquant.keys.key_map import MAX_FIRST_MEANS, TurningMean, Turns
 
 if TYPE_CHECKING:
     from vllm_fibquant.engine.attention import FibQuantImpl
-
-PROJECTIONS = ("qkv_proj", "gqkv_proj", "qkv", "query_key_value", "Wqkv", "c_attn", "k_proj")
-"""What vLLM's models call the projection that makes keys (read in 0.32.0's model files)."""
 
 NUM_POSITIONS = 1024
 """Positions over which what does not turn, or is not taken to turn, is averaged."""
@@ -40,36 +36,15 @@ def has_bias(impl: FibQuantImpl) -> bool:
     return any(isinstance(bias, torch.Tensor) and bool(bias.any()) for bias in biases)
 
 
-def biased_layers(model: torch.nn.Module, layer_names: Iterable[str]) -> list[str]:
-    """The attention layers, of those named, whose keys have a bias that is not zero.
+def adds_bias(impl: FibQuantImpl, vllm_config: VllmConfig) -> bool:
+    """Whether a layer's keys have a bias, or may have one: its module cannot be asked.
 
-    Args:
-        model: as loaded.
-        layer_names: names of attention layers; each one's projection is beside it in its parent.
+    A collective call, as `bias_statistics`.
     """
-    modules = dict(model.named_modules())
-    found = []
-    for name in layer_names:
-        parent = modules.get(name.rpartition(".")[0])
-        for projection in PROJECTIONS:
-            bias = _key_bias(getattr(parent, projection, None))
-            if bias is not None and bool((bias != 0).any()):
-                found.append(name)
-                break
-    return found
-
-
-def _key_bias(projection: torch.nn.Module | None) -> torch.Tensor | None:
-    """The part of a projection's bias that is added to keys; all of it where that is not known."""
-    bias = getattr(projection, "bias", None)
-    if bias is None:
-        return None
-    sizes = (getattr(projection, name, None) for name in ("num_heads", "num_kv_heads", "head_size"))
-    num_heads, num_kv_heads, head_size = sizes
-    if num_heads is None or num_kv_heads is None or head_size is None:
-        return bias
-    begin = num_heads * head_size
-    return bias[begin : begin + num_kv_heads * head_size]
+    try:
+        return bias_statistics(impl, vllm_config, None) is not None
+    except ValueError:
+        return True
 
 
 def bias_statistics(

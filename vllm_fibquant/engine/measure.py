@@ -30,7 +30,7 @@ from vllm_fibquant.keys.calibration import (
     join_heads,
 )
 from vllm_fibquant.keys.key_map import Turns
-from vllm_fibquant.ops import Attend, Batch, Fresh, Pages
+from vllm_fibquant.ops import Batch, Fresh, Pages
 from vllm_fibquant.options import DEFAULT_FIRST
 
 if TYPE_CHECKING:
@@ -274,7 +274,9 @@ class LayerCollector:
             if length > DEFAULT_FIRST:
                 self._add(q[rest].float(), k[rest].float(), torch.arange(length)[rest])
         if not query.is_cpu:  # raw attention of few tokens needs no kernel
-            return attend_sequences(query, key, value, output, length, self._impl.attend)
+            how = self._impl.attend
+            of = how.scale, how.window, how.soft_cap, how.sinks
+            return output.copy_(attend_dense(query, key, value, length, *of))
         if self._pages is None:
             shape = (1, self._impl.num_kv_heads, BLOCK_SIZE, self._impl.codec.layout.record_bytes)
             cache = torch.zeros(shape, dtype=torch.uint8)
@@ -292,22 +294,6 @@ class LayerCollector:
                 q, k = self._turns.shift(query, distance), self._turns.shift(key, distance)
             self.statistics.add(q, k, positions + distance)
         self._num_read += 1
-
-
-def attend_sequences(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    output: torch.Tensor,
-    length: int,
-    attend: Attend,
-) -> torch.Tensor:
-    """Attention of sequences of `length` tokens, one after the other, in plain PyTorch."""
-    parts = [
-        attend_dense(q, k, v, attend.scale, attend.window, attend.soft_cap, attend.sinks)
-        for q, k, v in zip(*(x.split(length) for x in (query, key, value)), strict=True)
-    ]
-    return output.copy_(torch.cat(parts))
 
 
 def distances(number: int) -> tuple[int, ...]:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from vllm.config import VllmConfig
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from vllm_fibquant.engine.gate import outcome_of
+from vllm_fibquant.engine.gate import number_of, outcome_of
 from vllm_fibquant.observe.counters import own_counters
 from vllm_fibquant.observe.ledger import Ledger
 from vllm_fibquant.observe.monitor import Monitor, Step
@@ -39,8 +38,7 @@ def planner_of_probes(
     if _latest is None or _latest[0] is not vllm_config:
         is_loss_accepted = outcome_of(vllm_config).state == "accepted"
         _latest = vllm_config, Ledger(options.budget, own_counters(), is_loss_accepted)
-    numbers = [int(n[0]) if (n := re.findall(r"\d+", name)) else 0 for name in impls]
-    speculative = vllm_config.speculative_config
+    numbers, speculative = list(map(number_of, impls)), vllm_config.speculative_config
     monitor = Monitor(
         options, list(impls.values()), numbers, block_size, _latest[1], device, waits(device.type),
         speculative.num_speculative_tokens if speculative else 0,

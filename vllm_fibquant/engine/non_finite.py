@@ -44,11 +44,7 @@ class NonFiniteCounter:
 
 
 counter = NonFiniteCounter()
-
-
-def non_finite_vectors() -> int:
-    """Keys and values with NaN or Inf seen by this process; on a GPU, up to the last copy."""
-    return counter.total
+"""Of this process; what a GPU counted is there up to the last copy."""
 
 
 class DeviceReader:

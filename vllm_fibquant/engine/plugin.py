@@ -142,7 +142,7 @@ def _prepare(worker: Any, available_bytes: int) -> int:
     layers = loaded.our_layers(vllm_config)
     has_maps = "means" in head_dims.features_on(vllm_config)
     if not has_maps:
-        biased = key_bias.biased_layers(worker.model_runner.get_model(), layers)
+        biased = [n for n, impl in layers.items() if key_bias.adds_bias(impl, vllm_config)]
         if biased:
             name = vllm_config.cache_config.cache_dtype
             why = gpu.why_no_maps(head_dims.head_dim_of(vllm_config))

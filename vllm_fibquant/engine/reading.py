@@ -136,18 +136,13 @@ def _stock_attention(impl: Any, num_seqs: Callable[[], int]) -> Callable[..., An
     def forward(
         layer: Any, query: Any, key: Any, value: Any, *args: Any, output: Any, **kwargs: Any
     ) -> torch.Tensor:
-        length = len(query) // num_seqs()
         heads = (-1, impl.num_heads, impl.head_size), (-1, impl.num_kv_heads, impl.head_size)
         shaped = query.view(heads[0]), key.view(heads[1]), value.view(heads[1])
-        parts = [
-            attend_dense(
-                q, k, v, impl.scale, max(window, 0), getattr(impl, "logits_soft_cap", None) or 0.0,
-                getattr(impl, "sinks", None),
-            )
-            for q, k, v in zip(*(x.split(length) for x in shaped), strict=True)
-        ]  # fmt: skip
-        output.copy_(torch.cat(parts).view(output.shape))
-        return output
+        found = attend_dense(
+            *shaped, len(query) // num_seqs(), impl.scale, max(window, 0),
+            getattr(impl, "logits_soft_cap", None) or 0.0, getattr(impl, "sinks", None),
+        )  # fmt: skip
+        return output.copy_(found.view(output.shape))
 
     return forward
 
@@ -156,33 +151,35 @@ def attend_dense(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    length: int,
     scale: float,
     window: int = 0,
     soft_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Causal attention of one sequence in plain PyTorch, float32.
+    """Causal attention of sequences of one length, one after the other, in plain PyTorch, float32.
 
     Args:
-        query: [length, num_q_heads, head_dim].
-        key, value: [length, num_kv_heads, head_dim].
+        query: [num_seqs * length, num_q_heads, head_dim].
+        key, value: [num_seqs * length, num_kv_heads, head_dim].
         scale, window, soft_cap, sinks: as in `ops.paged_attention`.
 
     Returns:
         float32 as query.
     """
     group = query.shape[1] // key.shape[1]
-    keys, values = (x.float().repeat_interleave(group, 1) for x in (key, value))
-    scores = torch.einsum("qhd,shd->hqs", query.float(), keys) * scale
+    queries, keys, values = (x.float().unflatten(0, (-1, length)) for x in (query, key, value))
+    keys, values = (x.repeat_interleave(group, 2) for x in (keys, values))
+    scores = torch.einsum("bqhd,bshd->bhqs", queries, keys) * scale
     if soft_cap:
         scores = soft_cap * torch.tanh(scores / soft_cap)
-    at = torch.arange(len(query), device=query.device)
+    at = torch.arange(length, device=query.device)
     hidden = at > at[:, None]
     if window > 0:
         hidden |= at <= at[:, None] - window
     scores = scores.masked_fill(hidden, float("-inf"))
     if sinks is not None:
-        extra = sinks.float()[:, None, None].expand(-1, len(query), 1)
+        extra = sinks.float()[:, None, None].expand(len(scores), -1, length, 1)
         scores = torch.cat((scores, extra), -1)
-    weights = scores.softmax(-1)[..., : len(key)]
-    return torch.einsum("hqs,shd->qhd", weights, values)
+    weights = scores.softmax(-1)[..., :length]
+    return torch.einsum("bhqs,bshd->bqhd", weights, values).flatten(0, 1)

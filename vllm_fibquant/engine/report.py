@@ -82,18 +82,14 @@ def worker_report(vllm_config: VllmConfig) -> dict[str, Any]:
         "cache_bytes": sum(storages.values()),
         "fits": {n: asdict(f) for n, f in what_fits(vllm_config, sum(storages.values())).items()},
         "codes": [
-            {
-                "head_dim": head_dim,
-                "preset": preset,
-                "record_bytes": codec.layout.record_bytes,
-                "rate": (codec.key.spec.rate + codec.value.spec.rate) / 2,
-                "effective_rate": codec.layout.effective_rate,
-                "key": _code(codec.key),
-                "value": _code(codec.value),
-            }
-            for (head_dim, preset), codec in sorted(coded.items())
+            _codes(preset, codec.key, codec.value, codec.layout)
+            for (_, preset), codec in sorted(coded.items())
         ]
-        + _latent_codes(list(latents.values())),
+        # A latent is key and value at once.
+        + [
+            _codes(impl.options.preset.name, *2 * (impl.codec.latent,), impl.codec)
+            for impl in list(latents.values())[:1]
+        ],
         "calibration": _calibration(
             [layer.impl for layer in layers.values() if isinstance(layer.impl, FibQuantImpl)]
         ),
@@ -102,23 +98,17 @@ def worker_report(vllm_config: VllmConfig) -> dict[str, Any]:
     }
 
 
-def _latent_codes(impls: list[Any]) -> list[dict[str, Any]]:
-    """As an entry of "codes": the one vector is key and value."""
-    if not impls:
-        return []
-    codec, preset = impls[0].codec, impls[0].options.preset.name
-    code = _code(codec.latent)
-    return [
-        {
-            "head_dim": codec.latent.head_dim,
-            "preset": preset,
-            "record_bytes": codec.record_bytes,
-            "rate": codec.latent.spec.rate,
-            "effective_rate": codec.effective_rate,
-            "key": code,
-            "value": code,
-        }
-    ]
+def _codes(preset: str, key: VectorCodec, value: VectorCodec, record: Any) -> dict[str, Any]:
+    """An entry of "codes"; `record` knows its bytes and rate."""
+    return {
+        "head_dim": key.head_dim,
+        "preset": preset,
+        "record_bytes": record.record_bytes,
+        "rate": (key.spec.rate + value.spec.rate) / 2,
+        "effective_rate": record.effective_rate,
+        "key": _code(key),
+        "value": _code(value),
+    }
 
 
 def _calibration(impls: list[FibQuantImpl]) -> dict[str, Any]:

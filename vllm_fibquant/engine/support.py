@@ -235,15 +235,20 @@ def _run_rows(vllm_config: VllmConfig, options: Options) -> list[Row]:
     ]  # fmt: skip
 
 
-def _draft_problems(vllm_config: VllmConfig, why: str) -> list[str]:
-    """Why this configuration's draft model cannot be used, if it has one; `why` is of the draft."""
+def _draft_row(vllm_config: VllmConfig, why: str) -> tuple[bool, str]:
+    """Of `_said`: a draft model cannot be used; `why` is of the draft."""
     speculation = vllm_config.speculative_config
-    if speculation is None or speculation.method == "ngram":
-        return []
-    return [
-        f"speculative decoding must be off or ngram, got {speculation.method}, whose draft {why}; "
-        "leave --speculative-config out"
-    ]
+    method = "ngram" if speculation is None else speculation.method
+    return (
+        method != "ngram",
+        f"speculative decoding must be off or ngram, got {method}, whose draft {why}; "
+        "leave --speculative-config out",
+    )
+
+
+def _said(*found: tuple[Any, str]) -> list[str]:
+    """The sentences of those that are so."""
+    return [told for is_so, told in found if is_so]
 
 
 def _moves_pages(vllm_config: VllmConfig) -> bool:
@@ -254,13 +259,8 @@ def _moves_pages(vllm_config: VllmConfig) -> bool:
 
 def calibrate_problems(vllm_config: VllmConfig, options: Options) -> list[str]:
     """Every reason why this configuration's keys cannot be coded by a calibration."""
+    model, moves_pages = vllm_config.model_config, _moves_pages(vllm_config)
     problems = []
-    model = vllm_config.model_config
-    if model is not None and model.is_hybrid:
-        problems.append(
-            f"layers must all be attention, got {model.architecture}: {UNMEASURED_HYBRID}; leave "
-            "calibrate out for this model"
-        )
     if model is not None and options.calibrate == "transform" and not model.use_mla:
         head_dim = model.get_head_size()
         found = [transform_problem(p.key, head_dim) for p in options.presets]
@@ -269,90 +269,70 @@ def calibrate_problems(vllm_config: VllmConfig, options: Options) -> list[str]:
             told = (cuda_tables.unsupported_transform(size, head_dim) for size in sizes)
             found += [problem and f'{problem}; use "calibrate": "means"' for problem in told]
         problems += [problem for problem in found if problem]
-    moves_pages = _moves_pages(vllm_config)
-    if moves_pages and options.transforms_keys:
-        problems.append(
-            f'it must be "means" with KV connectors and offloading, got "{options.calibrate}": a '
-            "transform may come out with other last digits on two machines"
-        )
-    if moves_pages and not (options.calibration and Path(options.calibration).is_file()):
-        problems.append(
-            "calibration must be an existing file with KV connectors and offloading, got "
-            f"{options.calibration!r}: pages mean the same only to those who read the same file; "
-            "run: vllm-fibquant calibrate MODEL --output FILE"
-        )
-    return problems
+    return problems + _said(
+        (model is not None and model.is_hybrid,
+         f"layers must all be attention, got {model and model.architecture}: {UNMEASURED_HYBRID}; "
+         "leave calibrate out for this model"),
+        (moves_pages and options.transforms_keys,
+         f'it must be "means" with KV connectors and offloading, got "{options.calibrate}": a '
+         "transform may come out with other last digits on two machines"),
+        (moves_pages and not (options.calibration and Path(options.calibration).is_file()),
+         "calibration must be an existing file with KV connectors and offloading, got "
+         f"{options.calibration!r}: pages mean the same only to those who read the same file; "
+         "run: vllm-fibquant calibrate MODEL --output FILE"),
+    )  # fmt: skip
 
 
 def layers_problems(vllm_config: VllmConfig, options: Options) -> list[str]:
     """Every reason why some layers of this configuration cannot have a preset of their own."""
-    problems = []
-    model, cache = vllm_config.model_config, vllm_config.cache_config
-    skipped = cache.kv_cache_dtype_skip_layers
+    model, skipped = vllm_config.model_config, vllm_config.cache_config.kv_cache_dtype_skip_layers
     both = [str(number) for number, _ in options.layers if str(number) in skipped]
-    if both or "sliding_window" in skipped:
-        problems.append(
-            "they must not be among --kv-cache-dtype-skip-layers, got "
-            f"{', '.join(both) or 'sliding_window'} there; name each layer in one of the two"
-        )
-    problems += _draft_problems(vllm_config, "model has layers of the same numbers")
-    if _moves_pages(vllm_config):
-        problems.append(
-            "KV connectors and offloading must be off, got one: many take all layers' pages for "
-            "equally large; leave --kv-transfer-config and --kv-offloading-size out"
-        )
+    problems = _said(
+        (both or "sliding_window" in skipped,
+         "they must not be among --kv-cache-dtype-skip-layers, got "
+         f"{', '.join(both) or 'sliding_window'} there; name each layer in one of the two"),
+        _draft_row(vllm_config, "model has layers of the same numbers"),
+        (_moves_pages(vllm_config),
+         "KV connectors and offloading must be off, got one: many take all layers' pages for "
+         "equally large; leave --kv-transfer-config and --kv-offloading-size out"),
+    )  # fmt: skip
     if model is None:
         return problems
     num_layers = model.get_total_num_hidden_layers()
     beyond = [str(number) for number, _ in options.layers if number >= num_layers]
-    if beyond:
-        problems.append(
-            f"they must be from 0 to {num_layers - 1} for this model, got {', '.join(beyond)}; "
-            "leave those out"
-        )
-    if model.is_hybrid:
-        problems.append(
-            f"the model's layers must all be attention, got {model.architecture}; leave layers out"
-        )
-    layer_types = getattr(model.hf_text_config, "layer_types", None) or ()
-    is_mixed = len(set(layer_types)) > 1
-    if is_mixed and not vllm_config.scheduler_config.disable_hybrid_kv_cache_manager:
-        problems.append(
-            "pages must be equally large in models that mix full and sliding-window attention, "
-            "where vLLM pads every page to the largest and nothing would be saved; leave layers "
-            "out, or give --disable-hybrid-kv-cache-manager, which keeps all tokens of all layers"
-        )
-    return problems
+    is_mixed = len(set(getattr(model.hf_text_config, "layer_types", None) or ())) > 1
+    is_one_group = vllm_config.scheduler_config.disable_hybrid_kv_cache_manager
+    return problems + _said(
+        (beyond, f"they must be from 0 to {num_layers - 1} for this model, got "
+         f"{', '.join(beyond)}; leave those out"),
+        (model.is_hybrid, f"the model's layers must all be attention, got {model.architecture}; "
+         "leave layers out"),
+        (is_mixed and not is_one_group,
+         "pages must be equally large in models that mix full and sliding-window attention, "
+         "where vLLM pads every page to the largest and nothing would be saved; leave layers "
+         "out, or give --disable-hybrid-kv-cache-manager, which keeps all tokens of all layers"),
+    )  # fmt: skip
 
 
 def retain_problems(vllm_config: VllmConfig) -> list[str]:
     """Every reason why this configuration cannot keep a request's first and newest tokens alone."""
-    problems = []
     model, cache = vllm_config.model_config, vllm_config.cache_config
-    if model is not None and model.architecture not in RETAIN_ARCHITECTURES:
-        problems.append(
-            f"model must be one of {', '.join(RETAIN_ARCHITECTURES)}, whose queries can be turned "
-            f"back, got {model.architecture}; leave retain out for this model"
-        )
     layer_types = getattr(model.hf_text_config, "layer_types", None) if model is not None else None
-    if cache.sliding_window is not None or "sliding_attention" in (layer_types or ()):
-        problems.append(
-            "layers must all have full attention, got a sliding window, which bounds those layers' "
-            "cache already; leave retain out for this model"
-        )
-    if cache.kv_cache_dtype_skip_layers:
-        problems.append(
-            "--kv-cache-dtype-skip-layers must be empty, got "
-            f"{', '.join(cache.kv_cache_dtype_skip_layers)}: their cache would grow without bound; "
-            "leave the flag out"
-        )
-    problems += _draft_problems(vllm_config, "model's cache has not been verified with it")
-    if _moves_pages(vllm_config):
-        problems.append(
-            "KV connectors and offloading must be off, got one: they move pages by position, and "
-            "some are gone; leave --kv-transfer-config and --kv-offloading-size out"
-        )
-    return problems
+    skipped = cache.kv_cache_dtype_skip_layers
+    return _said(
+        (model is not None and model.architecture not in RETAIN_ARCHITECTURES,
+         f"model must be one of {', '.join(RETAIN_ARCHITECTURES)}, whose queries can be turned "
+         f"back, got {model and model.architecture}; leave retain out for this model"),
+        (cache.sliding_window is not None or "sliding_attention" in (layer_types or ()),
+         "layers must all have full attention, got a sliding window, which bounds those layers' "
+         "cache already; leave retain out for this model"),
+        (skipped, f"--kv-cache-dtype-skip-layers must be empty, got {', '.join(skipped)}: their "
+         "cache would grow without bound; leave the flag out"),
+        _draft_row(vllm_config, "model's cache has not been verified with it"),
+        (_moves_pages(vllm_config),
+         "KV connectors and offloading must be off, got one: they move pages by position, and "
+         "some are gone; leave --kv-transfer-config and --kv-offloading-size out"),
+    )  # fmt: skip
 
 
 def _connector_names(transfer: Any) -> list[str]:

@@ -302,34 +302,25 @@ class Outcome:
 
     def facts(self) -> dict[str, Any]:
         """In types that JSON has; figures are None where there are none or they are not finite."""
-        facts: dict[str, Any] = {
+        loss = self.loss or Loss({}, 0, math.nan, math.nan, math.nan)
+        figures = (loss.kl, loss.perplexity, loss.increase) if loss.num_tokens else 3 * (math.nan,)
+        kl, perplexity, increase = map(_finite, figures)
+        cosines = {number: _finite(found.cosine) for number, found in loss.layers.items()}
+        worst = loss.worst[0] if loss.layers else None
+        return {
             "state": self.state,
             "reason": self.reason,
             "seconds": round(self.seconds, 2),
             "warn_kl": WARN_KL,
             "refuse_kl": REFUSE_KL,
-            "num_tokens": 0,
-            **dict.fromkeys(("kl", "perplexity", "perplexity_increase", "worst_layer",
-                             "worst_layer_cosine")),
-            "layer_cosines": {},
-        }  # fmt: skip
-        if (loss := self.loss) is None:
-            return facts
-        if loss.num_tokens:
-            facts |= {
-                "num_tokens": loss.num_tokens,
-                "kl": _finite(loss.kl),
-                "perplexity": _finite(loss.perplexity),
-                "perplexity_increase": _finite(loss.increase),
-            }
-        if loss.layers:
-            cosines = {number: _finite(found.cosine) for number, found in loss.layers.items()}
-            facts |= {
-                "worst_layer": loss.worst[0],
-                "worst_layer_cosine": cosines[loss.worst[0]],
-                "layer_cosines": {str(number): cosine for number, cosine in cosines.items()},
-            }
-        return facts
+            "num_tokens": loss.num_tokens,
+            "kl": kl,
+            "perplexity": perplexity,
+            "perplexity_increase": increase,
+            "worst_layer": worst,
+            "worst_layer_cosine": None if worst is None else cosines[worst],
+            "layer_cosines": {str(number): cosine for number, cosine in cosines.items()},
+        }
 
 
 def refusal_of(loss: Loss, options: Options) -> str:
