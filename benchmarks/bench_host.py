@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the two ops cost the host, in every layer of every step: all but the kernels themselves.
+"""What the two ops cost the host, in every layer of every step, all but the kernels themselves, and
+what a step's `Batch` does.
 
     python -m benchmarks.bench_host
 
@@ -52,9 +53,12 @@ def calls(num_reqs: int, kernels: Kernels | None) -> dict[str, Callable[[], obje
     key_map, fresh = given.get("key_map"), given.get("fresh")
     copies, table = given.get("copied", (None, None))
     pages = Pages(cache, codec, key_map, kernels or ops.choose(codec, cache))
-    batch = Batch(case.query_start_loc, case.seq_lens, case.block_table, table)
+    requests = case.query_start_loc, case.seq_lens, case.block_table, table
+    batch = Batch(*requests)
     attend = Attend(case.scale, copies=copies)
+    copied = () if table is None else (torch.arange(num_reqs),) * 2  # new tokens and their rows
     return {
+        "Batch, once a step": lambda: Batch(*requests, *copied),
         "encode_kv": lambda: ops.encode_kv(key, value, slots, pages, positions),
         "paged_attention": lambda: ops.paged_attention(
             case.query, case.out, pages, batch, attend, fresh

@@ -42,6 +42,11 @@ static int64_t transform_keys(const FqKeyMap& map, int head_dim, Batch& b) {
   const int num_coded = map.num_coded;
   for (int i = 0, next; i < b.count; i = next) {  // keys of one head
     for (next = i + 1; next < b.count && b.head[next] == b.head[i];) ++next;
+    if (next == i + 1 && map.key_halves_t) {
+      multiply_halves(map.key_halves_t + (int64_t)b.head[i] * head_dim / 2 * num_coded, head_dim,
+                      num_coded, b.x + (int64_t)i * head_dim, b.y + (int64_t)i * num_coded);
+      continue;
+    }
     multiply_transposed(matrix_of(map, map.key_matrix_t, b.head[i], head_dim), head_dim, num_coded,
                         next - i, b.x + (int64_t)i * head_dim, b.y + (int64_t)i * num_coded);
   }

@@ -195,15 +195,30 @@ static void describe_calls(fq::AbiText& abi) {
   }
   {
     using S = FqKeyMap;
-    abi.add(sizeof(S),
-            {FQ_FIELD(mean),           FQ_FIELD(num_plain),        FQ_FIELD(key_matrix_t),
-             FQ_FIELD(query_matrix_t), FQ_FIELD(weight),           FQ_FIELD(source_scale),
-             FQ_FIELD(num_coded),      FQ_FIELD(num_subvecs),      FQ_FIELD(codes),
-             FQ_FIELD(turn_pairs),     FQ_FIELD(turn_mean),        FQ_FIELD(turn_fine),
-             FQ_FIELD(turn_coarse),    FQ_FIELD(turn_columns),     FQ_FIELD(turn_dense),
-             FQ_FIELD(num_positions),  FQ_FIELD(num_turning),      FQ_FIELD(num_fast),
-             FQ_FIELD(num_columns),    FQ_FIELD(num_fast_columns), FQ_FIELD(num_first_means),
-             FQ_FIELD(first_key),      FQ_FIELD(first_value)});
+    abi.add(sizeof(S), {FQ_FIELD(mean),
+                        FQ_FIELD(num_plain),
+                        FQ_FIELD(key_matrix_t),
+                        FQ_FIELD(key_halves_t),
+                        FQ_FIELD(query_matrix_t),
+                        FQ_FIELD(weight),
+                        FQ_FIELD(source_scale),
+                        FQ_FIELD(num_coded),
+                        FQ_FIELD(num_subvecs),
+                        FQ_FIELD(codes),
+                        FQ_FIELD(turn_pairs),
+                        FQ_FIELD(turn_mean),
+                        FQ_FIELD(turn_fine),
+                        FQ_FIELD(turn_coarse),
+                        FQ_FIELD(turn_columns),
+                        FQ_FIELD(turn_dense),
+                        FQ_FIELD(num_positions),
+                        FQ_FIELD(num_turning),
+                        FQ_FIELD(num_fast),
+                        FQ_FIELD(num_columns),
+                        FQ_FIELD(num_fast_columns),
+                        FQ_FIELD(num_first_means),
+                        FQ_FIELD(first_key),
+                        FQ_FIELD(first_value)});
   }
 }
 

@@ -84,6 +84,32 @@ static inline void multiply_transposed(const float* matrix, int rows, int column
   if (r < count) multiply_rows<1>(matrix, rows, columns, src + r * rows, dst + r * columns);
 }
 
+// dst = M^T src for M [rows, columns] of bfloat16 numbers, two rows in a word: the same sums as
+// above, and half the bytes, which are the limit where a matrix is read for one vector.
+template <int kVectors>
+static inline void multiply_halves(const uint32_t* words, int rows, int columns, int i,
+                                   const float* src, float* dst) {
+  vf acc[kVectors] = {};
+  for (int j = 0; j < rows; j += 2, words += columns) {
+    const vf even = splat(src[j]), odd = splat(src[j + 1]);
+    for (int c = 0; c < kVectors; ++c) {
+      const vi pair = (vi)load(reinterpret_cast<const float*>(words + i + c * kLanes));
+      acc[c] = madd(even, (vf)(pair << 16), acc[c]);
+      acc[c] = madd(odd, (vf)(pair & (int32_t)0xFFFF0000), acc[c]);
+    }
+  }
+  for (int c = 0; c < kVectors; ++c) store(dst + i + c * kLanes, acc[c]);
+}
+
+static inline void multiply_halves(const uint32_t* words, int rows, int columns, const float* src,
+                                   float* dst) {
+  int i = 0;
+  for (; i + 8 * kLanes <= columns; i += 8 * kLanes) {
+    multiply_halves<8>(words, rows, columns, i, src, dst);
+  }
+  for (; i < columns; i += kLanes) multiply_halves<1>(words, rows, columns, i, src, dst);
+}
+
 // x = rotation of x (inverse: its transpose).
 static inline void rotate(const FqCodec& codec, float* x, bool inverse) {
   const int dim = codec.head_dim;

@@ -80,7 +80,10 @@ struct FqCodec {
 struct FqKeyMap {
   const float* mean;  // [num_kv_heads, head_dim]
   int64_t num_plain;
-  const float* key_matrix_t;    // [num_kv_heads, head_dim, num_coded] or null
+  const float* key_matrix_t;  // [num_kv_heads, head_dim, num_coded] or null
+  // key_matrix_t as bfloat16 numbers, [num_kv_heads, head_dim / 2, num_coded], the even row's in
+  // the low half of a word; null where they are not exactly these.
+  const uint32_t* key_halves_t;
   const float* query_matrix_t;  // as key_matrix_t: a query q is scored as query_matrix[h] q
   const float* weight;          // [num_kv_heads, num_coded], of each coordinate's error
   float source_scale;           // length of z / |z| * source_scale is what the codebooks expect

@@ -385,6 +385,7 @@ def test_the_transform_loses_nothing_but_what_is_not_coded(head_dim: int, bits: 
     key_map = make_map(head_dim, index_bytes=bits * head_dim // 8)
     transform = key_map.transform
     identity = transform.query_matrix.mT.double() @ transform.key_matrix.double()
-    assert torch.allclose(identity, torch.eye(head_dim).double(), atol=1e-3)
+    assert torch.allclose(identity, torch.eye(head_dim).double(), atol=1e-5)
+    assert torch.equal(transform.key_matrix.bfloat16().float(), transform.key_matrix)
     assert transform.num_coded == head_dim
     assert sum(transform.lengths) == bits * head_dim // 8

@@ -43,6 +43,8 @@ RUN_CODES = (
 SHRINKAGE = 0.02
 """How far both second moments are drawn to a multiple of the identity."""
 
+_DUAL_STEPS = 4  # leave the rounding of float64, of errors that begin at a few percent
+
 _MULTIPLE = 16  # of num_coded, as kernels want it
 _MIN_NORMAL = torch.finfo(torch.float32).tiny
 
@@ -79,7 +81,8 @@ class KeyTransform:
 
     Attributes:
         key_matrix: float32 [num_kv_heads, num_coded, head_dim], contiguous: z = key_matrix k, its
-            last rows 0 where num_coded was rounded up.
+            last rows 0 where num_coded was rounded up. Its numbers are bfloat16's: kernels that
+            encode one token read it for that token alone, and so half as many bytes.
         query_matrix: as key_matrix: <query_matrix q, z> is the score of k.
         weight: float32 [num_kv_heads, num_coded], what an error of each coordinate costs.
         index_bytes: bytes of a key's indices.
@@ -198,7 +201,8 @@ def make_transform(
         rows_weight.append(variances[:, run].mean(-1, keepdim=True).expand(-1, size))
         begin += size
     padding = -begin % _MULTIPLE
-    key_rows, query_rows = torch.cat(rows_key, 1), torch.cat(rows_query, 1)
+    key_rows = torch.cat(rows_key, 1).bfloat16().double()
+    query_rows = _made_dual(torch.cat(rows_query, 1), key_rows)
     weight = torch.cat(rows_weight, 1)
     weight = weight / weight.amax(-1, keepdim=True)
     pad = torch.nn.functional.pad
@@ -208,6 +212,18 @@ def make_transform(
         pad(weight, (0, padding)).float().contiguous(),
         index_bytes,
     )
+
+
+def _made_dual(query_rows: torch.Tensor, key_rows: torch.Tensor) -> torch.Tensor:
+    """The rows near query_rows whose products with key_rows are 1 for a row's own and else 0:
+    rounding the one of two inverses must not change what a score is.
+
+    Newton's steps, each of which squares what is left of the error.
+    """
+    one = torch.eye(key_rows.shape[1], dtype=key_rows.dtype)
+    for _ in range(_DUAL_STEPS):
+        query_rows = query_rows - (key_rows @ query_rows.mT - one).mT @ query_rows
+    return query_rows
 
 
 def _shrink(moment: torch.Tensor) -> torch.Tensor:

@@ -52,7 +52,7 @@ class FqKeyMap(Structure):
     _fields_ = fields(
         (c_void_p, "mean"),
         (c_int64, "num_plain"),
-        (c_void_p, "key_matrix_t query_matrix_t weight"),
+        (c_void_p, "key_matrix_t key_halves_t query_matrix_t weight"),
         (c_float, "source_scale"),
         (c_int32, "num_coded"),
         (c_int32 * 3, "num_subvecs"),
@@ -195,6 +195,9 @@ def _key_map_struct(key_map: KeyMap) -> FqKeyMap:
         matrices = (transform.key_matrix.mT, transform.query_matrix.mT, transform.weight)
         keep += [_aligned(x) for x in matrices]
         struct.key_matrix_t, struct.query_matrix_t, struct.weight = (x.data_ptr() for x in keep[1:])
+        if (halves := _halves(matrices[0])) is not None:
+            keep.append(halves)
+            struct.key_halves_t = halves.data_ptr()
         struct.source_scale, struct.num_coded = transform.source_scale, transform.num_coded
         struct.num_subvecs[:] = transform.lengths
         for i, book in enumerate(transform.codebooks):
@@ -222,6 +225,15 @@ def _key_map_struct(key_map: KeyMap) -> FqKeyMap:
         struct.num_first_means = first.num_first
     struct.tables = keep
     return struct
+
+
+def _halves(matrix_t: torch.Tensor) -> torch.Tensor | None:
+    """key_halves_t of `tables.h`, whose words are typed as floats; None for numbers that bfloat16
+    does not have."""
+    halves = matrix_t.bfloat16()
+    if not torch.equal(halves.float(), matrix_t):
+        return None
+    return _aligned(halves.unflatten(1, (-1, 2)).mT.contiguous().view(torch.float32).squeeze(-1))
 
 
 def _dense_turns(
