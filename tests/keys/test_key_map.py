@@ -389,3 +389,20 @@ def test_the_transform_loses_nothing_but_what_is_not_coded(head_dim: int, bits: 
     assert torch.equal(transform.key_matrix.bfloat16().float(), transform.key_matrix)
     assert transform.num_coded == head_dim
     assert sum(transform.lengths) == bits * head_dim // 8
+
+
+@pytest.mark.parametrize("name", ["fibquant_1bit", "fibquant_3bit"])
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_one_token_alone_is_stored_as_among_others(isa: str, head_dim: int, name: str) -> None:
+    """It reads its matrices as 16-bit halves, and tokens together as floats."""
+    codec = codec_of(name, head_dim)
+    key_map = make_map(head_dim, index_bytes=codec.layout.key_index_bytes, turning=True)
+    key, value = torch.randn(2, 40, 2, head_dim, generator=torch.Generator().manual_seed(4))
+    cache = torch.zeros(2, 2, 40, codec.layout.record_bytes, dtype=torch.uint8)
+    pages, slots = ops.pages_of(cache, codec, key_map), torch.arange(80)
+    positions = torch.arange(40)
+    ops.encode_kv(key, value, slots[:40], pages, positions)
+    for i in range(40):
+        one = slice(i, i + 1)
+        ops.encode_kv(key[one], value[one], slots[40:][one], pages, positions[one])
+    assert torch.equal(cache[0], cache[1])
