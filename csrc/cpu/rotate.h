@@ -93,7 +93,8 @@ static inline void multiply_halves(const uint32_t* words, int rows, int columns,
   for (int j = 0; j < rows; j += 2, words += columns) {
     const vf even = splat(src[j]), odd = splat(src[j + 1]);
     for (int c = 0; c < kVectors; ++c) {
-      const vi pair = (vi)load(reinterpret_cast<const float*>(words + i + c * kLanes));
+      const float* at = reinterpret_cast<const float*>(words + i + c * kLanes);
+      const vi pair = (vi)in_register(load(at));
       acc[c] = madd(even, (vf)(pair << 16), acc[c]);
       acc[c] = madd(odd, (vf)(pair & (int32_t)0xFFFF0000), acc[c]);
     }
