@@ -55,7 +55,9 @@ def test_the_suite(tmp_path, words, monkeypatch):
     assert len(first.missing) == len(first.jobs) >= 2 * len(rows)
     first.prepare()
     first.run()
-    numbers = {s.row.name: s.numbers for s in report.summarise_all(first)}
+    numbers = {
+        s.row.name: s.numbers for s in report.summarise_all(first.rows, first.shape, first.results)
+    }
     assert numbers["uncompressed, simulated"]["kl"] == pytest.approx(0, abs=1e-6)
     for mode in ("exact", "quality"):
         engine = numbers[f"2bit, {mode}, uncalibrated"]

@@ -12,10 +12,12 @@ from typing import Any
 from vllm_fibquant import files
 from vllm_fibquant.cli import info, plan, serve
 from vllm_fibquant.cli.plan_states import reasons
-from vllm_fibquant.options import Options
 
 SHOWN = ("bf16", "fp8")
 """What capacity is shown beside the preset."""
+
+OPTIONS = ("prefill", "recent_window", "num_copies", "calibrate")
+"""What of a run's options is shown."""
 
 
 def examine(
@@ -96,17 +98,8 @@ def _asked_of_vllm(model: str, kv_cache_dtype: str) -> dict[str, Any]:
     return {
         "refused": [],
         "without": list(support.told_defaults(config)),
-        "options": _options(support.run_options(config)),
+        "options": {name: getattr(support.run_options(config), name) for name in OPTIONS},
         "last_fidelity": last_fidelity.read(config),
-    }
-
-
-def _options(options: Options) -> dict[str, Any]:
-    return {
-        "prefill": options.prefill,
-        "recent_window": options.recent_window,
-        "num_copies": options.num_copies,
-        "calibrate": options.calibrate,
     }
 
 

@@ -66,19 +66,15 @@ def describe(preset: Preset) -> dict[str, Any]:
 
 def codebooks() -> dict[str, str]:
     """Digest of every codebook the presets read, by file name; an error's text where damaged."""
-    from vllm_fibquant.codec.codebook import codebook_filename, load_codebook
+    from vllm_fibquant.codec.codebook import codebook_filename, load_codebook, shipped_codes
 
     digests = {}
-    for preset in PRESETS.values():
-        for spec in (preset.key, preset.value):
-            for head_dim in HEAD_DIMS:
-                name = codebook_filename(spec, head_dim)
-                if name in digests:
-                    continue
-                try:
-                    digests[name] = load_codebook(spec, head_dim).digest
-                except (ValueError, OSError) as error:
-                    digests[name] = f"error: {error}"
+    for spec, head_dim in shipped_codes():
+        name = codebook_filename(spec, head_dim)
+        try:
+            digests[name] = load_codebook(spec, head_dim).digest
+        except (ValueError, OSError) as error:
+            digests[name] = f"error: {error}"
     return digests
 
 
@@ -151,7 +147,7 @@ def render(report: dict[str, Any]) -> str:
         "codebooks (SHA-256, first 16 digits):",
     ]
     lines += [
-        f"  {name:<26}{digest if digest.startswith('error') else digest[:16]}"
+        f"  {name:<27}{digest if digest.startswith('error') else digest[:16]}"
         for name, digest in report["codebooks"].items()
     ]
     return "\n".join(lines)

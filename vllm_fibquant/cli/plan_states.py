@@ -5,11 +5,16 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllm_fibquant.cli.plan import DENSE_BYTES, Capacity, effective_rate
 from vllm_fibquant.cli.shape import ModelShape, has_latents, read_config
 from vllm_fibquant.codec.config import PRESETS
+
+if TYPE_CHECKING:
+    from vllm.v1.kv_cache_interface import AttentionSpec
+
+    from vllm_fibquant.engine.planned import Planned
 
 DTYPE_NAMES = {"bf16": "auto", "fp8": "fp8"}
 """What vLLM calls the uncompressed caches."""
@@ -37,7 +42,7 @@ def plan_states(
         ValueError: vLLM is missing, or refuses the model with every preset.
     """
     try:
-        from vllm_fibquant.engine.planned import Planned, planned
+        from vllm_fibquant.engine.planned import planned
     except ImportError as error:
         raise ValueError(
             f"plan: layers of {model} must all be attention to keys and values where vLLM is "
@@ -64,12 +69,12 @@ def plan_states(
         told = list(dict.fromkeys(told for name in refusals for told in refusals[name]))
         raise ValueError(f"plan: {model} must be a model that is served; " + "; ".join(told))
     layers = found["bf16"].layers
-    heads = tuple((layer.num_kv_heads, layer.head_dim) for layer in layers)
+    heads = tuple((layer.num_kv_heads, layer.head_size) for layer in layers)
     shape = ModelShape(
         model,
-        layers[0].head_dim,
+        layers[0].head_size,
         layers[0].num_kv_heads,
-        tuple(layer.window for layer in layers),
+        tuple(getattr(layer, "sliding_window", None) or 0 for layer in layers),
         max_context,
         heads if len(set(heads)) > 1 else (),
         found["bf16"].num_states,
@@ -88,17 +93,16 @@ def reasons(text: str) -> list[str]:
     return [reason.strip() for reason in told.split("\n  - ") if reason.strip()]
 
 
-def _capacity(name: str, plan: Any, context: int, num_vectors: int) -> Capacity:
-    coded = [layer for layer in plan.layers if layer.is_coded] or plan.layers
+def _capacity(name: str, plan: Planned, context: int, num_vectors: int) -> Capacity:
+    def token_bytes(layers: list[AttentionSpec]) -> int:
+        return sum(layer.real_page_size_bytes // layer.block_size for layer in layers)
+
+    coded = plan.coded or plan.layers
+    coordinates = sum(num_vectors * layer.num_kv_heads * layer.head_size for layer in coded)
     return Capacity(
         kv_cache_dtype=name,
-        bytes_per_token=sum(layer.num_kv_heads * layer.record_bytes for layer in plan.layers),
-        effective_rate=effective_rate(
-            sum(layer.num_kv_heads * layer.record_bytes for layer in coded),
-            sum(num_vectors * layer.num_kv_heads * layer.head_dim for layer in coded),
-            plan.num_copies,
-            context,
-        ),
+        bytes_per_token=token_bytes(plan.layers),
+        effective_rate=effective_rate(token_bytes(coded), coordinates, plan.num_copies, context),
         num_blocks=plan.num_blocks,
         num_tokens=int(plan.max_concurrency * context),
         max_concurrency=plan.max_concurrency,

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 from ctypes import byref
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -39,19 +39,20 @@ def num_copy_rows(wanted: int, row_bytes: int, available_bytes: int) -> int:
     return max(1, min(wanted, int(available_bytes * MAX_COPY_SHARE) // row_bytes))
 
 
-@dataclass(frozen=True)
-class CopyPlan:
+class CopyPlan(NamedTuple):
     """What one step reads from copies and what it copies.
 
     Attributes:
         table: int32 [num_reqs, num_first + num_recent], as `ops.Batch.copy_table`.
-        tokens: int64 [n], new tokens of this step to be copied once attention has been computed.
-        rows: int64 [n], where to; distinct.
+        rows: where to. On a CPU int64 [n], distinct. On a GPU int32 [at least the number of new
+            tokens], as `ops.Copied.rows`; behind the new tokens are rows of other steps.
+        tokens: int64 [n], new tokens of this step to be copied once attention has been computed;
+            None on a GPU, where encode copies.
     """
 
     table: torch.Tensor
-    tokens: torch.Tensor
     rows: torch.Tensor
+    tokens: torch.Tensor | None = None
 
 
 class CopyPool:
@@ -124,7 +125,7 @@ class CopyPool:
         if (num_new := plan_copies(*structs, *out)) < 0:
             self._reach(-num_new)
             num_new = plan_copies(*structs, *out)
-        return CopyPlan(table, tokens[:num_new], rows[:num_new])
+        return CopyPlan(table, rows[:num_new], tokens[:num_new])
 
     def _reach(self, num_slots: int) -> None:
         """Makes room for slots below `num_slots` in the map."""

@@ -26,10 +26,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 
+from vllm_fibquant.engine.copies import CopyPlan
 from vllm_fibquant.ops import cuda
 from vllm_fibquant.ops.checks import at_least, check_tensor
 from vllm_fibquant.ops.cuda_structs import FqCudaPlan
@@ -61,19 +61,6 @@ def rows_of_a_request(device_type: str, num_first: int, num_recent: int) -> int:
     if not serves(device_type):
         return num_first + num_recent
     return RECENT_ROWS * num_recent + FIRST_ROWS * num_first
-
-
-class DevicePlan(NamedTuple):
-    """What one step reads from copies and what it copies.
-
-    Attributes:
-        table: int32 [num_reqs, num_first + num_recent], as `ops.Batch.copy_table`.
-        rows: int32 [at least the number of new tokens], as `ops.Copied.rows`; behind the new tokens
-            are rows of other steps.
-    """
-
-    table: torch.Tensor
-    rows: torch.Tensor
 
 
 class DevicePool:
@@ -138,7 +125,7 @@ class DevicePool:
         seq_lens: torch.Tensor,
         block_table: torch.Tensor,
         slot_mapping: torch.Tensor,
-    ) -> DevicePlan:
+    ) -> CopyPlan:
         """Plans one step; every layer of the group must carry it out.
 
         Args:
@@ -169,4 +156,4 @@ class DevicePool:
         plan.stride_block_table, plan.table_width = block_table.stride(0), block_table.shape[1]
         plan.num_reqs, plan.num_tokens = num_reqs, num_tokens
         self._planner(plan, self._tags.device)
-        return DevicePlan(self._table[:num_reqs], self._rows)
+        return CopyPlan(self._table[:num_reqs], self._rows)

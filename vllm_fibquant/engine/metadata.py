@@ -181,11 +181,10 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
         if self._pool is None:
             return (), None
         where = common.query_start_loc, common.seq_lens, common.block_table_tensor
-        if isinstance(self._pool, CopyPool):
-            plan = self._pool.step(*where, common.slot_mapping)
-            return (plan.table, plan.tokens, plan.rows), None
-        table, rows = self._pool.step(*where, common.slot_mapping[: common.num_actual_tokens])
-        return (table,), rows
+        plan = self._pool.step(*where, common.slot_mapping[: common.num_actual_tokens])
+        if plan.tokens is None:
+            return (plan.table,), plan.rows
+        return (plan.table, plan.tokens, plan.rows), None
 
     def _num_gone(self, common: CommonAttentionMetadata) -> torch.Tensor | None:
         if self.retain is None:

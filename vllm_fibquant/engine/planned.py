@@ -23,37 +23,20 @@ from vllm_fibquant.engine.support import is_ours, run_options
 
 
 @dataclass(frozen=True)
-class PlannedLayer:
-    """One layer that keeps keys and values.
-
-    Attributes:
-        window: its sliding window, or 0.
-        record_bytes: of one token and KV head, keys and values.
-        is_coded: whether they are stored as codes.
-    """
-
-    num_kv_heads: int
-    head_dim: int
-    window: int
-    record_bytes: int
-    is_coded: bool
-
-
-@dataclass(frozen=True)
 class Planned:
     """A cache as an engine would make it.
 
     Attributes:
-        layers: those that keep keys and values, in order.
+        layers: what vLLM specifies of those that keep keys and values, in order.
+        coded: those of them that store codes.
         num_states: layers that keep a state of one size, whatever the number of tokens.
-        block_size: tokens of a block of attention layers.
         num_copies: tokens of a request that are also kept in 16 bits.
         copy_bytes: memory that these take.
     """
 
-    layers: tuple[PlannedLayer, ...]
+    layers: list[AttentionSpec]
+    coded: list[AttentionSpec]
     num_states: int
-    block_size: int
     num_blocks: int
     max_concurrency: float
     num_copies: int
@@ -104,21 +87,11 @@ def _ask(config: VllmConfig, memory_bytes: int) -> Planned:
     num_rows, row_bytes = layers.copy_rows(config, memory_bytes)
     copy_bytes = num_rows * row_bytes
     found = compat_pages.allocate(config, specs, memory_bytes - copy_bytes)
-    found_layers = tuple(
-        PlannedLayer(
-            spec.num_kv_heads,
-            spec.head_size,
-            getattr(spec, "sliding_window", None) or 0,
-            spec.real_page_size_bytes // spec.block_size // spec.num_kv_heads,
-            name in coded,
-        )
-        for name, spec in specs.items()
-        if isinstance(spec, AttentionSpec)
-    )
+    kept = {name: spec for name, spec in specs.items() if isinstance(spec, AttentionSpec)}
     return Planned(
-        found_layers,
-        len(specs) - len(found_layers),
-        config.cache_config.block_size,
+        list(kept.values()),
+        [spec for name, spec in kept.items() if name in coded],
+        len(specs) - len(kept),
         found.num_blocks,
         found.max_concurrency,
         run_options(config).num_copies if num_rows else 0,

@@ -123,10 +123,8 @@ def _calibration(impls: list[FibQuantImpl]) -> dict[str, Any]:
 
 def _kernel(layers: Iterable[Any]) -> str:
     """The kernel of the first of our layers."""
-    for layer in layers:
-        if isinstance(layer.impl, FibQuantImpl):
-            return ops.choose(layer.impl.codec, layer.kv_cache).name
-    return "none"
+    ours = (layer for layer in layers if isinstance(layer.impl, FibQuantImpl))
+    return next((ops.choose(x.impl.codec, x.kv_cache).name for x in ours), "none")
 
 
 def _code(codec: VectorCodec) -> dict[str, Any]:

@@ -97,7 +97,9 @@ def run(options: argparse.Namespace) -> int:
     suite.path.with_suffix(".md").write_text(f"# {model.name}\n\n{text}")
     print(text)
     images = (options.images or options.out) / model.name
-    for path in draw_all(summarise_all(suite), images, suite.path.stem):
+    for path in draw_all(
+        summarise_all(suite.rows, suite.shape, suite.results), images, suite.path.stem
+    ):
         print(f"drew {path}", file=sys.stderr)
     if suite.missing and not options.report:
         print(f"eval: {len(suite.missing)} results are missing, see above", file=sys.stderr)

@@ -5,14 +5,12 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from vllm_fibquant.evaluation.engine import Shape
-from vllm_fibquant.evaluation.report import CONTEXT, TITLES, Summary, found_of, summarise, table
+from vllm_fibquant.evaluation.report import CONTEXT, TITLES, Summary, found_of, summarise_all, table
 from vllm_fibquant.evaluation.rows import Row, all_rows
 from vllm_fibquant.evaluation.texts import Sizes
 
@@ -55,14 +53,7 @@ def read_models(folder: Path) -> list[Model]:
         for line in path.read_text().splitlines():
             result = json.loads(line)
             newest[result["row"], result["unit"]] = result
-        by_row: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
-        for (row_name, _), result in newest.items():
-            by_row[row_name].append(result)
-        summaries = {
-            row.name: summarise(row, shape.head_dim, by_row[row.name])
-            for row in all_rows(Sizes.step)
-            if row.name in by_row
-        }
+        summaries = {s.row.name: s for s in summarise_all(all_rows(Sizes.step), shape, newest)}
         found.append(Model(path.parent.name, shape, summaries))
     return found
 

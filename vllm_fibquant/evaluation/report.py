@@ -6,10 +6,11 @@ from __future__ import annotations
 import math
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm_fibquant.evaluation.engine import Shape
 from vllm_fibquant.evaluation.measure import quantile_of_worst
 from vllm_fibquant.evaluation.rows import Row
 from vllm_fibquant.evaluation.suite import Suite
@@ -109,16 +110,14 @@ def summarise(row: Row, head_dim: int, results: Iterable[dict[str, Any]]) -> Sum
     return summary
 
 
-def summarise_all(suite: Suite) -> list[Summary]:
-    """One summary per row of the plan that anything was measured of."""
+def summarise_all(
+    rows: Iterable[Row], shape: Shape, results: Mapping[tuple[str, str], dict[str, Any]]
+) -> list[Summary]:
+    """One summary per row that anything was measured of; results are by row and unit."""
     by_row = defaultdict(list)
-    for (name, _), result in suite.results.items():
+    for (name, _), result in results.items():
         by_row[name].append(result)
-    return [
-        summarise(row, suite.shape.head_dim, by_row[row.name])
-        for row in suite.rows
-        if row.name in by_row
-    ]
+    return [summarise(row, shape.head_dim, by_row[row.name]) for row in rows if row.name in by_row]
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -159,7 +158,7 @@ def quality_line(s: Summary) -> list[str]:
 
 def markdown(suite: Suite) -> str:
     """All tables of one model's results."""
-    summaries = summarise_all(suite)
+    summaries = summarise_all(suite.rows, suite.shape, suite.results)
     sizes, shape = suite.sizes, suite.shape
     coordinates = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim
     parts = [
