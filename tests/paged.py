@@ -3,19 +3,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
 from vllm_fibquant import ops
 from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.keys.key_map import KeyMap
-from vllm_fibquant.ops import Attend, Batch, Fresh, Pages, reference
+from vllm_fibquant.ops import Attend, Batch, Fresh, Pages, choice, reference
 
 POISON = 0xFF  # as a norm: NaN
 MAX_TIES = 0.02
+
+
+@contextlib.contextmanager
+def use_reference() -> Iterator[None]:
+    """Pages made within this context have the oracle in the place of a CPU's kernels."""
+    with patch.object(choice, "CPU", ops.REFERENCE):
+        yield
 
 
 @dataclass

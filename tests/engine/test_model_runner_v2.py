@@ -15,8 +15,7 @@ import torch
 pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from tests import emulated as emu
-from tests.paged import make_paged
-from vllm_fibquant import ops
+from tests.paged import make_paged, use_reference
 from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.codec.config import PRESETS
 from vllm_fibquant.engine import attention
@@ -111,7 +110,7 @@ BATCHES = {
 def test_the_kernels_read_v2s_batches(name: str) -> None:
     query_lens, seq_lens, num_reqs, num_tokens = BATCHES[name]
     codec = KVCodec.from_preset(PRESETS["fibquant_2bit"], 64)
-    with ops.use_reference():
+    with use_reference():
         paged = make_paged(codec, seq_lens, query_lens, group_size=4, dtype=torch.float16)
     metadata = metadata_of_v2(query_lens, paged, num_reqs, num_tokens)
     assert metadata.num_tokens == num_tokens and metadata.batch.num_reqs == num_reqs
@@ -122,7 +121,7 @@ def test_the_kernels_read_v2s_batches(name: str) -> None:
 
 def test_decodes_beside_a_chunk_have_a_launch_of_their_own() -> None:
     codec = KVCodec.from_preset(PRESETS["fibquant_2bit"], 64)
-    with ops.use_reference():
+    with use_reference():
         paged = make_paged(codec, [40, 17, 50], [1, 1, 20], dtype=torch.float16)
     metadata = metadata_of_v2([1, 1, 20], paged, 3, 22)
     assert [(end, batch.num_reqs) for end, batch in metadata.parts] == [(2, 2), (22, 1)]
@@ -138,7 +137,7 @@ def test_positions_stay_in_one_place_for_captured_graphs() -> None:
     first = metadata_of_v2([1, 1], paged_of_two(), 2, 2, made=made).positions
     assert first[:2].tolist() == [39, 16] and first[2:].unique().tolist() == [-7]
     codec = KVCodec.from_preset(PRESETS["fibquant_2bit"], 64)
-    with ops.use_reference():
+    with use_reference():
         paged = make_paged(codec, [40, 30], [3, 3], dtype=torch.float16)
     second = metadata_of_v2([3, 3], paged, 4, 12, made=made).positions
     assert second is first and first[:6].tolist() == [37, 38, 39, 27, 28, 29]
@@ -163,7 +162,7 @@ def test_how_far_queries_turn_back_stays_in_one_place() -> None:
 
 def paged_of_two():
     codec = KVCodec.from_preset(PRESETS["fibquant_2bit"], 64)
-    with ops.use_reference():
+    with use_reference():
         return make_paged(codec, [40, 17], [1, 1], dtype=torch.float16)
 
 
@@ -172,7 +171,7 @@ def test_copies_of_a_batch_are_planned(name: str) -> None:
     """Padded requests have none, and each part has the lines of its requests."""
     query_lens, seq_lens, num_reqs, num_tokens = BATCHES[name]
     codec = KVCodec.from_preset(PRESETS["fibquant_2bit"], 64)
-    with ops.use_reference():
+    with use_reference():
         paged = make_paged(codec, seq_lens, query_lens)
     pool = DevicePool(512, 2, 8, 16, 8, 64, torch.device("cpu"), emu.emulated().plan_copies)
     # As if every token before the new ones had come in one step.

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from tests.ops.test_attention import check_against_oracle, codec_of
-from tests.paged import Paged, make_paged
-from vllm_fibquant import ops
+from tests.paged import Paged, make_paged, use_reference
 from vllm_fibquant.ops import Copies
 
 
@@ -96,7 +95,7 @@ def test_new_tokens_are_copied_after_everything_is_attended(dtype: torch.dtype) 
     found = []
     for reference in (False, True):
         mine = copies._replace(key=copies.key.clone(), value=copies.value.clone())
-        with ops.use_reference() if reference else contextlib.nullcontext():
+        with use_reference() if reference else contextlib.nullcontext():
             out = paged.attend(copies=(mine, table, new_tokens, new_rows), **raw)
         found.append((out, mine))
     (out, mine), (expected, theirs) = found

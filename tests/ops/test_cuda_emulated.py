@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests import emulated as emu
-from tests.paged import MAX_TIES, check_records, make_paged
+from tests.paged import MAX_TIES, check_records, make_paged, use_reference
 from vllm_fibquant import ops
 from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.codec.config import PRESETS
@@ -27,7 +27,7 @@ def codec_of(name: str, head_dim: int) -> KVCodec:
 
 
 def paged_of(*args, dtype=torch.float16, **options):
-    with ops.use_reference():  # needs no compiled CPU library
+    with use_reference():  # needs no compiled CPU library
         return make_paged(*args, dtype=dtype, **options)
 
 

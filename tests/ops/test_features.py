@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.keys.test_key_map import make_map
-from tests.paged import make_paged
+from tests.paged import make_paged, use_reference
 from vllm_fibquant import ops
 from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.codec.config import PRESETS
@@ -25,7 +25,7 @@ OF_A_RUN = {"layers", "monitor"}
 def ask(feature: str, kernels: ops.Kernels) -> None:
     """Checks a call that needs one feature, without making it."""
     codec = KVCodec.from_preset(PRESETS["fibquant_2bit"], 64)
-    with ops.use_reference():
+    with use_reference():
         paged = make_paged(codec, [20, 5], [1, 1])
     if feature == "lists":
         side = SimpleNamespace(num_lists=2)

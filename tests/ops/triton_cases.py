@@ -10,7 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.paged import check_records, make_paged
+from tests.paged import check_records, make_paged, use_reference
 from vllm_fibquant import ops
 from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.codec.config import PRESETS
@@ -26,7 +26,7 @@ def codec_of(name: str, head_dim: int) -> KVCodec:
 
 
 def paged_of(*args, **options):
-    with ops.use_reference():  # needs no compiled library
+    with use_reference():  # needs no compiled library
         return make_paged(*args, **options)
 
 

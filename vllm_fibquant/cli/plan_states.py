@@ -12,8 +12,6 @@ from vllm_fibquant.cli.shape import ModelShape, has_latents, read_config
 from vllm_fibquant.codec.config import PRESETS
 
 if TYPE_CHECKING:
-    from vllm.v1.kv_cache_interface import AttentionSpec
-
     from vllm_fibquant.engine.planned import Planned
 
 DTYPE_NAMES = {"bf16": "auto", "fp8": "fp8"}
@@ -94,7 +92,7 @@ def reasons(text: str) -> list[str]:
 
 
 def _capacity(name: str, plan: Planned, context: int, num_vectors: int) -> Capacity:
-    def token_bytes(layers: list[AttentionSpec]) -> int:
+    def token_bytes(layers: list[Any]) -> int:
         return sum(layer.real_page_size_bytes // layer.block_size for layer in layers)
 
     coded = plan.coded or plan.layers

@@ -18,7 +18,6 @@ from vllm_fibquant.ops.choice import (
     kernel_name,
     reserve,
     unsupported_codec,
-    use_reference,
 )
 from vllm_fibquant.ops.kernels import Kernels
 

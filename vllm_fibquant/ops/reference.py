@@ -2,7 +2,7 @@
 """The oracle: what encoding and attention must do, in plain PyTorch.
 
 Every kernel is tested against these two functions. They are written to be read: one request at
-a time, one gather, one softmax. They serve where `ops.use_reference` asks for them.
+a time, one gather, one softmax.
 """
 
 from __future__ import annotations
