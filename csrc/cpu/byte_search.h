@@ -140,6 +140,7 @@ static inline vi find_boxes(const FqCode& code, const float* y) {
 
 // Scores of 4 subvectors, times 256, with 255 less a row's number in the byte below: lane 4 n + i
 // has of the n-th one the best two of rows i, i + 4, i + 8 and i + 12 of its box.
+template <bool kFolded>
 static inline BestTwo score_boxes(const FqCode& code, const Table* planes, const float* y,
                                   const int32_t* box) {
   const vi whole = to_ints(load(y) * code.box_scale - code.box_shift);
@@ -155,7 +156,7 @@ static inline BestTwo score_boxes(const FqCode& code, const Table* planes, const
   const uint64_t upper = has_bits(number, 0x80);
   vb plane[4];
   for (int j = 0; j < 4; ++j) plane[j] = look_up(planes[j], number, upper);
-  const vb sign = splat_byte(code.folded ? 0 : 0x80);
+  const vb sign = splat_byte(kFolded ? 0 : 0x80);
   // Bytes with a sign are multiplied as bytes + 128; what that adds is taken away, so that a score
   // fits.
   const vi added = dot_bytes(vi{}, sign, high);
@@ -163,7 +164,7 @@ static inline BestTwo score_boxes(const FqCode& code, const Table* planes, const
   for (int q = 0; q < 4; ++q) {
     const vb c01 = zip_bytes(q / 2, plane[0], plane[1]), c23 = zip_bytes(q / 2, plane[2], plane[3]);
     const vb row = zip_words(q % 2, c01, c23);
-    const vb size = code.folded ? row : absolute_bytes(row), unsigned_row = row ^ sign;
+    const vb size = kFolded ? row : absolute_bytes(row), unsigned_row = row ^ sign;
     vi sum = (dot_bytes(-added, unsigned_row, high) << 2) - dot_bytes(vi{}, size, size);
     sum = dot_bytes(sum << 6, unsigned_row, low);
     const vb last = zip_words(q % 2, zip_bytes(q / 2, ~number, vb{}), vb{});
@@ -175,13 +176,15 @@ static inline BestTwo score_boxes(const FqCode& code, const Table* planes, const
 }
 
 // Rows for 16 subvectors in these boxes. Returns which are still open.
+template <bool kFolded>
 static inline uint32_t search_boxes(const FqCode& code, const Table* planes, const float* y,
                                     const int32_t* box, vi* row) {
   vi best[4], second[4];
   vf largest = vf{};
+#pragma GCC unroll 4
   for (int n = 0; n < 4; ++n) {
     largest = vmax(largest, vabs(load(y + 16 * n)));
-    const BestTwo found = score_boxes(code, planes, y + 16 * n, box + 4 * n);
+    const BestTwo found = score_boxes<kFolded>(code, planes, y + 16 * n, box + 4 * n);
     best[n] = found.best;
     second[n] = found.second;
   }
@@ -216,7 +219,8 @@ static void nearest_in_boxes(const FqCode& code, int num_subvecs, const float* y
     for (int i = 0; i < count; i += 16) {
       const int here = count - i < 16 ? count - i : 16;
       vi row;
-      const uint32_t open = search_boxes(code, planes, from(i), box + i, &row);
+      const auto search = code.folded ? search_boxes<true> : search_boxes<false>;
+      const uint32_t open = search(code, planes, from(i), box + i, &row);
       memcpy(index + s + i, &row, (size_t)here * 4);
       if (open) settle<4>(code, open, here, y + 4 * (s + i), index + s + i);
     }
@@ -262,6 +266,7 @@ static inline void scan(const FqCode& code, int count, const float* y, uint32_t*
     best[g] = second[g] = vi{} + INT32_MIN;
   }
   const int32_t* row = code.scan;
+#pragma GCC unroll 4
   for (int n = 0; n < 256; ++n, row += 1 + kWords) {
     vi c[kWords];
     for (int p = 0; p < kWords; ++p) c[p] = vi{} + row[1 + p];
