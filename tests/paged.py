@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,16 @@ import torch
 from vllm_fibquant import ops
 from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.keys.key_map import KeyMap
-from vllm_fibquant.ops import Attend, Batch, Fresh, Pages, choice, reference
+from vllm_fibquant.ops import (
+    Attend,
+    Batch,
+    Fresh,
+    Pages,
+    choice,
+    cpu_library,
+    cpu_tables,
+    reference,
+)
 
 POISON = 0xFF  # as a norm: NaN
 MAX_TIES = 0.02
@@ -25,6 +35,15 @@ def use_reference() -> Iterator[None]:
     """Pages made within this context have the oracle in the place of a CPU's kernels."""
     with patch.object(choice, "CPU", ops.REFERENCE):
         yield
+
+
+def record_layout(codec: KVCodec) -> list[int]:
+    """The CPU library's own idea of a record: offsets of K and V indices, of both norms, its
+    size."""
+    struct, out = cpu_tables.codec_struct(codec), (ctypes.c_int32 * 5)()
+    key, value = ctypes.byref(struct.key), ctypes.byref(struct.value)
+    cpu_library.library().fq_record_layout(codec.head_dim, key, value, out)
+    return list(out)
 
 
 @dataclass

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
+from tests.paged import record_layout
 from vllm_fibquant.codec.codec import KVCodec, unpack_indices
 from vllm_fibquant.codec.config import PRESETS
-from vllm_fibquant.ops import cpu_library
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "page-layout.md"
 ROW = re.compile(r"^\| `(\w+)` \| (\d+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$", re.M)
@@ -29,7 +29,7 @@ def test_document_python_and_library_agree() -> None:
             layout.value_norm_offset,
             layout.record_bytes,
         ]
-        assert [int(x) for x in offsets] == expected == cpu_library.record_layout(codec)
+        assert [int(x) for x in offsets] == expected == record_layout(codec)
 
 
 def test_record_read_by_hand() -> None:

@@ -108,28 +108,28 @@ def test_the_installed_version_is_a_tested_one():
 
 
 def test_backends_have_names_vllm_can_tell_apart():
+    from vllm_fibquant.codec.config import PRESETS
     from vllm_fibquant.engine import backend
-    from vllm_fibquant.options import parse_options
+    from vllm_fibquant.options import Options, parse_options
 
     plain = backend.backend_for(parse_options("fibquant_2bit"))
-    assert plain is backend.fibquant_2bit
+    assert plain is backend.backend_for(Options(PRESETS["fibquant_2bit"]))
     raw = backend.backend_for(parse_options("fibquant_2bit", {"fibquant": {"mode": "exact"}}))
     assert plain.full_cls_name() != raw.full_cls_name()
-    with pytest.raises(AttributeError, match="fibquant_5bit"):
-        _ = backend.fibquant_5bit
 
 
 def test_only_our_layers_get_our_page_size():
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
     from vllm_fibquant.engine import backend
+    from vllm_fibquant.options import parse_options
 
     def spec(dtype, **changes):
         return FullAttentionSpec(
             block_size=16, num_kv_heads=2, head_size=64, dtype=dtype, **changes
         )
 
-    ours = backend.fibquant_2bit
+    ours = backend.backend_for(parse_options("fibquant_2bit"))
     assert ours.customize_spec(spec(torch.uint8)).page_size_bytes == 16 * 2 * 36
     assert ours.customize_spec(spec(torch.bfloat16)) == spec(torch.bfloat16)
     with pytest.raises(ValueError, match="head_size_v must equal head_size, got 32 and 64"):
@@ -164,8 +164,9 @@ def test_a_layer_cannot_read_pages_that_store_something_else():
 
 def test_the_backend_answers_for_itself():
     from vllm_fibquant.engine import backend
+    from vllm_fibquant.options import parse_options
 
-    ours = backend.fibquant
+    ours = backend.backend_for(parse_options("fibquant"))
     layer = {
         "head_size": 64, "dtype": torch.bfloat16, "kv_cache_dtype": "fibquant",
         "block_size": 16, "use_mla": False, "has_sink": True, "use_sparse": False,

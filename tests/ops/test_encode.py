@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.paged import record_layout
 from vllm_fibquant import ops
 from vllm_fibquant.codec.codebook import make_codebook
 from vllm_fibquant.codec.codec import KVCodec, VectorCodec, unpack_indices
@@ -51,7 +52,7 @@ def check_records(codec: KVCodec, got: torch.Tensor, expected: torch.Tensor) -> 
 def test_layout_is_the_librarys(name: str, head_dim: int) -> None:
     codec = KVCodec.from_preset(PRESETS[name], head_dim)
     layout = codec.layout
-    assert cpu_library.record_layout(codec) == [
+    assert record_layout(codec) == [
         layout.key_index_offset,
         layout.value_index_offset,
         layout.key_norm_offset,

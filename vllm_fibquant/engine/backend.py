@@ -98,10 +98,3 @@ def backend_for(options: Options) -> type[FibQuantBackend]:
     # vLLM groups layers by class name, so different options need different names.
     name = f"FibQuantBackend_{options.preset.name}_{options.digest}"
     return type(name, (FibQuantBackend,), {"options": options, "__module__": __name__})
-
-
-def __getattr__(name: str) -> type[FibQuantBackend]:
-    """`vllm_fibquant.engine.backend.<preset>`: the backend of a preset with default options."""
-    if name in PRESETS:
-        return backend_for(Options(PRESETS[name]))
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

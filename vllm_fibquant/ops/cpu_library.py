@@ -13,7 +13,6 @@ import functools
 from ctypes import (
     POINTER,
     Structure,
-    byref,
     c_char_p,
     c_float,
     c_int32,
@@ -21,10 +20,9 @@ from ctypes import (
     c_void_p,
 )
 
-from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.files import PACKAGE_DIR
 from vllm_fibquant.ops.abi import FqPages, fields, load_library
-from vllm_fibquant.ops.cpu_tables import FqCode, FqCodec, FqKeyMap, codec_struct
+from vllm_fibquant.ops.cpu_tables import FqCode, FqCodec, FqKeyMap
 
 LIBRARY_PATH = PACKAGE_DIR / "lib" / "libfibquant_cpu.so"
 MAX_HEAD_DIM = 512
@@ -112,13 +110,6 @@ def select_isa(name: str | None) -> None:
     """
     if library().fq_select_isa(name.encode() if name else None):
         raise ValueError(f"select_isa: name must be one this CPU supports, got {name!r}")
-
-
-def record_layout(codec: KVCodec) -> list[int]:
-    """The library's own idea of the record: offsets of K and V indices, of both norms, its size."""
-    struct, out = codec_struct(codec), (c_int32 * 5)()
-    library().fq_record_layout(codec.head_dim, byref(struct.key), byref(struct.value), out)
-    return list(out)
 
 
 def unsupported_head_dim(head_dim: int) -> str | None:
