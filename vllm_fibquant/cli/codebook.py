@@ -67,11 +67,15 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 
 def run_build(args: argparse.Namespace) -> int:
     spec = CodeSpec(args.subvec_dim, args.num_codewords, args.folded, storage=args.storage)
+    if args.head_dim < 1:
+        raise ValueError(
+            f"codebook build: --head-dim must be at least 1, got {args.head_dim}; give the model's"
+        )
     spec.num_subvecs(args.head_dim)
     options = BuildOptions(args.seed, args.restarts, args.samples, args.iterations)
     scipy_special()  # refused now if it is missing, not after the samples
     path = args.out or files.place(cache_name(spec, args.head_dim))
-    if path is None or not files.is_writable(path.parent):
+    if path is None or path.is_dir() or not files.is_writable(path.parent):
         raise ValueError(
             f"codebook build: --out must be a file that can be written, got {path or 'no cache'}; "
             f"give another, or set {files.CACHE_VARIABLE} to a folder that can be written"

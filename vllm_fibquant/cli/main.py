@@ -198,7 +198,7 @@ def run_plan(options: argparse.Namespace) -> int:
     shape, context, capacities = plan.plan_model(
         options.model,
         memory,
-        sizes.parse_tokens(options.context) if options.context else None,
+        sizes.parse_tokens(options.context) if options.context is not None else None,
         options=asked,
         block_size=options.block_size,
         tensor_parallel_size=options.tensor_parallel_size,
@@ -220,8 +220,8 @@ def run_doctor(options: argparse.Namespace) -> int:
     report = doctor.examine(
         options.model,
         options.kv_cache_dtype,
-        sizes.parse_size(options.memory) if options.memory else None,
-        sizes.parse_tokens(options.context) if options.context else None,
+        sizes.parse_size(options.memory) if options.memory is not None else None,
+        sizes.parse_tokens(options.context) if options.context is not None else None,
     )
     print(json.dumps(report, indent=2) if options.json else doctor.render(report))
     return 1 if report["refused"] else 0

@@ -212,7 +212,7 @@ def plan_capacities(
         if copied:
             wanted = given.num_seqs * rows
             copy_bytes = row_bytes * num_copy_rows(wanted, row_bytes, memory_bytes)
-        num_blocks = (memory_bytes - copy_bytes) // bytes_per_block
+        num_blocks = max(0, memory_bytes - copy_bytes) // bytes_per_block
         blocks_per_user = sum(
             request_blocks(group, context, given.batched_tokens) for group in groups
         )
@@ -260,6 +260,8 @@ def _check_numbers(shape: ModelShape, given: Settings) -> None:
         (given.tensor_parallel_size > 0, "tensor-parallel-size", "at least 1",
          given.tensor_parallel_size),
         (given.num_seqs > 0, "max-num-seqs", "at least 1", given.num_seqs),
+        (given.batched_tokens > 0, "max-num-batched-tokens", "at least 1",
+         given.batched_tokens),
     ):  # fmt: skip
         if not is_met:
             raise ValueError(f"plan: --{flag} must be {must}, got {got}")

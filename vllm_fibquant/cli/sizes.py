@@ -19,7 +19,10 @@ def parse_size(text: str) -> int:
     if not match or (not match[2] and "." in match[1]):
         raise ValueError(f"--memory must be a size such as 8GiB or 500MB, got {text!r}")
     unit = (match[2] or "").lower()
-    return int(float(match[1]) * (_BINARY_UNITS.get(unit) or _UNITS[unit]))
+    size = int(float(match[1]) * (_BINARY_UNITS.get(unit) or _UNITS[unit]))
+    if size < 1:
+        raise ValueError(f"--memory must be at least one byte, got {text!r}")
+    return size
 
 
 def parse_tokens(text: str) -> int:
