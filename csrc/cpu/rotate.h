@@ -42,6 +42,31 @@ static inline void hadamard(float* x, int dim) {
   }
 }
 
+// x = Walsh-Hadamard rotation of x [kVectors * kLanes], which stays in registers: the same bits.
+template <int kVectors>
+static inline void rotate_in_registers(const float* signs, vf scale, float* x) {
+  vf v[kVectors];
+#pragma GCC unroll 8
+  for (int c = 0; c < kVectors; ++c) {
+    v[c] = butterfly<1>(load(x + c * kLanes) * load(signs + c * kLanes));
+    v[c] = butterfly<2>(v[c]);
+    if constexpr (kLanes >= 8) v[c] = butterfly<4>(v[c]);
+    if constexpr (kLanes >= 16) v[c] = butterfly<8>(v[c]);
+  }
+#pragma GCC unroll 8
+  for (int half = 1; half < kVectors; half *= 2) {
+#pragma GCC unroll 8
+    for (int c = 0; c < kVectors; ++c) {
+      if (c & half) continue;
+      const vf a = v[c], b = v[c + half];
+      v[c] = a + b;
+      v[c + half] = a - b;
+    }
+  }
+#pragma GCC unroll 8
+  for (int c = 0; c < kVectors; ++c) store(x + c * kLanes, v[c] * scale);
+}
+
 // kVectors vectors of dst[r] = M^T src[r], from column i on, for kRows rows r. Every sum has one
 // order, whatever the blocking; one sum alone would wait for itself.
 template <int kRows, int kVectors>
@@ -116,6 +141,12 @@ static inline void rotate(const FqCodec& codec, float* x, bool inverse) {
   const int dim = codec.head_dim;
   if (codec.rotation_signs) {
     const vf scale = splat(1.0f / __builtin_sqrtf((float)dim));
+    if (!inverse && dim == 8 * kLanes) {
+      return rotate_in_registers<8>(codec.rotation_signs, scale, x);
+    }
+    if (!inverse && dim == 4 * kLanes) {
+      return rotate_in_registers<4>(codec.rotation_signs, scale, x);
+    }
     if (!inverse) {
       for (int i = 0; i < dim; i += kLanes)
         store(x + i, load(x + i) * load(codec.rotation_signs + i));
