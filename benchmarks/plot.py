@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from vllm_fibquant.evaluation.labels import place_labels
+
 COLOURS = {
     "fibquant_4bit": "#1f77b4",
     "fibquant_k5v3": "#17becf",
@@ -64,8 +66,10 @@ def attention(rows: list[dict[str, Any]]):
             axis.set_title("{}: d={}, {} x {} heads".format(kernel, *shape), fontsize=9)
             axis.set_xlabel("context (tokens)")
         row[0].set_ylabel("speed of decode attention vs vLLM")
-        row[0].legend(fontsize=8)
-    figure.tight_layout()
+    # Of all panels, below them: within one it would cover lines.
+    named = {t: h for a in axes.flat for h, t in zip(*a.get_legend_handles_labels(), strict=True)}
+    figure.legend(named.values(), named, fontsize=8, loc="lower center", ncols=len(named))
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
     return figure
 
 
@@ -95,16 +99,18 @@ def search_lists(rows: list[dict[str, Any]]):
     """Speed of encode with a list search against the MSE it adds, one curve per large code."""
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(6, 4))
+    figure, axis = plt.subplots(figsize=(7, 5))
+    placed: list[tuple[float, float, str, str]] = []
     for code in dict.fromkeys(r["code"] for r in rows):
         mine = [r for r in rows if r["code"] == code and r["vs_exhaustive"] > 1 and r["num_lists"]]
         if len(mine) < 2:
             continue
         points = [(max(r["added_mse"], 1e-5) * 100, r["vs_exhaustive"]) for r in mine]
         (line,) = axis.plot(*zip(*points, strict=True), "o-", label=code)
-        for r, point in zip(mine, points, strict=True):
-            axis.annotate(r["num_lists"], point, xytext=(4, 4), textcoords="offset points",
-                          fontsize=8, color=line.get_color())  # fmt: skip
+        placed += [
+            (*point, str(r["num_lists"]), line.get_color())
+            for r, point in zip(mine, points, strict=True)
+        ]
     axis.axvline(0.5, color="#555555", linestyle="--")
     axis.set_xscale("log")
     axis.set_yscale("log")
@@ -112,7 +118,9 @@ def search_lists(rows: list[dict[str, Any]]):
     axis.set_ylabel("speed of encode vs exhaustive")
     axis.set_title("numbers of lists searched")
     axis.grid(alpha=0.3, which="both")
+    axis.margins(0.1)
     axis.legend(fontsize=8)
+    place_labels(axis, placed, 8)
     return figure
 
 
@@ -120,7 +128,7 @@ def load(rows: list[dict[str, Any]]):
     """Requests per second and 95th percentile of the time to the first token, by concurrency."""
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.6))
+    figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.6), layout="constrained")
     panels = (("requests_per_s", 1.0, "requests / s"), ("p95_ttft_ms", 1e-3, "p95 TTFT (s)"))
     for axis, (column, unit, label) in zip(axes, panels, strict=True):
         for name in dict.fromkeys(row["format"] for row in rows):

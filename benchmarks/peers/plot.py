@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllm_fibquant.evaluation.labels import place_labels
+
 COLOURS = {
     "llama.cpp": "#8c564b", "OpenVINO": "#9467bd", "vLLM": "#555555", "ours": "#2ca02c",
     "ours, mode exact": "#98df8a",
 }  # fmt: skip
-OFFSETS = [(side, up) for up in (4, -10, 13, -19, 22, -28, 31) for side in (5, -5)]
-"""Where a label may stand from its point, the first that is free."""
 
 
 @dataclass(frozen=True)
@@ -56,27 +56,11 @@ def draw(panels: list[Panel], image: Path) -> Any:
         axis.set_ylabel(panel.title)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)
-        place_labels(axis, panel.points)
+    # The legend's place and the axes' sizes are known once all are drawn.
+    for axis, panel in zip(axes[0], panels, strict=True):
+        ordered = sorted(panel.points, key=lambda p: (p.bits, p.value))
+        place_labels(axis, [(p.bits, p.value, p.label, "black") for p in ordered], 7)
     image.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(image, bbox_inches="tight")
     plt.close(figure)
     return figure
-
-
-def place_labels(axis: Any, points: list[Point]) -> None:
-    """Each point's label at the first offset where it covers no other."""
-    axis.figure.canvas.draw()  # the axes' limits, and so where points are, are known from here on
-    renderer = axis.figure.canvas.get_renderer()
-    taken: list[Any] = []
-    for point in sorted(points, key=lambda p: (p.bits, p.value)):
-        at = point.bits, point.value
-        label = axis.annotate(
-            point.label, at, xytext=OFFSETS[0], textcoords="offset points", fontsize=7
-        )
-        for side, up in OFFSETS:
-            label.set_position((side, up))
-            label.set_horizontalalignment("left" if side > 0 else "right")
-            box = label.get_window_extent(renderer)
-            if not any(box.overlaps(other) for other in taken):
-                break
-        taken.append(box)

@@ -260,6 +260,10 @@ async function refresh() {
   setTimeout(refresh, PERIOD_MS);
 }
 
+for (const link of document.querySelectorAll('a[href="#fidelity-meaning"]')) {
+  link.addEventListener("click", () => { byId("fidelity-meaning").open = true; });
+}
+
 byId("theme").addEventListener("click", () => {
   const root = document.documentElement;
   const isDark = root.dataset.theme ? root.dataset.theme === "dark" :

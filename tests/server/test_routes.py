@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import math
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -23,7 +24,7 @@ from vllm_fibquant.engine import compat
 from vllm_fibquant.observe.counters import Counters
 from vllm_fibquant.observe.loss import LayerLoss, Loss, Outcome
 from vllm_fibquant.server.metrics import FibQuantCollector, usage_in
-from vllm_fibquant.server.routes import FibQuantRoutes
+from vllm_fibquant.server.routes import PAGE_DIR, FibQuantRoutes
 
 OUTCOME = Outcome(
     "warned", Loss({0: LayerLoss(0.99, 0.1), 7: LayerLoss(0.9, 0.4)}, 191, 0.06, 12.0, 0.08)
@@ -298,3 +299,18 @@ def test_plugins_to_load(given, expected):
     }
     environ = {} if given is None else {"VLLM_PLUGINS": given}
     assert plugins_to_load(environ, groups) == expected
+
+
+def test_the_pages_figures_link_to_what_they_mean():
+    """Links within the page reach an element, and the sections of documents it names exist."""
+    page = (PAGE_DIR / "index.html").read_text()
+    within = re.findall(r'href="#([\w-]+)"', page)
+    assert within.count("fidelity-meaning") == 3  # KL, perplexity and cosine of the gate
+    for name in within:
+        assert f'id="{name}"' in page, name
+    named = re.findall(r"(docs/[\w-]+\.md)#([\w-]+)", page)
+    assert ("docs/serving.md", "the-fidelity-gate") in named
+    for path, anchor in named:
+        text = (Path(__file__).parents[2] / path).read_text()
+        titles = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+        assert anchor in {re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles}

@@ -64,14 +64,14 @@ def _frontier_axis(axis: Any, summaries: Sequence[Summary], name: str, label: st
         x, y = [s.bits for s in mine], [max(s.numbers[name], LEAST) for s in mine]
         axis.plot(x, y, mark, color=colour, label=title, markersize=7, linestyle="none")
         labels += [
-            (*point, _short(s.row.name), colour)
+            (*point, _short(s.row.name) if is_named else "", colour)
             for s, point in zip(mine, zip(x, y, strict=True), strict=True)
-            if s.row.main or s.row.core or group == "published"
+            for is_named in [s.row.main or s.row.core or group == "published"]
         ]
     axis.set_yscale("log")
     axis.set_xscale("log", base=2)
     axis.set_xticks([1, 2, 3, 4, 5, 8], ["1", "2", "3", "4", "5", "8"])
-    axis.set_xlim(1.1, 9)
+    axis.set_xlim(1, 9)
     axis.set_xlabel(f"stored bits per value at {CONTEXT:,} tokens, windows included")
     axis.set_ylabel(label)
     axis.grid(alpha=0.25)
