@@ -157,6 +157,7 @@ def test_calibration() -> None:
         ({"calibrate": "mean"}, 'must be "auto" or "transform" or "means" or "none".*got \'mean\''),
         ({"calibrate": "none", "calibration": "a.fqcal"}, 'given with "calibrate"'),
         ({"calibrate": "means", "calibration": 3}, "must be the path of a file"),
+        ({"calibration": ""}, "must be the path of a file"),
         ({"calibrate": "means", "retain": {"recent": 64}}, 'calibrate must be "none" with retain'),
     ):
         with pytest.raises(ValueError, match=message):

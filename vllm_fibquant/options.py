@@ -300,7 +300,8 @@ def _parse_calibrate(
     if calibrate not in get_args(Calibrate):
         names = " or ".join(f'"{name}"' for name in get_args(Calibrate))
         problems.append(f"calibrate must be {names}, got {calibrate!r}; leave it out")
-    if calibration is not None and (not isinstance(calibration, str) or calibrate == "none"):
+    is_path = isinstance(calibration, str) and calibration != ""
+    if calibration is not None and (not is_path or calibrate == "none"):
         problems.append(
             f'calibration must be the path of a file, given with "calibrate", got {calibration!r} '
             f'with "calibrate": {calibrate!r}; leave it out'

@@ -199,6 +199,14 @@ def test_serve_respects_a_config_file(tmp_path):
     assert decide(args) == args
 
 
+def test_serve_refuses_an_empty_model(capsys, monkeypatch):
+    """What a shell makes of "$MODEL" when it is not set."""
+    monkeypatch.setattr(launcher, "this_machine", lambda: AVX512)
+    monkeypatch.setattr(launcher, "_run_vllm", None)
+    assert cli.main(["serve", "", "--port", "9000"]) == 1
+    assert "MODEL must be a directory or a Hugging Face name" in capsys.readouterr().err
+
+
 def test_serve_refuses_an_unknown_preset_at_once(capsys, monkeypatch):
     monkeypatch.setattr(launcher, "this_machine", lambda: AVX512)
     monkeypatch.setattr(launcher, "_run_vllm", None)

@@ -324,6 +324,11 @@ def serve(args: list[str]) -> int:
             return _run_vllm(args)
         os.environ["VLLM_PLUGINS"] = plugins_to_load(os.environ, _installed_plugins())
         args = arrange(args, _vllms_positional)
+        if args[:1] == [""]:  # vLLM would fetch a model of its own choice
+            raise ValueError(
+                "serve: MODEL must be a directory or a Hugging Face name, got an empty word; "
+                "leave it out for the demo model"
+            )
         demo_model = None
         if _model_of(args, GivenFlags(args)) is None:
             from vllm_fibquant.demo_model import ensure_demo_model
