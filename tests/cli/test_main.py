@@ -255,6 +255,12 @@ def test_eval_refuses_what_is_no_model(tmp_path, capsys):
     assert "model must be a folder with a config.json" in capsys.readouterr().err
 
 
+def test_eval_refuses_a_misspelt_preset_before_a_model_is_loaded(tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    assert cli.main(["eval", str(tmp_path), "--row", "fibquant_9bit"]) == 1
+    assert "must be one of fibquant_4bit" in capsys.readouterr().err
+
+
 def served(monkeypatch, *args):
     """What `serve` passes on to vLLM, in order."""
     passed = []

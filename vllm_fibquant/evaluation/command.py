@@ -24,10 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", choices=("all", "core", "main"), default="all",
                         help="main: presets alone; core: with what they are compared with on every "
                         "model; all: variants and checks too")  # fmt: skip
-    parser.add_argument("--row", action="append", metavar="PRESET [JSON]",
+    parser.add_argument("--row", action="append", metavar="'PRESET JSON'",
                         help="measure this alone, through the engine, and print it: a "
-                        "--kv-cache-dtype and the fibquant options it is to have; can be given "
-                        "several times")  # fmt: skip
+                        "--kv-cache-dtype and the fibquant options it is to have, if any, in one "
+                        "pair of quotes; can be given several times")  # fmt: skip
     parser.add_argument("--text", nargs="+", metavar="FILE", default=["prose", "code"],
                         help="read these texts; prose and code are the project's own, and the "
                         "default")  # fmt: skip

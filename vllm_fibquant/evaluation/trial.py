@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllm_fibquant.codec.config import is_fibquant
 from vllm_fibquant.evaluation.formats import Format
 from vllm_fibquant.evaluation.report import shown, summarise
 from vllm_fibquant.evaluation.rows import EXACT_STEP, Row
@@ -44,7 +43,10 @@ def parse_row(text: str) -> Row:
             """write for example --row 'fibquant_2bit {"mode": "quality"}'"""
         ) from error
     step = EXACT_STEP
-    if is_fibquant(preset) and parse_options(preset, {"fibquant": options}).prefill == "raw":
+    if (
+        preset.startswith("fibquant")
+        and parse_options(preset, {"fibquant": options}).prefill == "raw"
+    ):
         step = Sizes.step
     name = f"{preset} {json.dumps(options)}" if options else preset
     return Row(name, "quality", Format(), (preset, options), step, main=True)
