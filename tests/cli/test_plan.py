@@ -327,6 +327,12 @@ def test_command(tmp_path, capsys):
     assert main.main([*arguments, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert {c["kv_cache_dtype"] for c in report["capacities"]} == {"bf16", "fp8", *PRESETS}
+    capsys.readouterr()
+    shown = []
+    for more in ([], ["--block-size", "16"], ["--block-size", "128"]):
+        assert main.main([*arguments, "--device", "cuda", "--json", *more]) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1] != shown[2], "blocks are vLLM's, of the device"
     assert main.main([*arguments, "--mode", "quality", "--max-num-seqs", "4"]) == 0
     assert "MiB of it are for copies in 16 bits" in capsys.readouterr().out
     assert (

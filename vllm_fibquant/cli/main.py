@@ -137,7 +137,7 @@ def _add_plan(commands: Any) -> None:
         default="cpu",
         help="whose rules for copies in 16 bits count; default: cpu",
     )
-    plan.add_argument("--block-size", type=int, default=128, help="default: 128, as on CPUs")
+    plan.add_argument("--block-size", type=int, help="default: as vLLM's, 128 on CPUs and 16 on GPUs")
     plan.add_argument("--tensor-parallel-size", "-tp", type=int, default=1)
     plan.add_argument(
         "--kv-cache-dtype-skip-layers",
@@ -195,12 +195,15 @@ def run_plan(options: argparse.Namespace) -> int:
     asked = {"mode": options.mode}
     if options.layers:
         asked["layers"] = dict(text.partition("=")[::2] for text in options.layers)
+    block_size = options.block_size
+    if block_size is None:
+        block_size = plan.DEFAULT_BLOCK_SIZES[options.device]
     shape, context, capacities = plan.plan_model(
         options.model,
         memory,
         sizes.parse_tokens(options.context) if options.context is not None else None,
         options=asked,
-        block_size=options.block_size,
+        block_size=block_size,
         tensor_parallel_size=options.tensor_parallel_size,
         skip_layers=tuple(options.kv_cache_dtype_skip_layers),
         batched_tokens=options.max_num_batched_tokens,

@@ -24,8 +24,10 @@ from vllm_fibquant.options import SECTION, parse_layers, parse_options
 DENSE_BYTES = {"bf16": 2, "fp8": 1}
 """Bytes of one stored coordinate of the uncompressed caches."""
 
-DEFAULT_BLOCK_SIZE = 128
 DEFAULT_DEVICE = "cpu"
+DEFAULT_BLOCK_SIZES = {"cpu": 128, "cuda": 16}
+DEFAULT_BLOCK_SIZE = DEFAULT_BLOCK_SIZES[DEFAULT_DEVICE]
+"""Tokens of a block in vLLM's server when nothing is given."""
 DEFAULT_BATCHED_TOKENS = 2048
 """What vLLM's server takes on CPUs when nothing is given."""
 
