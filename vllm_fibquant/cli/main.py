@@ -137,7 +137,9 @@ def _add_plan(commands: Any) -> None:
         default="cpu",
         help="whose rules for copies in 16 bits count; default: cpu",
     )
-    plan.add_argument("--block-size", type=int, help="default: as vLLM's, 128 on CPUs and 16 on GPUs")
+    plan.add_argument(
+        "--block-size", type=int, help="default: as vLLM's, 128 on CPUs and 16 on GPUs"
+    )
     plan.add_argument("--tensor-parallel-size", "-tp", type=int, default=1)
     plan.add_argument(
         "--kv-cache-dtype-skip-layers",
