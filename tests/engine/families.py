@@ -42,12 +42,12 @@ REFUSED = {
     "DeepSeek V3.2, GLM-5": ("sparse attention to latents", "test_latent.py::test_what_is_refused"),
     "MiMo-V2": (
         "values shorter than keys",
-        "test_plugin.py::test_only_our_layers_get_our_page_size",
+        "test_refusals.py::test_values_shorter_than_keys",
     ),
-    "Gemma 3 with images": (
-        "bidirectional attention within an image; texts are served with `--language-model-only` "
-        "(`test_text_alone.py`)",
-        "test_refusals.py::test_images_that_attend_both_ways",
+    "images in Gemma 3 and 4, PaliGemma, Molmo 2": (
+        "request by request (tokens of an image see each other both ways); the models' texts are "
+        "served (`test_text_alone.py`)",
+        "test_images.py::test_images_are_limited_to_none",
     ),
     "Falcon": (
         "its layers ignore the cache's dtype",

@@ -81,15 +81,17 @@ def engine(
             cleanup_dist_env_and_memory()
 
 
-def generate(llm, prompts: Sequence[Sequence[int]], num_tokens: int = 8) -> list[Answer]:
-    """Greedy answers to prompts given as token ids, submitted together."""
+def generate(llm, prompts: Sequence, num_tokens: int = 8) -> list[Answer]:
+    """Greedy answers to prompts given as token ids, or as vLLM takes them, submitted together."""
     from vllm import SamplingParams
 
     params = SamplingParams(
         temperature=0, max_tokens=num_tokens, ignore_eos=True, logprobs=1, detokenize=False
     )
     outputs = llm.generate(
-        [{"prompt_token_ids": list(prompt)} for prompt in prompts], params, use_tqdm=False
+        [p if isinstance(p, dict) else {"prompt_token_ids": list(p)} for p in prompts],
+        params,
+        use_tqdm=False,
     )
     answers = []
     for output in outputs:

@@ -88,14 +88,13 @@ def test_chunked_local_attention(model_folder):
     assert "--block-size: must be a divisor of 64, one chunk of this model's local" in told
 
 
-def test_images_that_attend_both_ways(model_folder, monkeypatch):
-    """Known of the architecture: the tokens of an image see each other both ways."""
-    from vllm.config import ModelConfig
-
-    monkeypatch.setattr(ModelConfig, "is_mm_prefix_lm", property(lambda self: True))
-    told = refusal_of(make_model("gemma3", model_folder))
-    assert "got bidirectional attention between the tokens of an image" in told
-    assert "give --language-model-only, which serves texts" in told  # test_text_alone.py
+def test_values_shorter_than_keys(model_folder):
+    """MiMo-V2: vLLM's backends for it are for GPUs."""
+    shape = {"architectures": ["MiMoV2FlashForCausalLM"], "model_type": "mimo_v2_flash"}
+    shape |= {"num_key_value_heads": 2, "head_dim": 192, "v_head_dim": 128}
+    shape |= {"layer_types": ["full_attention"], "mlp_layer_types": ["dense"]}
+    told = refusal_of(make_config_only("mimo-v2", {**HEAD_DIM_68, **shape}, model_folder))
+    assert "model: must be one whose values are as long as its keys, got 128 and 192" in told
 
 
 def test_embedding_model(model_folder):

@@ -70,8 +70,8 @@ def draft_problems(vllm_config: VllmConfig, options: Options, device_type: str) 
     """
     speculation, model = vllm_config.speculative_config, vllm_config.model_config
     draft = getattr(speculation, "draft_model_config", None)
-    if draft is None or draft is model or draft.use_mla:
-        return []
+    if draft is None or draft is model or draft.use_mla or not draft.get_head_size():
+        return []  # the last: heads without attention (Medusa)
     name = speculation.kv_cache_dtype
     presets = options.presets if name is None else [PRESETS[name]] if name in PRESETS else []
     found = (head_dim_problem(preset, draft.get_head_size(), device_type) for preset in presets)

@@ -7,7 +7,14 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from vllm_fibquant.codec.config import PRESETS
-from vllm_fibquant.engine import compat, compat_pages, latent_support, ranks, support
+from vllm_fibquant.engine import (
+    compat,
+    compat_images,
+    compat_pages,
+    latent_support,
+    ranks,
+    support,
+)
 from vllm_fibquant.options import SECTION
 
 if TYPE_CHECKING:
@@ -77,8 +84,21 @@ def _check(problem: str | None, vllm_config: VllmConfig) -> None:
     problems = [problem] if problem else support.config_problems(vllm_config)
     if problems:
         raise ValueError(support.refusal(cache_config.cache_dtype, problems))
+    if vllm_config.model_config is not None:
+        _tell_refused_images(compat_images.refuse_images(vllm_config.model_config))
     for told in support.told_defaults(vllm_config):
         init_logger(f"vllm.{__name__}").warning_once("FibQuant goes without a default: %s", told)
+
+
+def _tell_refused_images(modalities: list[str]) -> None:
+    if modalities:
+        from vllm.logger import init_logger
+
+        init_logger(f"vllm.{__name__}").warning_once(
+            "FibQuant: requests with %s are refused, texts are served: tokens of one see each "
+            "other both ways in this model, and the kernels' masks are causal",
+            " or ".join(modalities),
+        )
 
 
 def _choose_backend(vllm_config: VllmConfig, layer: dict[str, Any]) -> type:

@@ -8,6 +8,7 @@ Adapters of --enable-lora are taken off: the base model reads.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
@@ -85,7 +86,11 @@ def read(
     positions = torch.arange(tokens.shape[1], device=tokens.device).repeat(len(tokens))
     if model_config.uses_mrope:
         positions = positions.expand(3, -1)
-    pipeline, given = get_pp_group(), {}
+    pipeline = get_pp_group()
+    given: dict[str, IntermediateTensors | None] = {}
+    # The part of a vision model that reads text may be without a default for it (Idefics3).
+    if "intermediate_tensors" in inspect.signature(model.forward).parameters:
+        given["intermediate_tensors"] = None
     if not pipeline.is_first_rank:
         given["intermediate_tensors"] = IntermediateTensors(pipeline.recv_tensor_dict())
     with set_forward_context(

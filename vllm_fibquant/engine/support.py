@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_fibquant.codec.config import PRESETS
 from vllm_fibquant.engine import support_gpu
+from vllm_fibquant.engine.compat_images import images_problems
 from vllm_fibquant.engine.head_dims import (
     Row,
     draft_problems,
@@ -153,6 +154,7 @@ def config_problems(vllm_config: VllmConfig) -> list[str]:
         rows += support_gpu.gpu_rows(vllm_config, options)
     if model is not None:
         rows += _model_rows(model, vllm_config.cache_config.block_size)
+        problems += images_problems(model)
         if model.use_mla:
             problems += latent_problems(vllm_config, options)
         else:
@@ -176,16 +178,17 @@ def config_problems(vllm_config: VllmConfig) -> list[str]:
 def _model_rows(model: ModelConfig, block_size: int | None) -> list[Row]:
     """What is required of every model."""
     chunk = getattr(model.hf_text_config, "attention_chunk_size", None)
+    head_dim = model.get_head_size()
+    value_dim = getattr(model.hf_text_config, "v_head_dim", None) or head_dim
     return [
+        (model.use_mla or value_dim == head_dim, "model",
+         "one whose values are as long as its keys", f"{value_dim} and {head_dim}", OTHER_DTYPE),
         (not model.is_encoder_decoder, "model", "decoder-only", "an encoder-decoder model",
          OTHER_DTYPE),
         (model.runner_type != "pooling", "runner", "generate", model.runner_type,
          f"embedding models keep no KV cache worth compressing; {OTHER_DTYPE}"),
         (model.dtype in DTYPES, "dtype", "float32, bfloat16 or float16", model.dtype,
          "give --dtype bfloat16"),
-        (not model.is_mm_prefix_lm, "attention mask", "causal",
-         "bidirectional attention between the tokens of an image",
-         f"give --language-model-only, which serves texts and refuses images, or {OTHER_DTYPE}"),
         (model.rswa_window is None, "attention mask", "causal, optionally with a sliding window",
          "reference sliding-window attention", OTHER_DTYPE),
         (chunk is None or model.max_model_len <= chunk, "--max-model-len",

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models in which the tokens of an image see each other both ways: texts are served, and requests
+with an image are refused one by one. Without an engine; with one: test_text_alone.py."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("vllm", reason="asks vLLM's configuration")
+
+from vllm_fibquant.engine import compat_images
+
+NEEDS_ENGINE = False
+
+
+@dataclasses.dataclass
+class Architecture:
+    is_mm_prefix_lm: bool
+
+
+class Model:
+    """What is asked of vLLM's ModelConfig, whose answer is cached as well."""
+
+    def __init__(self, two_ways: bool, limits: dict[str, Any], embeddings: bool) -> None:
+        from vllm.config.multimodal import MultiModalConfig
+
+        self.model_arch_config = Architecture(two_ways)
+        self.is_mm_prefix_lm = two_ways
+        self.multimodal_config = MultiModalConfig(
+            limit_per_prompt=limits, enable_mm_embeds=embeddings
+        )
+
+
+@pytest.fixture
+def make(monkeypatch):
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+
+    info = SimpleNamespace(supported_mm_limits={"image": None, "audio": None, "video": None})
+    monkeypatch.setattr(MULTIMODAL_REGISTRY, "get_processing_info", lambda model: info)
+
+    def made(two_ways: bool = True, embeddings: bool = False, **limits: int) -> Any:
+        return Model(two_ways, {name: {"count": n} for name, n in limits.items()}, embeddings)
+
+    return made
+
+
+def test_images_are_limited_to_none(make):
+    model = make()
+    assert compat_images.images_problems(model) == []
+    assert compat_images.refuse_images(model) == ["image", "video"]
+    limits = model.multimodal_config
+    assert [limits.get_limit_per_prompt(name) for name in ("image", "video")] == [0, 0]
+    assert limits.get_limit_per_prompt("audio") == 999  # causal: vLLM makes no such mask of it
+    assert model.model_arch_config.is_mm_prefix_lm is False
+    assert "is_mm_prefix_lm" not in vars(model)
+
+
+def test_images_asked_for_by_name_are_refused_at_start(make):
+    (problem,) = compat_images.images_problems(make(image=2, video=0))
+    assert "--limit-mm-per-prompt: image must be 0 or left out, got 2" in problem
+    (problem,) = compat_images.images_problems(make(embeddings=True))
+    assert "--enable-mm-embeds: must be off, got on" in problem
+    assert "use --kv-cache-dtype auto, which reads them" in problem
+
+
+def test_images_whose_tokens_are_causal_are_left_alone(make):
+    model = make(two_ways=False, image=2, embeddings=True)
+    assert compat_images.images_problems(model) == []
+    assert compat_images.refuse_images(model) == []
+    assert model.multimodal_config.get_limit_per_prompt("image") == 2
