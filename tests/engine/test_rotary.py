@@ -20,11 +20,13 @@ YARN = {
 }  # fmt: skip
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 PARTIAL = {**PLAIN, "partial_rotary_factor": 0.25}
+MROPE = {**PLAIN, "mrope_section": [8, 12, 12], "mrope_interleaved": False}
+"""Of vision models; it takes no query without a key."""
 
 
 def every_embedding(test):
     """Runs a test with every kind of embedding there is a product of, in both styles and dtypes."""
-    kinds = [PLAIN, LLAMA3, YARN, LINEAR, PARTIAL]
+    kinds = [PLAIN, LLAMA3, YARN, LINEAR, PARTIAL, MROPE]
     test = pytest.mark.parametrize("parameters", kinds, ids=lambda p: f"{p['rope_type']}{len(p)}")(
         test
     )
@@ -72,7 +74,7 @@ def test_turned_is_rotated_less(parameters, is_neox_style, dtype):
     assert parent.attn.impl is impl
 
     def rotate(positions, x):
-        return embedding(positions, x.flatten(1).clone(), None)[0].view(x.shape)
+        return embedding(positions, x.flatten(1).clone(), x[:, 0].clone())[0].view(x.shape)
 
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(50, 3, HEAD_DIM, generator=generator).to(dtype)
@@ -103,7 +105,7 @@ def test_turns_are_those_of_the_embedding(parameters, is_neox_style, dtype):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(50, 3, HEAD_DIM, generator=generator).to(dtype)
     positions = torch.randint(0, 2000, (50,), generator=generator)
-    expected = embedding(positions, x.flatten(1).clone(), None)[0].view(x.shape).float()
+    expected = embedding(positions, x.flatten(1).clone(), x[:, 0].clone())[0].view(x.shape).float()
     turned = turns.turn(x.float(), positions)
     turning = slice(None, embedding.rotary_dim)
     error = (turned - expected)[..., turning].abs().max()

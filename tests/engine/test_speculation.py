@@ -57,6 +57,8 @@ def eagle3_head(folder: Path) -> str:
     head["lm_head.weight"] = torch.randn(VOCAB_SIZE, hidden, generator=generator) * 0.08
     config = json.loads((draft / "config.json").read_text())
     config |= {"architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": VOCAB_SIZE}
+    config["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": [1, 2, 3]}
+    config["eagle_aux_hidden_state_layer_ids"] = [1, 2, 3]
     return written(path, head, config)
 
 

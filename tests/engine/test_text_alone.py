@@ -61,7 +61,7 @@ def test_a_server_answers_texts_and_refuses_images_one_by_one(tmp_path, monkeypa
     server = start(
         tmp_path / "log", model, "--kv-cache-dtype", "fibquant_2bit", "--max-model-len", "512",
         "--dtype", "float32", "--served-model-name", "gemma", "--enforce-eager",
-        "--kv-cache-memory-bytes", "64MiB", "--chat-template", template,
+        "--kv-cache-memory-bytes", str(64 << 20), "--chat-template", template,
     )  # fmt: skip
     try:
         wait_until_healthy(server)

@@ -113,7 +113,8 @@ def _rotate(rotary: Any, query: torch.Tensor, positions: torch.Tensor) -> torch.
     they are elsewhere, on its own device."""
     device = _device_of(rotary) or query.device
     flat = query.flatten(1).contiguous().to(device)
-    rotated = rotary(positions.long().to(device), flat, None)[0]
+    key = flat[:, : query.shape[-1]].clone()  # M-RoPE and LongRoPE take no query without a key
+    rotated = rotary(positions.long().to(device), flat, key)[0]
     return rotated.view(query.shape).to(query.device)
 
 
