@@ -17,6 +17,41 @@ struct WarpState {
   float top;                         // largest value norm met, the same in all lanes; never 0
 };
 
+// The records of a pair of codes: where a pair has kernels of its own, their sizes are constants.
+template <int kHeadDim, int kKeyKind, int kValueKind>
+struct RecordsOf {
+  static constexpr bool kKnown = kKeyKind < kNumKinds && kValueKind < kNumKinds;
+  using K = Code<kKnown ? kKeyKind : kK2>;
+  using V = Code<kKnown ? kValueKind : kK2>;
+  static constexpr RecordLayout kLayout = record_layout(
+      index_bytes(kHeadDim / K::kDim, K::kBits), index_bytes(kHeadDim / V::kDim, V::kBits));
+
+  FQ_DEVICE static RecordLayout layout(const RecordLayout& given) {
+    if constexpr (kKnown) {
+      constexpr RecordLayout known = kLayout;
+      return known;
+    } else {
+      return given;
+    }
+  }
+
+  // Starts the copy of a tile of records; all lanes of the warp take part.
+  FQ_DEVICE static void copy(uint8_t* to, const uint8_t* from, int record_bytes) {
+    constexpr int kRound = kWarp * 16;
+    const int own = lane_idx() * 16, bytes = kTokens * record_bytes;
+    if constexpr (kKnown) {
+      to += own;
+      from += own;
+#pragma unroll
+      for (int i = 0; i < kTokens * kLayout.record_bytes; i += kRound) {
+        if (i + kRound <= bytes || i + own < bytes) copy_async(to + i, from + i);
+      }
+    } else {
+      for (int i = own; i < bytes; i += kRound) copy_async(to + i, from + i);
+    }
+  }
+};
+
 // The largest score of a row, and the sum of its weights relative to it, over all warps.
 FQ_DEVICE void sum_up(const float* factors, int num_warps, int column, float* m, float* l) {
   *m = kEmpty;
@@ -44,7 +79,7 @@ FQ_DEVICE void store_state(const AttendArgs& args, const RowBlock& b, int group,
   float* own = scratch + warp_idx() * 8 * kHeadDim;                  // [8, kHeadDim]
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
-    sync_cta();  // the scratch is free
+    if (tile > 0) sync_cta();  // the scratch is free: of tile 0 the caller's barrier says so
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
       for (int mask = 4; mask < kWarp; mask *= 2) s.l[tile][c] += shuffle_xor(s.l[tile][c], mask);
@@ -149,7 +184,9 @@ attend(FQ_PARAM AttendArgs args) {
   }
 
   // ---- memory, tables, queries
-  const int record_bytes = args.codec.record_bytes, num_warps = num_threads() / kWarp;
+  using Records = RecordsOf<kHeadDim, kKeyKind, kValueKind>;
+  const RecordLayout layout = Records::layout(args.layout);
+  const int record_bytes = layout.record_bytes, num_warps = num_threads() / kWarp;
   uint8_t* tables = shared_memory();
   uint8_t* fragments = tables + kTableBytes;
   float* factors = reinterpret_cast<float*>(fragments + Shape::kQueryBytes);
@@ -176,7 +213,7 @@ attend(FQ_PARAM AttendArgs args) {
   const int lane = lane_idx(), g = lane / 4, t = lane % 4;
   const int key_bytes = token_of(args.order, g) * record_bytes;
   const int value_bytes =
-      token_of(args.order, 2 * t) * record_bytes + args.layout.value_index_offset;
+      token_of(args.order, 2 * t) * record_bytes + layout.value_index_offset;
   Pair held[kTiles == 1 && kKeyKind != kProduct ? kSteps : 1];
   if constexpr (kTiles == 1 && kKeyKind != kProduct) {
 #pragma unroll
@@ -214,8 +251,7 @@ attend(FQ_PARAM AttendArgs args) {
       const uint8_t* from = args.pages.base + block * args.pages.stride_block +
                             kv_head * args.pages.stride_head + within * kTokens * record_bytes;
       uint8_t* to = ring + stage * kTokens * record_bytes;
-      for (int i = lane * 16; i < kTokens * record_bytes; i += kWarp * 16)
-        copy_async(to + i, from + i);
+      Records::copy(to, from, record_bytes);
     }
     commit_copies();
     entry += args.step_blocks;
@@ -260,7 +296,7 @@ attend(FQ_PARAM AttendArgs args) {
     float key_norm[2], value_norm[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const uint8_t* at = records + key_bytes + r * args.bytes_8 + args.layout.key_norm_offset;
+      const uint8_t* at = records + key_bytes + r * args.bytes_8 + layout.key_norm_offset;
       uint32_t norms;
       if constexpr (kOddRecords<kHeadDim>) {
         norms = load_as<uint16_t>(at) | (uint32_t)load_as<uint16_t>(at + 2) << 16;
@@ -366,8 +402,8 @@ attend(FQ_PARAM AttendArgs args) {
                           OutputTile<kHeadDim, kTiles>{tables, records + value_bytes, args.bytes_1,
                                                        args.bytes_8, p, s.o});
   }
-  wait_copies<0>();
-  sync_cta();
+  // No copy is under way: those behind the last tile are of nothing.
+  sync_cta();  // all warps have read the tables, where the scratch is
   store_state<kHeadDim, kTiles>(args, b, group, kv_head, split, s, reinterpret_cast<float*>(tables),
                                 reinterpret_cast<float*>(rings));
 }

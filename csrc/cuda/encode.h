@@ -234,7 +234,6 @@ encode(FQ_PARAM EncodeArgs args) {
       v[i] = usable ? v[i] / peak : 0.0f;
       sum += v[i] * v[i];
     }
-    sync_warp();  // the previous vector's y and indices have been read
     float length = square_root(warp_sum(sum));
     if (is_product) {
       store_own<kHeadDim>(v, x_own);
@@ -251,11 +250,11 @@ encode(FQ_PARAM EncodeArgs args) {
         y[c] = y[c] / divisor * args.map.source_scale;
     } else {
       for (int i = 0; i < kPerLane; ++i) v[i] /= usable ? length : 1.0f;
+      // Nobody reads the previous vector's y any more: the barrier behind its search is passed.
       rotate<kHeadDim>(args.codec, v, y, false);
-      sync_warp();
       store_own<kHeadDim>(v, y);
     }
-    sync_warp();
+    sync_warp();  // y is written, and the previous vector's indices have been read
     Match match;
     if (is_product) {
       match = search_product(args.map, product_rows, args.map.weight + (int64_t)head * num_coded, y,
