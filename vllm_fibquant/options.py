@@ -17,6 +17,8 @@
     fidelity_gate   true (default) or false          measure at start what codes cost the model
     accept_loss     true or false (default)          serve even if that is very much
     unproven_gpu    true or false (default)          serve on a GPU, where no kernel has run yet
+    triton          true or false (default)          serve on a GPU also what its CUDA library has
+                                                     not, by slower kernels
     retain          {"first": 4, "recent": 1024}     keep a request's first and newest tokens alone;
                                                      "first" may be left out; default: keep all
     monitor         true, false (default), or        compare, while serving, attention over codes
@@ -110,6 +112,7 @@ class Options:
     self_check: bool = True
     retain: Retain | None = None
     unproven_gpu: bool = False
+    triton: bool = False
     monitor: MonitorOptions | None = None
     calibrate: Calibrate = DEFAULT_CALIBRATE
     calibration: str | None = None

@@ -13,7 +13,7 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 import torch
 
-from vllm_fibquant.codec.config import PRESETS
+from vllm_fibquant.codec.config import PRESETS, get_preset
 from vllm_fibquant.engine import compat, plugin, support
 from vllm_fibquant.options import parse_options
 
@@ -288,6 +288,34 @@ def test_a_bias_on_keys_is_refused_on_a_gpu(found, monkeypatch):
             plugin._prepare(worker, 100)
     worker.vllm_config.device_config.device_type = "cpu"
     assert plugin._prepare(worker, 100) == 100
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_triton_serves_a_gpu_only_if_it_is_asked_for(asked: bool, monkeypatch):
+    """It is slower than no compression; the device stands for one that the library cannot use."""
+    from types import SimpleNamespace
+
+    from vllm_fibquant.codec.codec import KVCodec
+    from vllm_fibquant.engine import self_checks
+    from vllm_fibquant.ops import gpu
+
+    codec = KVCodec.from_preset(get_preset("fibquant_2bit"), 64)
+    options = parse_options("fibquant_2bit", {"fibquant": {"triton": asked, "self_check": False}})
+    layers = {"layer": SimpleNamespace(options=options, codec=codec, num_kv_heads=2)}
+
+    def check(device: str) -> None:
+        self_checks.check_kernels(layers, torch.bfloat16, 16, torch.device(device))
+
+    monkeypatch.setattr(gpu.cuda, "is_built", lambda: False)
+    check("cpu")
+    if asked:
+        check("meta")
+        return
+    told = "got Triton's, .* the CUDA library is not built .*auto, or give .triton.: true"
+    with pytest.raises(ValueError, match=told):
+        check("meta")
+    monkeypatch.setattr(gpu, "why_not_cuda", lambda codec, cache: None)
+    check("meta")
 
 
 def test_cuda_graphs_are_declared_for_batches_of_equal_query_lengths():

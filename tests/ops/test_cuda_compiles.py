@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import machine_code
+from benchmarks import instructions, machine_code
 from benchmarks.machine_code import ARCHS, HEAD_DIMS, SHARED_KIB
 from tests import emulated as emu
 from vllm_fibquant.codec.config import PRESETS
@@ -84,6 +84,29 @@ def test_plans_of_copies_compile_within_budgets(arch: str, tmp_path) -> None:
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_every_head_dim_compiles_within_budgets(head_dim: int, arch: str) -> None:
     check_budgets(machine_code.compile_kernels(head_dim, arch))
+
+
+@needs_nvcc
+@pytest.mark.slow
+def test_instructions_of_a_tile_are_those_that_are_written() -> None:
+    if instructions.cuobjdump() is None:
+        pytest.skip("Triton's NVIDIA backend brings cuobjdump")
+    rows = instructions.measure()
+    written = instructions.read_rows()
+    if machine_code.nvcc_version() != machine_code.read_rows()[0]["nvcc"]:
+        pytest.skip("another nvcc than the written numbers are of")
+    assert rows == written, "python -m benchmarks.instructions must run again"
+
+
+def test_the_shortest_way_with_what_it_needs_is_counted() -> None:
+    """A loop from 0x20 to 0x90, whose copy and whose mask a way may leave out."""
+    lines = ["MOV", "BRA 0x20", "HMMA a", "@P0 BRA 0x60", "LDGSTS a", "LDGSTS b", "HMMA b",
+             "@P1 BRA 0x90", "FSEL", "@P2 BRA 0x20", "EXIT"]  # fmt: skip
+    code = [(16 * i, line) for i, line in enumerate(lines)]
+    assert instructions.count(code, {"HMMA": 2}) == 5
+    assert instructions.count(code, {"HMMA": 2, "LDGSTS": 2}) == 7
+    with pytest.raises(ValueError, match="must have a way"):
+        instructions.count(code, {"HMMA": 3})
 
 
 @needs_nvcc
@@ -161,6 +184,8 @@ def test_the_documents_tables_are_those_of_the_results(emulated) -> None:
     assert len(rows) == NUM_KERNELS * len(ARCHS) * len(HEAD_DIMS)
     shown = machine_code.between(machine_code.DOCUMENT.read_text(), "machine code")
     assert shown == machine_code.section(rows, emulated)
+    shown = machine_code.between(machine_code.DOCUMENT.read_text(), "bounds")
+    assert shown == instructions.markdown(instructions.read_rows(), emulated)
 
 
 def test_the_readmes_table_is_the_dispatch_table(emulated) -> None:

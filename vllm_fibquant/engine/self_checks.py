@@ -11,6 +11,7 @@ import torch
 from vllm.logger import init_logger
 
 from vllm_fibquant.observe.counters import own_counters
+from vllm_fibquant.ops import gpu
 from vllm_fibquant.ops.selfcheck import SelfCheckResult, run_self_check
 
 logger = init_logger(f"vllm.{__name__}")
@@ -30,9 +31,12 @@ def check_kernels(
 
     Raises:
         RuntimeError: the kernel of this machine disagrees with the oracle.
+        ValueError: Triton would serve on a GPU, which the user has not asked for.
     """
     has_checked_map = False
     for impl in impls.values():
+        if device.type != "cpu" and not impl.options.triton:
+            _refuse_triton(impl, block_size, device)
         if impl.options.self_check:
             shape = dtype, impl.num_heads, impl.num_kv_heads, block_size, device
             attend = impl.attend
@@ -41,6 +45,22 @@ def check_kernels(
             if impl.key_map is not None and not has_checked_map:
                 _check(impl.codec, *shape, impl.key_map, *new_tokens)
                 has_checked_map = True
+
+
+def _refuse_triton(impl: Any, block_size: int, device: torch.device) -> None:
+    """Refuses a layer of which the CUDA library has no kernel; an engine starts with this.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    shape = 1, impl.num_kv_heads, block_size, impl.codec.layout.record_bytes
+    cache = torch.empty(shape, dtype=torch.uint8, device=device)
+    if reason := gpu.why_not_cuda(impl.codec, cache):
+        raise ValueError(
+            "kernels: must be the CUDA library's on a GPU, got Triton's, which are slower than "
+            f"--kv-cache-dtype auto: {reason}; use --kv-cache-dtype auto, or give "
+            '"triton": true to be served by them all the same'
+        )
 
 
 @functools.cache
