@@ -63,16 +63,15 @@ MUTATIONS = {
     "a split's state": ("merge.h", "(begin + at + j) * kHeadDim", "begin * kHeadDim", BOTH),
     "a split's weight": ("merge.h", "weights[lane_idx()] = weight", "weights[lane_idx()] = 1",
                          BOTH),
-    "a row written directly": ("attend_kernel.h", "o[i] = merged[lane_idx() * kPerLane + i]",
-                               "o[i] = scratch[lane_idx() * kPerLane + i]", (DIRECT,)),
+    "a row written directly": ("attend_kernel.h", "load_own<kHeadDim>(merged, o)",
+                               "load_own<kHeadDim>(scratch, o)", (DIRECT,)),
     "a rotation's shuffle": ("rotation.h", "mask ? other - x[i]", "mask ? x[i] - other",
                              (*BOTH, ENCODE)),
     "a stored sign": ("encode.h", "pattern << 8", "pattern << 7", (ENCODE,)),
     "a stored word": ("encode.h", "index[i] >> -shift", "index[i] >> 1 - shift", (ENCODE,)),
     "a stored lane": ("encode.h", "subvec < num_subvecs; subvec += kWarp",
                       "subvec < num_subvecs - 1; subvec += kWarp", (ENCODE,)),
-    "no wait in encode": ("encode.h", "y[first + i] = v[i];\n    }\n    sync_warp();",
-                          "y[first + i] = v[i];\n    }", (ENCODE,)),
+    "no wait in encode": ("encode.h", "sync_warp();  // y is written", "// y is written", (ENCODE,)),
     "a turned cosine": ("mapped.h", "w[1] * x.cosine - w[0] * x.sine",
                         "w[1] * x.cosine + w[0] * x.sine", BOTH_MAPPED),
     "a turned pair": ("mapped.h", "row + columns[8 * step + 4 + t]", "row + columns[8 * step + t]",
@@ -124,8 +123,8 @@ MUTATIONS = {
     "a copy beyond the window": ("copies.h", "own.position >= seen[r]", "true", (COPIES_WINDOW,)),
     "a first token beside its copy": ("prepare.h", "if (copy_row(a, req, context, token) >= 0)"
                                       " continue;", "", (COPIES_MAPPED,)),
-    "a copied lane": ("encode.h", "kWarp + lane_idx()) * kPerLane",
-                      "kWarp + lane_idx() / 2) * kPerLane", (COPIES_ENCODE,)),
+    "a copied lane": ("encode.h", "head) * kHeadDim + first;",
+                      "head) * kHeadDim + first / 2;", (COPIES_ENCODE,)),
     "a copied infinity": ("encode.h", "bad ? 0.0f : v[i]", "v[i]", (COPIES_ENCODE,)),
     "a run's place": ("encode.h", "n4, index + n2", "n4, index + n4", (MAPPED_ENCODE,)),
 }  # fmt: skip
@@ -196,6 +195,12 @@ def check_case(library, case: str) -> None:
     paged = paged_of(codec, [70, 32], [1, 2], group_size=3)
     options = {WINDOW: {"window": 30}, DIRECT: {"num_splits": 1}}.get(case, {})
     check(library, paged, wide=case == WIDE, **options)
+
+
+def test_every_change_has_its_line() -> None:
+    for name, (header, old, *_) in MUTATIONS.items():
+        text = (emu.ROOT / "csrc" / "cuda" / header).read_text()
+        assert text.count(old) == 1, f"{name}: {header} must hold once: {old}"
 
 
 @pytest.mark.parametrize(
