@@ -23,8 +23,8 @@ struct RecordsOf {
   static constexpr bool kKnown = kKeyKind < kNumKinds && kValueKind < kNumKinds;
   using K = Code<kKnown ? kKeyKind : kK2>;
   using V = Code<kKnown ? kValueKind : kK2>;
-  static constexpr RecordLayout kLayout = record_layout(
-      index_bytes(kHeadDim / K::kDim, K::kBits), index_bytes(kHeadDim / V::kDim, V::kBits));
+  static constexpr RecordLayout kLayout = record_layout(index_bytes(kHeadDim / K::kDim, K::kBits),
+                                                        index_bytes(kHeadDim / V::kDim, V::kBits));
 
   FQ_DEVICE static RecordLayout layout(const RecordLayout& given) {
     if constexpr (kKnown) {
@@ -212,8 +212,7 @@ attend(FQ_PARAM AttendArgs args) {
 
   const int lane = lane_idx(), g = lane / 4, t = lane % 4;
   const int key_bytes = token_of(args.order, g) * record_bytes;
-  const int value_bytes =
-      token_of(args.order, 2 * t) * record_bytes + layout.value_index_offset;
+  const int value_bytes = token_of(args.order, 2 * t) * record_bytes + layout.value_index_offset;
   Pair held[kTiles == 1 && kKeyKind != kProduct ? kSteps : 1];
   if constexpr (kTiles == 1 && kKeyKind != kProduct) {
 #pragma unroll
