@@ -22,6 +22,7 @@ CODES = (
     CodeSpec(2, 1024, folded=True, gain="mse", storage="float16"),
 )
 SCALAR_BITS = (2, 3, 4, 8)
+NEIGHBOURS = 10
 
 
 def scalar(x: torch.Tensor, bits: int) -> torch.Tensor:
@@ -36,7 +37,7 @@ def nearest(queries: torch.Tensor, x: torch.Tensor, k: int) -> torch.Tensor:
     return torch.cdist(queries, x).topk(k, largest=False).indices
 
 
-def compare(x: torch.Tensor, num_queries: int, k: int = 10) -> list[dict[str, Any]]:
+def compare(x: torch.Tensor, num_queries: int, k: int = NEIGHBOURS) -> list[dict[str, Any]]:
     """Codes and scalar quantisation of vectors: bytes, error and nearest-neighbour search.
 
     Args:
@@ -130,6 +131,8 @@ def run(
     parser.add_argument("--queries", type=int, default=400)
     parser.add_argument("--plot", type=Path, help="write a plot to this file")
     args = parser.parse_args(arguments)
+    if args.vectors < NEIGHBOURS or args.queries < 1:
+        parser.error(f"--vectors must be at least {NEIGHBOURS}, --queries at least 1")
     rows = compare(make(args.vectors + args.queries), args.queries)
     print_table(f"{args.vectors} {what}", rows)
     if args.plot:

@@ -39,6 +39,13 @@ def test_examples_print_and_plot(example, tmp_path, capsys) -> None:
     assert path.stat().st_size > 10_000
 
 
+@pytest.mark.parametrize("option, value", [("--vectors", 9), ("--queries", 0), ("--queries", -5)])
+def test_too_few_vectors_are_refused(option, value, capsys) -> None:
+    with pytest.raises(SystemExit):
+        image_features.main(["--vectors", "10", "--queries", "1", option, str(value)])
+    assert "--vectors must be at least 10, --queries at least 1" in capsys.readouterr().err
+
+
 def test_codec_from_spec() -> None:
     spec = CodeSpec(4, 256, gain="mse")
     x = torch.randn(5, 2, 64, generator=torch.Generator().manual_seed(0))
