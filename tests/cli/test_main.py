@@ -16,6 +16,7 @@ from vllm_fibquant.cli import info
 from vllm_fibquant.cli import main as cli
 from vllm_fibquant.cli import serve as launcher
 from vllm_fibquant.codec.config import HEAD_DIMS, PRESETS
+from vllm_fibquant.evaluation.command import _model_folder
 
 README = Path(__file__).parents[2] / "README.md"
 GIB = 1 << 30
@@ -253,6 +254,15 @@ def test_serve_ends_on_sigterm_before_vllm_handles_it():
 def test_eval_refuses_what_is_no_model(tmp_path, capsys):
     assert cli.main(["eval", str(tmp_path), "--out", str(tmp_path)]) == 1
     assert "model must be a folder with a config.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [".", "tokens/.."])
+def test_eval_names_results_after_the_folder(given, tmp_path, monkeypatch):
+    model = tmp_path / "model"
+    (model / "tokens").mkdir(parents=True)
+    (model / "config.json").write_text("{}")
+    monkeypatch.chdir(model)
+    assert _model_folder(given).name == "model"
 
 
 def test_eval_refuses_a_misspelt_preset_before_a_model_is_loaded(tmp_path, capsys):

@@ -160,7 +160,8 @@ def _model_folder(given: str | None) -> Path:
             f"eval: model must be a folder with a config.json, got {str(model)!r}; "
             "download it first"
         )
-    return model
+    # Results are filed under the folder's name, which `.` and `..` do not say.
+    return model if model.name not in ("", "..") else model.resolve()
 
 
 def _weight_bytes(model: Path) -> int:
