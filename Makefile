@@ -8,6 +8,8 @@ TORCH_INDEX ?=
 ARGS   ?=
 CUDA   ?=
 MODEL  ?=
+# In quotes if it holds a space; else the shell may still expand a ~.
+QUOTED  = $(if $(word 2,$(MODEL)),"$(MODEL)",$(MODEL))
 # Processes that share the tests; each may need 6 GB. 0: one, which sees the test's output at once.
 JOBS   ?= 2
 
@@ -30,7 +32,7 @@ help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 18
 
 serve: $(LIBRARY)  ## install, build, fetch the demo model, serve on port 8000 (MODEL=, ARGS=)
-	$(BIN)/vllm-fibquant serve $(if $(word 2,$(MODEL)),"$(MODEL)",$(MODEL)) $(ARGS)
+	$(BIN)/vllm-fibquant serve $(QUOTED) $(ARGS)
 
 # The build needs nvcc and setuptools alone: no torch, and so none that is not for CUDA.
 cuda: | $(BIN)/python  ## build the CUDA kernels with nvcc (FIBQUANT_CUDA_ARCHS=)
@@ -86,7 +88,7 @@ load: $(VENV)/.dev $(LIBRARY)  ## measure requests per second of the server when
 	$(BIN)/python -m benchmarks --plot-only
 
 eval: $(VENV)/.dev $(LIBRARY)  ## quality of every format, ours and others: hours (MODEL=, ARGS="--rows core" or --quick)
-	$(BIN)/vllm-fibquant eval $(MODEL) --out docs/results --images docs/images $(ARGS)
+	$(BIN)/vllm-fibquant eval $(QUOTED) --out docs/results --images docs/images $(ARGS)
 
 # llama-cpp-python is built from source, for this machine's instruction set: minutes. What cannot be
 # installed is left out of the table, with a sentence.
