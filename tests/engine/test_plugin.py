@@ -250,6 +250,7 @@ def test_float32_and_amd_are_refused_on_a_gpu(monkeypatch):
     config.model_config = SimpleNamespace(
         **model, runner_type="generate", rswa_window=None, hf_text_config=text, dtype=torch.float32,
         get_head_size=lambda: 128, hf_config=text, is_hybrid=False, is_multimodal_model=False,
+        multimodal_config=None,
         max_model_len=4096,
     )  # fmt: skip
     (problem,) = support.config_problems(config)
