@@ -35,6 +35,58 @@ def eagle_head(folder: Path) -> str:
     return str(path)
 
 
+def eagle3_head(folder: Path) -> str:
+    """A head of one layer that reads a token's embedding and three layers of the target."""
+    draft, path = Path(make_model("llama-1layer", folder)), folder / "eagle3"
+    if path.exists():
+        return str(path)
+    weights = load_file(draft / "model.safetensors")
+    layer = "model.layers.0."
+    head = {
+        f"midlayer.{name.removeprefix(layer)}": x
+        for name, x in weights.items()
+        if name.startswith(layer)
+    }
+    hidden = weights["model.embed_tokens.weight"].shape[1]
+    generator = torch.Generator().manual_seed(0)
+    for name in ("q_proj", "k_proj", "v_proj"):  # of an embedding and a state, side by side
+        key = f"midlayer.self_attn.{name}.weight"
+        head[key] = torch.randn(len(head[key]), 2 * hidden, generator=generator) * 0.08
+    head["midlayer.hidden_norm.weight"] = head["norm.weight"] = torch.ones(hidden)
+    head["fc.weight"] = torch.randn(hidden, 3 * hidden, generator=generator) * 0.08
+    head["lm_head.weight"] = torch.randn(VOCAB_SIZE, hidden, generator=generator) * 0.08
+    config = json.loads((draft / "config.json").read_text())
+    config |= {"architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": VOCAB_SIZE}
+    config["eagle_config"] = {"eagle_aux_hidden_state_layer_ids": [1, 2, 3]}
+    config["eagle_aux_hidden_state_layer_ids"] = [1, 2, 3]
+    return written(path, head, config)
+
+
+def medusa_heads(folder: Path) -> str:
+    """Two heads that each read the target's last state. They have no attention, and no cache."""
+    path = folder / "medusa"
+    if path.exists():
+        return str(path)
+    hidden = json.loads(Path(make_model("llama", folder), "config.json").read_text())["hidden_size"]
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"blocks.{}.layers.0.weight": hidden, "lm_heads.{}.weight": VOCAB_SIZE}
+    heads = {
+        name.format(head): torch.randn(rows, hidden, generator=generator) * 0.08
+        for head in range(2)
+        for name, rows in shapes.items()
+    }
+    config = {"model_type": "medusa", "hidden_size": hidden, "vocab_size": VOCAB_SIZE,
+              "num_heads": 2, "num_hidden_layers": 1}  # fmt: skip
+    return written(path, heads, config)
+
+
+def written(path: Path, weights: dict[str, torch.Tensor], config: dict) -> str:
+    path.mkdir()
+    save_file({name: x.clone() for name, x in weights.items()}, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(config))
+    return str(path)
+
+
 def mtp_model(folder: Path) -> str:
     """A MiMo model: Qwen2's layers, and one more that reads their last state to draft a token."""
     source, path = Path(make_model("qwen2", folder)), folder / "mimo"
@@ -90,6 +142,16 @@ def test_drafts_do_not_matter(model_folder, method):
         "num_speculative_tokens": 2,
     }
     answers_as_without(model, prompts, speculation)
+
+
+@pytest.mark.parametrize(("method", "head"), [("eagle3", eagle3_head), ("medusa", medusa_heads)])
+def test_heads_on_several_layers_and_heads_without_a_cache_do_not_matter(
+    model_folder, method, head
+):
+    prompts, model = varied_prompts(8, VOCAB_SIZE), make_model("llama-4layers", model_folder)
+    speculation = {"method": method, "model": head(model_folder), "num_speculative_tokens": 2}
+    layers = {"eagle3": 5, "medusa": 4}[method]
+    assert len(answers_as_without(model, prompts, speculation)) == layers
 
 
 def test_mtp_does_not_matter(model_folder):

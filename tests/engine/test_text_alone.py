@@ -23,8 +23,8 @@ from .test_server import start, wait_until_healthy
 from .text_alone import gemma3_images
 
 HERE = Path(__file__).parent
-BOUNDS = {"gemma3-images": 1e-4}
-"""As in test_models.py, in float32."""
+BOUNDS = {"gemma3-images": 1e-4, "qwen2.5-vl": 1e-3, "qwen3.5": 0.1}
+"""As in test_models.py: float32, long biases, and bfloat16 with linear attention."""
 STAND_IN = {"PYTHONPATH": str(HERE / "stand_in")}
 CHAT = {"model": "gemma", "max_tokens": 4}
 PIXEL = (
@@ -54,7 +54,7 @@ def test_texts_are_stock_attention(tmp_path, shape):
 @pytest.mark.slow
 def test_a_server_answers_texts_and_refuses_images_one_by_one(tmp_path, monkeypatch):
     """Gemma 3 as it is given: no flag about images."""
-    SHAPES["gemma3-images"] = gemma3_images
+    monkeypatch.setitem(SHAPES, "gemma3-images", gemma3_images)
     monkeypatch.setenv("PYTHONPATH", STAND_IN["PYTHONPATH"])
     model = make_model("gemma3-images", tmp_path)
     template = "{% for m in messages %}w9 {% endfor %}"

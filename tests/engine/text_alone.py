@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .architectures import COMMON, HEADS, SHAPES, VOCAB_SIZE, Made
+from .architectures import COMMON, HEADS, LINEAR, SHAPES, VOCAB_SIZE, Made
 from .harness import engine, generate, largest_difference, varied_prompts
 from .models import make_model
 
@@ -32,11 +32,41 @@ def gemma3_images() -> Made:
     return Gemma3ForConditionalGeneration, config
 
 
+def qwen25_vl() -> Made:
+    """Rotations by three positions, which a text's tokens have alike."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    vision = {"depth": 2, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2,
+              "out_hidden_size": 256, "fullatt_block_indexes": [1]}  # fmt: skip
+    turns = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 12, 12]}
+    text = {**COMMON, "num_attention_heads": 4, "num_key_value_heads": 2, "rope_parameters": turns}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **TOKENS)
+    return Qwen2_5_VLForConditionalGeneration, config
+
+
+def qwen35() -> Made:
+    """Three layers of linear attention to one of gated attention; partial rotations."""
+    from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
+
+    vision = {"depth": 2, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2,
+              "out_hidden_size": 256, "num_position_embeddings": 16}  # fmt: skip
+    turns = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5,
+             "mrope_section": [6, 5, 5], "mrope_interleaved": True}  # fmt: skip
+    text = {**COMMON, **HEADS, **LINEAR, "rope_parameters": turns}
+    config = Qwen3_5Config(text_config=text, vision_config=vision, **TOKENS)
+    return Qwen3_5ForConditionalGeneration, config
+
+
+TOKENS = {"image_token_id": 5, "video_token_id": 6, "vision_start_token_id": 7,
+          "vision_end_token_id": 8}  # fmt: skip
 NO_PROCESSOR = {"language_model_only": True}
 """A processor of images would be asked for otherwise, of which there is none here."""
+LINEAR_DTYPE = {"dtype": "bfloat16", "block_size": None}
 
 MADE: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "gemma3-images": (gemma3_images, {}, {}),
+    "qwen2.5-vl": (qwen25_vl, {}, NO_PROCESSOR),
+    "qwen3.5": (qwen35, LINEAR_DTYPE, NO_PROCESSOR),
 }
 """The model, what both engines are given, and what ours is given."""
 
