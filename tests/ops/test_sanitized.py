@@ -22,15 +22,15 @@ cpu_library.select_isa("portable")
 options = ["-q", "-x", "-p", "no:cacheprovider", "-k", "not avx2 and not avx512"]
 sys.exit(pytest.main([*options, *sys.argv[2:]]))
 """
-# The last one chooses the instruction set again.
+# The last ones choose instruction sets, and leave what the library chooses itself.
 TESTS = [
     "tests/engine/test_copy_pool.py",
     "tests/ops/test_copies.py::test_sizes",
     "tests/keys/test_key_map.py::test_every_number_of_queries",
     "tests/keys/test_key_map.py::test_every_transformed_code",
     "tests/keys/test_key_map.py::test_records_of_transformed_keys",
-    "tests/keys/test_key_map.py::test_one_token_alone_is_stored_as_among_others",
     "tests/ops/test_encode.py::test_records_equal_the_oracles",
+    "tests/keys/test_key_map.py::test_one_token_alone_is_stored_as_among_others",
     "tests/codec/test_search.py::test_a_vector_has_one_code_whatever_is_encoded_with_it",
 ]
 BYTE_TESTS = [
