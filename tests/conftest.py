@@ -52,9 +52,10 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each instruction set of this CPU in turn."""
     from vllm_fibquant.ops import cpu_library
 
+    before = cpu_library.isa()
     try:
         cpu_library.select_isa(request.param)
     except ValueError:
         pytest.skip(f"this CPU does not have {request.param}")
     yield request.param
-    cpu_library.select_isa(None)
+    cpu_library.select_isa(before)  # a library of tests may have no other
