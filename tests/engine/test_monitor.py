@@ -118,16 +118,16 @@ def test_drill_keys_that_break_the_code(model_folder, tmp_path, every_step_compa
                 attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj,
             ):  # fmt: skip
                 projection.bias.zero_()
-            # The last pair of a head turns least with the position.
-            attention.k_proj.bias.view(2, 64)[:, 63] = 3000.0
+            # The last pair of a head turns least with the position; Qwen2.5's biases reach 354.
+            attention.k_proj.bias.view(2, 64)[:, 63] = 400.0
     broken.save_pretrained(tmp_path)
-    monkeypatch.setattr(calibrate, "_subtract_biases", lambda *args: None)
-    with engine(str(tmp_path), PRESET, fibquant=ON) as llm:
-        findings = Findings()
-        in_batches(llm, varied_prompts(16, VOCAB_SIZE, shortest=64), 16)
+    with monkeypatch.context() as patch:
+        patch.setattr(calibrate, "_subtract_biases", lambda *args: None)
+        with engine(str(tmp_path), PRESET, fibquant=ON) as llm:
+            findings = Findings()
+            in_batches(llm, varied_prompts(16, VOCAB_SIZE, shortest=64), 16)
     assert findings.changed == 0
     assert findings.health == DAMAGED
-    monkeypatch.undo()
     with engine(str(tmp_path), PRESET, fibquant=ON) as llm:
         in_batches(llm, varied_prompts(16, VOCAB_SIZE, shortest=64), 16)
-    assert findings.health in (UNKNOWN, HEALTHY), "what a bias adds is not coded"
+    assert findings.health == HEALTHY, "what a bias adds is not coded"
