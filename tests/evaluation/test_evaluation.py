@@ -285,6 +285,16 @@ def test_texts_of_all_sources_begin_as_the_model_expects(tmp_path):
         texts.text_units(Letters, ["poem"], 100, 2)
 
 
+def test_texts_of_one_name_are_refused(tmp_path):
+    """Results are kept by the names of texts."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "own.txt").write_text(folder * 200)
+    same = [str(tmp_path / folder / "own.txt") for folder in ("a", "b")]
+    with pytest.raises(ValueError, match=r"a name of its own, got own.txt more than once"):
+        texts.text_units(Letters, same, 100, 1)
+
+
 def test_divergence_and_its_quantile():
     """Pieces of the vocabulary's distributions give what whole ones give."""
     generator = torch.Generator().manual_seed(5)

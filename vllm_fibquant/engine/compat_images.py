@@ -19,8 +19,9 @@ CAUSAL_MODALITIES = ("audio",)
 
 
 def two_way_modalities(model: ModelConfig) -> list[str]:
-    """What a request may bring whose tokens see each other both ways, by vLLM's names."""
-    if not model.is_mm_prefix_lm:
+    """What a request may bring whose tokens see each other both ways, by vLLM's names: nothing
+    where the model is the text part alone."""
+    if not model.is_mm_prefix_lm or model.multimodal_config is None:
         return []
     from vllm.multimodal import MULTIMODAL_REGISTRY
 
@@ -57,17 +58,19 @@ def refuse_images(model: ModelConfig) -> list[str]:
         clears `is_mm_prefix_lm`, as no request that is left needs it.
     Why: vLLM's answer to such a request is then a plain one (status 400), and the vision tower is
         not loaded; vLLM asks no attention backend about a request.
+        A text part alone, which reads no images, has the property cleared.
     Range: 0.32.0 and, as read, 0.33.0.
     Delete when: our kernels have the mask.
     """
-    modalities, config = two_way_modalities(model), model.multimodal_config
-    if not modalities or config is None:
+    if not model.is_mm_prefix_lm:
         return []
     from vllm.config.multimodal import BaseDummyOptions
 
+    modalities = two_way_modalities(model)
     for name in modalities:
-        config.limit_per_prompt[name] = BaseDummyOptions(count=0)
+        model.multimodal_config.limit_per_prompt[name] = BaseDummyOptions(count=0)
     architecture = model.model_arch_config
     model.model_arch_config = dataclasses.replace(architecture, is_mm_prefix_lm=False)
-    vars(model).pop("is_mm_prefix_lm", None)  # a cached property
+    # A cached property, and so for good: a model makes copies of its configuration for its parts.
+    vars(model)["is_mm_prefix_lm"] = False
     return modalities

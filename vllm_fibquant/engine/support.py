@@ -180,8 +180,10 @@ def _model_rows(model: ModelConfig, block_size: int | None) -> list[Row]:
     chunk = getattr(model.hf_text_config, "attention_chunk_size", None)
     head_dim = model.get_head_size()
     value_dim = getattr(model.hf_text_config, "v_head_dim", None) or head_dim
+    # Models of latents pad values to the length of keys where latents are switched off.
+    has_latents = model.use_mla or getattr(model.hf_text_config, "kv_lora_rank", None) is not None
     return [
-        (model.use_mla or value_dim == head_dim, "model",
+        (has_latents or value_dim == head_dim, "model",
          "one whose values are as long as its keys", f"{value_dim} and {head_dim}", OTHER_DTYPE),
         (not model.is_encoder_decoder, "model", "decoder-only", "an encoder-decoder model",
          OTHER_DTYPE),

@@ -170,6 +170,12 @@ def text_units(tokenizer: Tokenizer, sources: Sequence[str], length: int, count:
             runs = chunks_of(path, tokenizer.encode, length, count, tokenizer.begin)
             chunks = [(f"{label}:{length}:{i}", run) for i, run in enumerate(runs)]
         units += [Unit("text", name, tuple(chunk)) for name, chunk in chunks]
+    names = [unit.name for unit in units]
+    if twice := sorted({name.partition(":")[0] for name in names if names.count(name) > 1}):
+        raise ValueError(
+            f"text_units: every text must have a name of its own, got {', '.join(twice)} more than "
+            "once; rename or leave out one"
+        )
     return units
 
 

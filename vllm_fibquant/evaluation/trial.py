@@ -74,7 +74,9 @@ def measure_rows(
         dtype: of the model.
         show: called with each result.
     """
-    sizes = Sizes(chunk=length, num_chunks=num_chunks, far=length // 2, calibration=length)
+    sizes = Sizes(
+        chunk=length, num_chunks=num_chunks, far=length // 2, calibration=min(length, 2048)
+    )
     with tempfile.TemporaryDirectory() as folder:
         trial = _Trial(
             model, sizes, Path(folder) / "results.jsonl", rows=rows, sources=sources,
