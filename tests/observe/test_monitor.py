@@ -160,6 +160,23 @@ def test_tokens_nobody_reads_are_not_compared():
     assert bench.step(([1, 2, 5], 32, 1)) is not None, "found in the prefix cache"
 
 
+def test_a_step_looks_at_few_samples_and_the_next_ones_at_the_others(monkeypatch):
+    monkeypatch.setattr(monitor, "TRIED", 3)
+    looked = []
+    readers = Monitor._readers
+    monkeypatch.setattr(
+        Monitor, "_readers", lambda self, *args: looked.append(args) or readers(self, *args)
+    )
+    bench = Bench()
+    for number in range(8):
+        bench.step(([3 * number + 1, 3 * number + 2], 0, 32))
+    steps = 0
+    while bench.step(([22, 23, 24], 32, 1)) is None:  # the last sample's
+        steps += 1
+        assert len(looked) == 3 * steps
+    assert steps == 2, "eight samples, three a step"
+
+
 def test_a_sliding_window_layer_compares_what_it_sees():
     bench = Bench(window=40)
     blocks = list(range(1, 9))

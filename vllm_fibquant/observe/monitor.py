@@ -49,6 +49,9 @@ MIN_TOKENS, MAX_TOKENS = 16, 64
 SAVED = 4
 """Comparisons whose time is kept for new samples: prompts are rarer than other steps."""
 
+TRIED = 8
+"""Samples of which a CPU looks, each step, whether a request reads them; the next step goes on."""
+
 MAX_STEP_S = 0.25
 """A GPU's step lasts from its planning to the next one's: of more, the engine was idle."""
 
@@ -356,7 +359,7 @@ class Monitor:
 
     def _plan_again(self, step: Step) -> Probe | None:
         """The next sample, which a request of this step reads: a GPU finds that itself."""
-        for _ in range(len(self._samples)):
+        for _ in range(min(TRIED, len(self._samples))):
             sample = self._samples.pop(0)
             self._samples.append(sample)
             if len(sample.query) == 0 or sample.table.shape[1] != step.block_table.shape[1]:
