@@ -98,7 +98,7 @@ def test_any_row_on_any_text(tmp_path, words, capsys):
 
     rows = ["auto", 'fibquant_2bit {"mode": "exact", "calibrate": "none"}']
     given = SimpleNamespace(
-        row=rows, text=[str(words)], tokens=96, chunks=2, dtype="float32",
+        row=rows, text=[str(words)], tokens=96, chunks=2, dtype="float32", keys=0, haystack=None,
         json=tmp_path / "found.jsonl",
     )  # fmt: skip
     assert trial.run(Path(make_model("llama", tmp_path)), given) == 0
@@ -108,6 +108,16 @@ def test_any_row_on_any_text(tmp_path, words, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert [line.startswith(rows[1]) for line in lines] == [False] * 3 + [True] * 2 + [False, True]
     assert "mean of 2" in lines[-1]
+
+    given.keys, given.haystack, given.json = 20, tmp_path / "hay", tmp_path / "keys.jsonl"
+    given.haystack.write_text(4 * (words.read_text() + " "))
+    assert trial.run(tmp_path / "llama", given) == 0
+    found = [json.loads(line) for line in given.json.read_text().splitlines()]
+    right = [sum(sum(r["right"]) for r in found if r["row"] == row) for row in rows]
+    lines = capsys.readouterr().out.splitlines()
+    assert len(found) == 2 * 8
+    assert [f"{n} of 20 keys" in line for n, line in zip(right, lines, strict=True)] == 2 * [True]
+    assert f"only by {rows[0]}" in lines[1]
 
 
 def test_long_retrieval_through_the_engine(tmp_path, words):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from vllm_fibquant.codec.config import PRESETS
-from vllm_fibquant.evaluation import digests, measure, report, retrieval, rivals, texts
+from vllm_fibquant.evaluation import digests, measure, report, retrieval, rivals, texts, trial
 from vllm_fibquant.evaluation.formats import FibQuant, Format, Rounded
 from vllm_fibquant.evaluation.rows import all_rows
 from vllm_fibquant.evaluation.simulate import attend, rotary
@@ -239,6 +239,21 @@ def test_passkeys_are_hidden_and_asked_for():
             assert read_back.count(read_back[begin:end]) == 2, "once hidden, once answered"
     assert units[0].depths != units[1].depths
     assert max(units[2].depths) > 0.75
+
+
+def test_more_pass_keys_are_spread_as_twenty_are():
+    assert texts.spread_keys(0) == texts.spread_keys(20) == texts.Sizes.passkeys
+    assert sum(n * count for n, count in texts.spread_keys(200)) == 200
+
+
+def test_keys_found_by_one_alone():
+    """McNemar's exact test: of 5 answers that one row alone gets right, none is the other's in 2 of
+    2^5 cases; as many on both sides say nothing."""
+    first, other = [True] * 6 + [False], [True] + [False] * 6
+    assert trial.only_one_found(first, other) == (5, 0, 2 / 2**5)
+    assert trial.only_one_found(other, first) == (0, 5, 2 / 2**5)
+    assert trial.only_one_found(first, first) == (0, 0, 1)
+    assert trial.only_one_found([True, False, True], [False, True, True]) == (1, 1, 1)
 
 
 def test_many_facts_are_hidden_in_a_long_text_and_some_asked_for():

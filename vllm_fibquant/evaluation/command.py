@@ -37,8 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="measure these alone: fidelity, text, passkey, greedy, "
                         "retrieval")  # fmt: skip
     parser.add_argument("--haystack", type=Path, metavar="FILE",
-                        help="text, SQuAD or HotpotQA file that long retrieval hides keys "
-                        "in")  # fmt: skip
+                        help="text, SQuAD or HotpotQA file that long retrieval hides keys in; "
+                        "with --keys, a text file")  # fmt: skip
+    parser.add_argument("--keys", type=int, default=0, metavar="N",
+                        help="with --row: ask for about so many pass keys instead of reading "
+                        "texts")  # fmt: skip
     parser.add_argument("--lengths", type=int, nargs="+", metavar="N",
                         help="tokens of long retrieval's texts; default: 4096 8192")  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("evaluation"), metavar="DIR",

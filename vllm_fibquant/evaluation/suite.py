@@ -74,8 +74,8 @@ class Suite:
     def __init__(
         self, model: str, sizes: Sizes, path: Path, *, rows: Sequence[Row] | None = None,
         quick: bool = False, any_code: bool = False, sources: Sequence[str] = SOURCES,
-        kinds: Sequence[str] = ALL_KINDS, haystack: Path = EVALUATION, folder: Path | None = None,
-        dtype: str = "float32",
+        kinds: Sequence[str] = ALL_KINDS, haystack: Path = EVALUATION, keys_in: Path = EVALUATION,
+        folder: Path | None = None, dtype: str = "float32",
     ) -> None:  # fmt: skip
         self.model, self.sizes, self.path, self.dtype = model, sizes, path, dtype
         self.shape = Shape.of(model)
@@ -87,10 +87,10 @@ class Suite:
         self._calibration = chunks_of(
             CALIBRATION, tokenizer.encode, sizes.calibration, 1, tokenizer.begin
         )[0]
-        self._base = repr((model_digest(Path(model)), self._calibration, sizes.far))
+        self._base = repr((self._model_digest(), self._calibration, sizes.far))
         if dtype != SIMULATED:
             self._base += dtype
-        units = list(self._units(kinds, sources, haystack))
+        units = list(self._units(kinds, sources, haystack, keys_in))
         self._early = [unit.name for unit in units if unit.kind == "text"][: sizes.num_other]
         self.jobs = [
             Job(row, unit, self._what(row, unit))
@@ -104,8 +104,11 @@ class Suite:
         self.results: dict[tuple[str, str], dict[str, Any]] = {}
         self.read()
 
+    def _model_digest(self) -> str:
+        return model_digest(Path(self.model))
+
     def _units(
-        self, kinds: Sequence[str], sources: Sequence[str], haystack: Path
+        self, kinds: Sequence[str], sources: Sequence[str], haystack: Path, keys_in: Path
     ) -> Iterator[Unit]:
         sizes, tokenizer = self.sizes, self._tokenizer
         texts = text_units(tokenizer, sources, sizes.chunk, sizes.num_chunks)
@@ -115,7 +118,7 @@ class Suite:
         if "text" in kinds:
             yield from texts
         if "passkey" in kinds:
-            yield from passkey_units(tokenizer, sizes)
+            yield from passkey_units(tokenizer, sizes, keys_in)
         if "greedy" in kinds:
             yield from greedy_units(tokenizer, sizes)
         if "retrieval" in kinds:

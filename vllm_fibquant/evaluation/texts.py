@@ -179,7 +179,16 @@ def text_units(tokenizer: Tokenizer, sources: Sequence[str], length: int, count:
     return units
 
 
-def passkey_units(tokenizer: Tokenizer, sizes: Sizes) -> Iterator[Unit]:
+def spread_keys(num_keys: int) -> tuple[tuple[int, int], ...]:
+    """`Sizes.passkeys` for about `num_keys` keys, at least 20: as many texts of each kind, in
+    proportion, as 20 keys have."""
+    times = max(1, round(num_keys / sum(n * count for n, count in Sizes.passkeys)))
+    return tuple((n, times * count) for n, count in Sizes.passkeys)
+
+
+def passkey_units(
+    tokenizer: Tokenizer, sizes: Sizes, haystack: Path = EVALUATION
+) -> Iterator[Unit]:
     """Texts with pass keys hidden at spread depths, then the question after every one of them.
 
     The answers follow one another in an order of their own, the right one after each question, so
@@ -188,7 +197,7 @@ def passkey_units(tokenizer: Tokenizer, sizes: Sizes) -> Iterator[Unit]:
     """
     encode = tokenizer.encode
     total = sum(count for _, count in sizes.passkeys)
-    hays = chunks_of(EVALUATION, encode, sizes.passkey_length, total)
+    hays = chunks_of(haystack, encode, sizes.passkey_length, total)
     for num_keys, count in sizes.passkeys:
         for i in range(count):
             draw = random.Random(f"{num_keys}/{i}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vllm-fibquant eval MODEL --row ...`: any presets and options on any texts, nothing else.
+"""`vllm-fibquant eval MODEL --row ...`: any presets and options on any texts, or on pass keys.
 
 A suite of these rows and texts alone, all read through the engine, the uncompressed cache too; no
 results are kept but those that are asked for with --json.
@@ -8,6 +8,7 @@ results are kept but those that are asked for with --json.
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from vllm_fibquant.evaluation.formats import Format
 from vllm_fibquant.evaluation.report import shown, summarise
 from vllm_fibquant.evaluation.rows import EXACT_STEP, Row
 from vllm_fibquant.evaluation.suite import Job, Suite
-from vllm_fibquant.evaluation.texts import Sizes
+from vllm_fibquant.evaluation.texts import EVALUATION, Sizes, spread_keys
 from vllm_fibquant.options import parse_options
 
 COLUMNS = (("ΔPPL", "delta", ".2%"), ("KL", "kl", ".5f"), ("99.9 %", "kl_worst", ".4f"),
@@ -57,6 +58,10 @@ class _Trial(Suite):
 
     show: Callable[[Result], None]
 
+    def _model_digest(self) -> str:
+        """None: results are not kept, and weights of gigabytes need not be read for it."""
+        return ""
+
     def _keep(self, job: Job, metrics: Result, seconds: float) -> None:
         super()._keep(job, metrics, seconds)
         self.show(self.results[job.row.name, job.unit.name])
@@ -65,6 +70,7 @@ class _Trial(Suite):
 def measure_rows(
     model: str, rows: Sequence[Row], sources: Sequence[str], length: int, num_chunks: int,
     dtype: str = "float32", show: Callable[[Result], None] = lambda result: None,
+    num_keys: int = 0, haystack: Path = EVALUATION,
 ) -> list[Result]:  # fmt: skip
     """One result per row and text.
 
@@ -73,14 +79,18 @@ def measure_rows(
         length, num_chunks: tokens of a text, and texts of a source.
         dtype: of the model.
         show: called with each result.
+        num_keys: about as many pass keys are asked for instead of reading `sources`.
+        haystack: the text that hides them.
     """
     sizes = Sizes(
-        chunk=length, num_chunks=num_chunks, far=length // 2, calibration=min(length, 2048)
-    )
+        chunk=length, num_chunks=num_chunks, far=length // 2, calibration=min(length, 2048),
+        passkeys=spread_keys(num_keys),
+    )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         trial = _Trial(
             model, sizes, Path(folder) / "results.jsonl", rows=rows, sources=sources,
-            kinds=("text",), folder=Path(folder), dtype=dtype,
+            kinds=("passkey",) if num_keys else ("text",), keys_in=haystack, folder=Path(folder),
+            dtype=dtype,
         )  # fmt: skip
         trial.show = show
         trial.prepare()
@@ -88,12 +98,21 @@ def measure_rows(
     return list(trial.results.values())
 
 
+def only_one_found(first: Sequence[bool], other: Sequence[bool]) -> tuple[int, int, float]:
+    """Answers that only the first got right, that only the other did, and how likely so uneven a
+    split is where neither is better: McNemar's exact test, two-sided."""
+    mine = sum(a and not b for a, b in zip(first, other, strict=True))
+    others = sum(b and not a for a, b in zip(first, other, strict=True))
+    num = mine + others
+    tail: int = sum(math.comb(num, i) for i in range(min(mine, others) + 1))
+    return mine, others, min(1.0, 2 * tail / 2**num)
+
+
 def run(model: Path, options: Any) -> int:
-    """The command: prints a line per row and text, and the means; returns the exit status."""
+    """The command: prints a line per row and text, and the means, or how many pass keys each row
+    finds; returns the exit status."""
     rows = {row.name: row for row in map(parse_row, options.row)}
     results: list[Result] = []
-    heads = "".join(f" {head:>8}" for head, *_ in COLUMNS)
-    print(f"{'row':64} {'text':28}{heads}", flush=True)
 
     def line(name: str, text: str, some: Sequence[Result]) -> None:
         numbers = summarise(rows[name], 1, some).numbers
@@ -102,19 +121,45 @@ def run(model: Path, options: Any) -> int:
 
     def show(result: Result) -> None:
         results.append(result)
-        line(result["row"], result["unit"], [result])
+        if not options.keys:
+            line(result["row"], result["unit"], [result])
         if options.json:
             with open(options.json, "a") as file:
                 file.write(json.dumps(result) + "\n")
 
+    if not options.keys:
+        heads = "".join(f" {head:>8}" for head, *_ in COLUMNS)
+        print(f"{'row':64} {'text':28}{heads}", flush=True)
     try:
         measure_rows(
             str(model), list(rows.values()), options.text, options.tokens or 2048,
-            options.chunks or 2, options.dtype, show,
+            options.chunks or 2, options.dtype, show, options.keys, options.haystack or EVALUATION,
         )  # fmt: skip
     finally:
-        for name in dict.fromkeys(result["row"] for result in results):
-            mine = [result for result in results if result["row"] == name]
-            seconds = sum(result["cpu_seconds"] for result in mine)
-            line(name, f"mean of {len(mine)}, {seconds:.0f} CPU s", mine)
+        of_row: dict[str, list[Result]] = {}
+        for result in results:
+            of_row.setdefault(result["row"], []).append(result)
+        if options.keys:
+            _show_found(of_row)
+        else:
+            for name, mine in of_row.items():
+                seconds = sum(result["cpu_seconds"] for result in mine)
+                line(name, f"mean of {len(mine)}, {seconds:.0f} CPU s", mine)
     return 0
+
+
+def _show_found(of_row: dict[str, list[Result]]) -> None:
+    """Pass keys found by each row, beside the first of them where it has read the same texts."""
+    found = {
+        name: [
+            right for result in sorted(mine, key=lambda r: r["unit"]) for right in result["right"]
+        ]
+        for name, mine in of_row.items()
+    }
+    base = next(iter(found), "")
+    for name, right in found.items():
+        print(f"{name:64} {sum(right)} of {len(right)} keys", end="")
+        if name != base and len(right) == len(found[base]):
+            mine, others, chance = only_one_found(found[base], right)
+            print(f"; {mine} only by {base}, {others} only by this (p = {chance:.2f})", end="")
+        print(flush=True)
