@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -195,20 +196,29 @@ def gpu_config(**fibquant):
     return config
 
 
-def test_a_gpu_is_refused_until_its_kernels_have_run_on_one():
+@pytest.fixture
+def cuda_library(monkeypatch):
+    """As if the CUDA library were there, with kernels for everything."""
+    for name in ("why_no_maps", "why_no_cuda_kernels"):
+        monkeypatch.setattr(support.gpu, name, lambda *what: None)
+
+
+def test_a_gpu_is_refused_until_its_kernels_have_run_on_one(cuda_library):
     (problem,) = support.config_problems(gpu_config())
     assert "device: must be cpu, got cuda" in problem and '"unproven_gpu": true' in problem
     assert support.config_problems(gpu_config(unproven_gpu=True)) == []
 
 
-def test_what_gpu_kernels_cannot_do_is_refused_at_the_start():
-    problems = support.config_problems(gpu_config(unproven_gpu=True, mode="quality"))
+def test_what_triton_cannot_do_is_refused_at_the_start():
+    problems = support.config_problems(gpu_config(unproven_gpu=True, triton=True, mode="quality"))
     assert len(problems) == 1 and problems[0].startswith("recent_window: must be left out on a GPU")
     assert '"prefill": "raw", which GPUs have' in problems[0]
-    assert support.config_problems(gpu_config(unproven_gpu=True, prefill="raw")) == []
-    problems = support.config_problems(gpu_config(unproven_gpu=True, retain={"recent": 64}))
+    assert support.config_problems(gpu_config(unproven_gpu=True, triton=True, prefill="raw")) == []
+    problems = support.config_problems(
+        gpu_config(unproven_gpu=True, triton=True, retain={"recent": 64})
+    )
     assert any(p.startswith("retain: must be left out on a GPU") for p in problems)
-    config = gpu_config(unproven_gpu=True, monitor=True, calibrate="means")
+    config = gpu_config(unproven_gpu=True, triton=True, monitor=True, calibrate="means")
     (problem,) = support.config_problems(config)
     assert problem.startswith("calibrate: must be left out on a GPU")
     assert "the CUDA library is not built (`make cuda`); leave it out" in problem
@@ -216,13 +226,11 @@ def test_what_gpu_kernels_cannot_do_is_refused_at_the_start():
     assert any(p.startswith("monitor: must be left out") for p in support.config_problems(config))
 
 
-def test_the_cuda_library_keeps_first_tokens(monkeypatch):
-    monkeypatch.setattr(support.gpu, "why_no_maps", lambda head_dim: None)
+def test_the_cuda_library_keeps_first_tokens(cuda_library):
     assert support.config_problems(gpu_config(unproven_gpu=True, retain={"recent": 64})) == []
 
 
-def test_the_cuda_library_has_a_recent_window(monkeypatch):
-    monkeypatch.setattr(support.gpu, "why_no_maps", lambda head_dim: None)
+def test_the_cuda_library_has_a_recent_window(cuda_library):
     config = gpu_config(unproven_gpu=True, mode="quality")
     assert support.config_problems(config) == []
     config.parallel_config.enable_dbo = True
@@ -231,8 +239,7 @@ def test_the_cuda_library_has_a_recent_window(monkeypatch):
     assert "with microbatches" in problem
 
 
-def test_the_cuda_librarys_keys_are_calibrated(monkeypatch):
-    monkeypatch.setattr(support.gpu, "why_no_maps", lambda head_dim: None)
+def test_the_cuda_librarys_keys_are_calibrated(cuda_library):
     config = gpu_config(unproven_gpu=True, calibrate="means")
     assert support.config_problems(config) == []
     (problem,) = support.config_problems(gpu_config(unproven_gpu=True, first_tokens=17))
@@ -240,19 +247,10 @@ def test_the_cuda_librarys_keys_are_calibrated(monkeypatch):
 
 
 def test_float32_and_amd_are_refused_on_a_gpu(monkeypatch):
-    from types import SimpleNamespace
-
     from vllm.platforms import current_platform
 
-    config = gpu_config(unproven_gpu=True)
-    model = dict.fromkeys(("use_mla", "is_encoder_decoder", "is_mm_prefix_lm"), False)
-    text = SimpleNamespace(layer_types=None)
-    config.model_config = SimpleNamespace(
-        **model, runner_type="generate", rswa_window=None, hf_text_config=text, dtype=torch.float32,
-        get_head_size=lambda: 128, hf_config=text, is_hybrid=False, is_multimodal_model=False,
-        multimodal_config=None,
-        max_model_len=4096,
-    )  # fmt: skip
+    config = config_of_a_model(unproven_gpu=True, triton=True)
+    config.model_config.dtype = torch.float32
     (problem,) = support.config_problems(config)
     assert problem.startswith("dtype: must be bfloat16 or float16 on a GPU")
     config.model_config.dtype = torch.bfloat16
@@ -260,6 +258,55 @@ def test_float32_and_amd_are_refused_on_a_gpu(monkeypatch):
     monkeypatch.setattr(type(current_platform), "is_rocm", lambda self: True)
     (problem,) = support.config_problems(config)
     assert problem.startswith("device: must be an NVIDIA GPU, got an AMD GPU (ROCm)")
+
+
+def config_of_a_model(head_dim=128, **fibquant):
+    """`gpu_config` of a model in bfloat16."""
+    config = gpu_config(**fibquant)
+    model = dict.fromkeys(("use_mla", "is_encoder_decoder", "is_mm_prefix_lm"), False)
+    text = SimpleNamespace(layer_types=None)
+    config.model_config = SimpleNamespace(
+        **model, runner_type="generate", rswa_window=None, hf_text_config=text,
+        dtype=torch.bfloat16, get_head_size=lambda: head_dim, get_total_num_hidden_layers=lambda: 2,
+        hf_config=text, is_hybrid=False, is_multimodal_model=False,
+        multimodal_config=None, max_model_len=4096, architecture="LlamaForCausalLM",
+    )  # fmt: skip
+    return config
+
+
+def test_that_triton_would_serve_a_gpu_is_refused_before_any_process(monkeypatch):
+    """What the CUDA library lacks is known from the library, without a GPU."""
+    from vllm_fibquant.ops import cuda, gpu
+
+    def problems_of(**what):
+        return support.config_problems(config_of_a_model(**what, mode="exact", calibrate="none"))
+
+    monkeypatch.setattr(cuda, "is_built", lambda: False)
+    told = r"kernels: must be the CUDA library's on a GPU, got Triton's, .* auto, because "
+    (problem,) = problems_of(unproven_gpu=True)
+    assert re.match(told + r"the CUDA library is not built .*; .*give .triton.: true", problem)
+    assert problems_of(unproven_gpu=True, triton=True) == []
+    assert len(problems_of()) == 2, "every reason at once"
+
+    class Library:
+        def __init__(self):
+            self.support = cuda.Support({64: 32}, {(4, 12, True): "k4n4096f"}, frozenset())
+
+    monkeypatch.setattr(cuda, "is_built", lambda: True)
+    monkeypatch.setattr(cuda, "kernels", lambda: cuda.Cuda(Library()))
+    monkeypatch.setattr(gpu, "_why_not_on", lambda device: pytest.fail("asked the device"))
+    assert problems_of(unproven_gpu=True, head_dim=64) == []
+    (problem,) = problems_of(unproven_gpu=True)
+    assert re.match(told + "head_dim must be one of 64 for the CUDA library, got 128; ", problem)
+    (problem,) = problems_of(unproven_gpu=True, head_dim=64, layers={"0": "fibquant_2bit"})
+    assert re.match(told + "the key code must be one of k4n4096f .*; ", problem), problem
+
+    def broken():
+        raise RuntimeError("cuda.Library: was built from other sources; build it with `make cuda`")
+
+    monkeypatch.setattr(cuda, "kernels", broken)
+    (problem,) = problems_of(unproven_gpu=True, head_dim=64)
+    assert re.match(told + "cuda.Library: was built from other sources", problem)
 
 
 @pytest.mark.parametrize("found", ["a bias", "none", "no answer"])

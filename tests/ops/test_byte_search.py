@@ -9,11 +9,13 @@ import pytest
 import torch
 
 from tests.keys.test_key_map import make_map
+from tests.ops.test_encode import encode_both
 from tests.ops.test_lanes import build_portable
 from vllm_fibquant import ops
 from vllm_fibquant.codec.codebook import load_codebook, make_codebook
-from vllm_fibquant.codec.codec import KVCodec
+from vllm_fibquant.codec.codec import KVCodec, VectorCodec
 from vllm_fibquant.codec.config import PRESETS, CodeSpec
+from vllm_fibquant.codec.rotation import make_rotation
 from vllm_fibquant.codec.search import nearest_rows
 from vllm_fibquant.ops import cpu, cpu_library, cpu_tables, search_tables
 from vllm_fibquant.ops.search_tables import FINEST, SQUARES, make_boxes, make_scan, make_squares
@@ -179,6 +181,27 @@ def test_a_box_lists_the_rows_that_win_in_it(spec: CodeSpec, head_dim: int) -> N
     assert 0.9 < clear[-40_000:].double().mean() < 1
     found = rows.gather(-1, order.indices[:, :1]).squeeze(-1)
     assert torch.equal(found[clear], wins[clear])
+
+
+@pytest.mark.parametrize("isa", ["avx512-vnni"], indirect=True)
+def test_a_book_whose_scores_leave_their_bits_is_searched_plainly(isa: str) -> None:
+    """Rows opposite to a vector score so low that 24 bits would make them the highest."""
+    spec, generator = CodeSpec(4, 256), torch.Generator().manual_seed(0)
+    rows = torch.randint(124, 128, (spec.num_rows, 4), generator=generator).to(torch.int8)
+    rows[torch.arange(len(rows)), torch.arange(len(rows)) % 4] *= -1
+    rows[7] = -40
+    book, _ = make_codebook(spec, 64, rows.numpy(), 1 / 1200, {})
+    words, far = book.table.double(), torch.full((4,), -150.0 * 128, dtype=torch.float64)
+    scores = (words @ far - 64 * words.square().sum(-1)).long()
+    wrapped = (scores + 2**23) % 2**24 - 2**23
+    assert scores.argmax() == 7 != wrapped.argmax(), "the case is what it says"
+    assert make_boxes(book) is None
+
+    side = VectorCodec(spec, 64, book, make_rotation(64))
+    key = torch.randn(2, 200, 2, 64, generator=generator)
+    key[:, :100] = side.rotation.inverse(0.02 * key[:, :100] - 1)  # near the vector above
+    got, expected, *_ = encode_both(KVCodec(side, side), *key)
+    assert torch.equal(got, expected)
 
 
 def test_books_without_tables() -> None:

@@ -24,6 +24,12 @@ Row = tuple[bool, str, str, Any, str]
 and a remedy."""
 
 
+def problem_of(row: Row) -> str:
+    """The sentence of a requirement that is not met."""
+    _, what, must, got, remedy = row
+    return f"{what}: must be {must}, got {got}; {remedy}"
+
+
 def features_on(vllm_config: VllmConfig) -> frozenset[str]:
     """The features (`ops.features.FEATURES`) of the kernels that would serve this run."""
     if vllm_config.device_config.device_type == "cpu":

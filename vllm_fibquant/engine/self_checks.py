@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from vllm.logger import init_logger
 
+from vllm_fibquant.engine.head_dims import problem_of
+from vllm_fibquant.engine.support_gpu import triton_row
 from vllm_fibquant.observe.counters import own_counters
 from vllm_fibquant.ops import gpu
 from vllm_fibquant.ops.selfcheck import SelfCheckResult, run_self_check
@@ -48,7 +50,9 @@ def check_kernels(
 
 
 def _refuse_triton(impl: Any, block_size: int, device: torch.device) -> None:
-    """Refuses a layer of which the CUDA library has no kernel; an engine starts with this.
+    """Refuses a layer that the CUDA library cannot serve on this device.
+
+    What is known without the device has been refused before (`support_gpu`).
 
     Raises:
         ValueError: with the reason.
@@ -56,11 +60,7 @@ def _refuse_triton(impl: Any, block_size: int, device: torch.device) -> None:
     shape = 1, impl.num_kv_heads, block_size, impl.codec.layout.record_bytes
     cache = torch.empty(shape, dtype=torch.uint8, device=device)
     if reason := gpu.why_not_cuda(impl.codec, cache):
-        raise ValueError(
-            "kernels: must be the CUDA library's on a GPU, got Triton's, which are slower than "
-            f"--kv-cache-dtype auto: {reason}; use --kv-cache-dtype auto, or give "
-            '"triton": true to be served by them all the same'
-        )
+        raise ValueError(problem_of(triton_row(reason)))
 
 
 @functools.cache

@@ -21,6 +21,7 @@ from vllm_fibquant.engine.head_dims import (
     features_on,
     head_dim_of,
     head_dim_problem,
+    problem_of,
 )
 from vllm_fibquant.engine.latent_support import (
     NO_COPIES,
@@ -161,9 +162,7 @@ def config_problems(vllm_config: VllmConfig) -> list[str]:
             found = (head_dim_problem(p, model.get_head_size(), device) for p in options.presets)
             problems += [problem for problem in found if problem]
             problems += draft_problems(vllm_config, options, device)
-    for is_met, what, must, got, remedy in rows:
-        if not is_met:
-            problems.append(f"{what}: must be {must}, got {got}; {remedy}")
+    problems += [problem_of(row) for row in rows if not row[0]]
     if options.retain:
         problems += [f"retain: {problem}" for problem in retain_problems(vllm_config)]
     if options.layers:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vllm_fibquant.engine.head_dims import Row, features_on, head_dim_of
+from vllm_fibquant.codec.codec import KVCodec
+from vllm_fibquant.engine.head_dims import Row, features_on, head_dim_of, head_dim_problem
 from vllm_fibquant.ops import cuda_tables, gpu
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ def gpu_rows(vllm_config: VllmConfig, options: Options) -> Iterator[Row]:
     yield (model is None or model.dtype != torch.float32, "dtype",
            "bfloat16 or float16 on a GPU, whose kernels multiply in float16", "float32",
            "give --dtype bfloat16")  # fmt: skip
+    if not options.triton and (why := _why_triton(vllm_config, options)):
+        yield triton_row(why)
     for feature, name, asked in (
         ("copies", "recent_window", options.recent_window),
         ("keep_first", "retain", options.retain),
@@ -48,6 +51,23 @@ def gpu_rows(vllm_config: VllmConfig, options: Options) -> Iterator[Row]:
            options.monitor, "leave it or --enable-dbo out")  # fmt: skip
     yield (options.first_tokens <= cuda_tables.TILE, "first_tokens",
            f"at most {cuda_tables.TILE} on a GPU", options.first_tokens, "give fewer")  # fmt: skip
+
+
+def triton_row(why: str) -> Row:
+    """A GPU that Triton's kernels would serve, for a reason, unasked."""
+    return (False, "kernels", "the CUDA library's on a GPU",
+            f"Triton's, which are slower than --kv-cache-dtype auto, because {why}",
+            'use --kv-cache-dtype auto, or give "triton": true to be served by them all the same'
+            )  # fmt: skip
+
+
+def _why_triton(vllm_config: VllmConfig, options: Options) -> str | None:
+    """Why the CUDA library cannot serve the model's layers, or None; asks no device."""
+    why, head_dim = gpu.why_no_cuda_kernels(), head_dim_of(vllm_config)
+    for preset in options.presets if head_dim else ():
+        if not why and not head_dim_problem(preset, head_dim, "cuda"):
+            why = gpu.why_no_cuda_kernels(KVCodec.from_preset(preset, head_dim))
+    return why
 
 
 def copies_problem(vllm_config: VllmConfig) -> str | None:

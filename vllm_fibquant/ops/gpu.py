@@ -106,17 +106,28 @@ def why_not_cuda(codec: KVCodec, cache: torch.Tensor) -> str | None:
     return cuda.kernels().refuses(codec, cache)
 
 
+def why_no_cuda_kernels(codec: KVCodec | None = None) -> str | None:
+    """Why the CUDA library cannot be had, or has no kernels for this codec; or None.
+
+    Asks no device: whether one can be used is known where it serves (`why_not_cuda`).
+    """
+    if not cuda.is_built():
+        return "the CUDA library is not built (`make cuda`)"
+    try:
+        kernels = cuda.kernels()
+    except RuntimeError as error:
+        return str(error)
+    return None if codec is None else kernels.refuses(codec)
+
+
 def why_no_maps(head_dim: int) -> str | None:
     """Why keys of this head_dim cannot be mapped on a GPU, or None; asks no device.
 
     The CUDA library has maps of keys, Triton has none.
     """
-    if not cuda.is_built():
-        return "the CUDA library is not built (`make cuda`)"
-    try:
-        known = cuda.library().support.wide_columns
-    except RuntimeError as error:
-        return str(error)
+    if reason := why_no_cuda_kernels():
+        return reason
+    known = cuda.kernels().library.support.wide_columns
     if head_dim in known:
         return None
     return f"the CUDA library has head_dim {', '.join(map(str, known))}, not {head_dim}"

@@ -139,7 +139,8 @@ def make_squares(book: Codebook) -> Squares | None:
 
 @functools.lru_cache(maxsize=32)
 def make_boxes(book: Codebook) -> Boxes | None:
-    """The boxes of a book of 256 int8 rows of 4 coordinates; None for others."""
+    """The boxes of a book of 256 int8 rows of 4 coordinates; None for others, and for one whose
+    scores may not fit."""
     spec = book.spec
     if spec.num_rows != NUM_ROWS or spec.storage != "int8" or spec.subvec_dim != 4:
         return None
@@ -168,9 +169,32 @@ def make_boxes(book: Codebook) -> Boxes | None:
     margin = float(pairs.max()) / 2 + _ROUNDING
     shift = 64.0 if spec.folded else 0.0
     tables = listed.to(torch.uint8).contiguous(), sides.to(torch.uint8)
+    step = book.scale / 128
+    if _largest_score(words[listed], middles / step - shift, reaches / step, spec.folded) >= 2**23:
+        return None
     # A little less than the last box's end: there a float's part would round up to the next one.
     most = reach * (1 - 1e-6)
-    return Boxes(*tables, low, fine, book.scale / 128, shift, most, int(margin) + 1)
+    return Boxes(*tables, low, fine, step, shift, most, int(margin) + 1)
+
+
+def _largest_score(
+    words: torch.Tensor, middles: torch.Tensor, reaches: torch.Tensor, folded: bool
+) -> float:
+    """The largest magnitude of a score in any box, and of what it is on the way there.
+
+    A score has 24 bits of an int32, with its sign; a row's number has the others.
+
+    Args:
+        words: `[boxes, 16, 4]`, the bytes of each box's rows.
+        middles, reaches: `[boxes, 4]`, of the boxes, in the integers that words are multiplied by.
+    """
+    bias = 64 * words.square().sum(-1)
+    middle = (words @ middles.unsqueeze(-1)).squeeze(-1) - bias
+    # Roundings: of an integer by 1/2, and of floats at a box's sides by less than as much again.
+    reach = (words.abs() @ (reaches + 1).unsqueeze(-1)).squeeze(-1)
+    # Bytes with a sign have 128 more where low digits, from -128 to 127, are multiplied.
+    digits = 128 * words.shape[-1] * (127 if folded else 255)
+    return float((middle.abs() + reach).max()) + digits
 
 
 def _can_win(rows: torch.Tensor, middles: torch.Tensor, reaches: torch.Tensor) -> torch.Tensor:
