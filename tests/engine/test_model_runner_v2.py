@@ -7,6 +7,7 @@ on CPU tensors, with our builder, and the emulated CUDA kernels or the CPU's ans
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -20,10 +21,14 @@ from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.codec.config import PRESETS
 from vllm_fibquant.engine import attention
 from vllm_fibquant.engine.device_pool import DevicePool
-from vllm_fibquant.engine.metadata import FibQuantMetadata, FibQuantMetadataBuilder
+from vllm_fibquant.engine.metadata import (
+    FibQuantMetadata,
+    FibQuantMetadataBuilder,
+    _positions_of,
+)
 from vllm_fibquant.ops import Attend, Pages
 from vllm_fibquant.ops.cuda import Cuda
-from vllm_fibquant.options import Retain
+from vllm_fibquant.options import Retain, parse_options
 
 STALE = 2**30
 """A block number that another request may have left behind: nobody may follow it."""
@@ -158,6 +163,66 @@ def test_how_far_queries_turn_back_stays_in_one_place() -> None:
     assert again is first and first[:2].tolist() == [0, 0]
     made._gone = None  # as on a CPU
     assert metadata_of_v2([1, 1], paged_of_two(), 2, 2, made=made).num_gone is None
+
+
+@pytest.mark.parametrize("query_len", [1, 3])
+def test_a_drafts_metadata_follows_its_buffers(query_len: int) -> None:
+    """vLLM captures a draft's steps in one graph, where only what is on the device moves on."""
+    codec = KVCodec.from_preset(PRESETS["fibquant_2bit"], 64)
+    query_lens, num_steps = [query_len] * 2, 3
+    with use_reference():
+        paged = make_paged(codec, [34, 18], query_lens, group_size=4, dtype=torch.float16)
+
+    def at_step(step: int):
+        return replace(paged, seq_lens=paged.seq_lens - (num_steps - 1 - step))
+
+    made = builder(1, has_maps=True)
+    metadata = metadata_of_v2(query_lens, at_step(0), 4, 4 * query_len, made=made)
+    real = 2 * query_len
+    for step in range(num_steps):
+        fresh = metadata_of_v2(
+            query_lens, at_step(step), 4, 4 * query_len, made=builder(1, has_maps=True)
+        )
+        metadata.batch.seq_lens[:] = fresh.batch.seq_lens
+        metadata.batch.block_table[:] = fresh.batch.block_table  # second blocks begin at step 1
+        made.update_draft_decode_metadata(metadata)
+        assert metadata.positions is made._positions
+        assert torch.equal(metadata.positions[:real], fresh.positions[:real])
+        got, expected = (attend(emu.emulated(), paged, m)[:real] for m in (metadata, fresh))
+        assert torch.equal(got, expected) and got.isfinite().all()
+    made._positions.fill_(-7)
+    assert metadata.positions[:real].unique().tolist() == [-7], "the buffer is the metadata's"
+    # Without numbers it runs as well: nothing is read back while a graph is captured.
+    bounds, lens = (torch.empty(n, dtype=torch.int32, device="meta") for n in (5, 4))
+    assert _positions_of(bounds, lens, 12).shape == (12,)
+
+
+def test_which_builders_let_drafts_be_captured_whole(monkeypatch) -> None:
+    from vllm_fibquant.engine import metadata
+
+    for name in ("check_kernels", "DeviceReader"):
+        monkeypatch.setattr(metadata, name, lambda *args: None)
+    attend, options = Attend(1.0), parse_options("fibquant_2bit", {"fibquant": {"mode": "exact"}})
+    impl = SimpleNamespace(attend=attend, options=options, key_map=None, attends_raw=False)
+    monkeypatch.setattr(metadata, "get_layers_from_vllm_config",
+                        lambda *args: {"draft": SimpleNamespace(impl=impl)})  # fmt: skip
+    config = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=64), speculative_config=None,
+        model_config=SimpleNamespace(max_model_len=64, dtype=torch.bfloat16),
+        parallel_config=SimpleNamespace(decode_context_parallel_size=1),
+    )  # fmt: skip
+    spec = SimpleNamespace(block_size=16)
+
+    def is_followed(device: str = "cuda") -> bool:
+        made = FibQuantMetadataBuilder(spec, ["draft"], config, torch.device(device))
+        return made.supports_draft_decode_metadata_update
+
+    assert is_followed() and not is_followed("cpu")
+    impl.attend = replace(attend, sinks=torch.zeros(1))
+    assert not is_followed(), "sinks are compared with the weights by Python"
+    impl.attend = attend
+    monkeypatch.setattr(metadata, "planner_of_probes", lambda *args: print)
+    assert not is_followed(), "the monitor plans each step"
 
 
 def paged_of_two():

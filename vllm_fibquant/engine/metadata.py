@@ -128,6 +128,7 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
             for is_read in (self._needs_positions, self.retain is not None)
         )
         self._max_model_len = vllm_config.model_config.max_model_len
+        self.supports_draft_decode_metadata_update = on_gpu and self._follows_its_buffers()
         check_kernels(impls, vllm_config.model_config.dtype, kv_cache_spec.block_size, device)
 
     def build(
@@ -174,6 +175,20 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
             copy_rows=copy_rows,
         )
 
+    def _follows_its_buffers(self) -> bool:
+        """Whether a step's metadata is right for the next ones of a draft too, once
+        `update_draft_decode_metadata` has run: not if Python plans each step (copies, the monitor),
+        looks at the weights (sinks) or turns queries back (`retain`)."""
+        return not (self._pool or self._plan_probe or self._with_sinks or self.retain)
+
+    def update_draft_decode_metadata(self, metadata: FibQuantMetadata) -> None:
+        """Makes a draft's metadata that of its next step, whose lengths, bounds and block table
+        vLLM has written in place. Captured into the draft's CUDA graph, so nothing is read back."""
+        if metadata.positions is not None:
+            batch = metadata.batch
+            now = _positions_of(batch.query_start_loc, batch.seq_lens, metadata.num_tokens)
+            metadata.positions[: metadata.num_tokens] = now
+
     def _plan_copies(
         self, common: CommonAttentionMetadata
     ) -> tuple[tuple[torch.Tensor, ...], torch.Tensor | None]:
@@ -211,11 +226,18 @@ def _positions(common: CommonAttentionMetadata) -> torch.Tensor:
     """Where in its request each new token stands: [num_actual_tokens]."""
     if common.num_actual_tokens == common.num_reqs and common.max_query_len == 1:
         return common.seq_lens - 1
-    ends = common.query_start_loc[1:]
-    row = torch.arange(common.num_actual_tokens, dtype=ends.dtype, device=ends.device)
+    return _positions_of(common.query_start_loc, common.seq_lens, common.num_actual_tokens)
+
+
+def _positions_of(
+    query_start_loc: torch.Tensor, seq_lens: torch.Tensor, num_tokens: int
+) -> torch.Tensor:
+    """`_positions` of any batch, without looking at it."""
+    ends = query_start_loc[1:]
+    row = torch.arange(num_tokens, dtype=ends.dtype, device=ends.device)
     req = torch.searchsorted(ends, row, right=True).clamp_max(len(ends) - 1)
     # From a token's row to its position it is as far as from its request's end to its length.
-    return row + (common.seq_lens - ends)[req]
+    return row + (seq_lens - ends)[req]
 
 
 def _largest_step(vllm_config: VllmConfig) -> tuple[int, int]:
