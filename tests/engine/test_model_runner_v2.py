@@ -30,6 +30,8 @@ from vllm_fibquant.ops import Attend, Pages
 from vllm_fibquant.ops.cuda import Cuda
 from vllm_fibquant.options import Retain, parse_options
 
+pytestmark = pytest.mark.versions
+
 STALE = 2**30
 """A block number that another request may have left behind: nobody may follow it."""
 
