@@ -7,9 +7,6 @@
 
 namespace fq::FQ_ISA {
 
-// Threads are woken for no fewer coordinates: to start them takes as long as to encode these.
-constexpr int64_t kMinCoordinates = 1 << 14;
-
 // Fills a batch with those of the vectors [begin, end) that are of first tokens, or with the
 // others, and zeroes their records. Returns how many have a slot outside the cache, which are left
 // out.

@@ -8,6 +8,9 @@
 
 namespace fq::FQ_ISA {
 
+// Threads are woken for no fewer coordinates: to start them takes as long as to encode these.
+constexpr int64_t kMinCoordinates = 1 << 14;
+
 // Encodes b.x. Returns the number of vectors with a NaN or infinity.
 static int64_t encode_vectors(const FqCodec& codec, const FqCode& code, Batch& b, int index_offset,
                               uint16_t* norm) {

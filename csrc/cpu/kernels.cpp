@@ -4,8 +4,10 @@
 #include "cpu/attention.h"
 #include "cpu/dispatch.h"
 #include "cpu/encode.h"
+#include "cpu/latent.h"
 
 namespace fq::FQ_ISA {
 extern const Kernels kernels;
-const Kernels kernels = {encode_kv, plan_attention, paged_attention};
+const Kernels kernels = {encode_kv, plan_attention, paged_attention, encode_latents,
+                         attend_latents};
 }  // namespace fq::FQ_ISA

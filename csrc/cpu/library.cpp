@@ -220,6 +220,20 @@ static void describe_calls(fq::AbiText& abi) {
                         FQ_FIELD(first_key),
                         FQ_FIELD(first_value)});
   }
+  {
+    using S = FqEncodeLatents;
+    abi.add(sizeof(S), {FQ_FIELD(latent), FQ_FIELD(rotary), FQ_FIELD(slot_mapping),
+                        FQ_FIELD(num_tokens), FQ_FIELD(stride_latent), FQ_FIELD(stride_rotary),
+                        FQ_FIELD(rotary_dim), FQ_FIELD(dtype), FQ_FIELD(num_threads)});
+  }
+  {
+    using S = FqAttendLatents;
+    abi.add(sizeof(S),
+            {FQ_FIELD(query), FQ_FIELD(out), FQ_FIELD(block_table), FQ_FIELD(seq_lens),
+             FQ_FIELD(stride_query_req), FQ_FIELD(stride_query_head), FQ_FIELD(stride_block_table),
+             FQ_FIELD(num_reqs), FQ_FIELD(num_heads), FQ_FIELD(rotary_dim), FQ_FIELD(dtype),
+             FQ_FIELD(num_threads), FQ_FIELD(scale)});
+  }
 }
 
 FQ_EXPORT const char* fq_abi() {
@@ -268,6 +282,16 @@ FQ_EXPORT int64_t fq_plan(const FqCodec* codec, const FqPages* pages, const FqAt
 
 FQ_EXPORT int fq_paged_attention(const FqCodec* codec, const FqPages* pages, const FqAttend* args) {
   return fq::kernels().paged_attention(*codec, *pages, *args);
+}
+
+FQ_EXPORT int64_t fq_encode_latents(const FqCodec* codec, const FqPages* pages,
+                                    const FqEncodeLatents* args) {
+  return fq::kernels().encode_latents(*codec, *pages, *args);
+}
+
+FQ_EXPORT int fq_attend_latents(const FqCodec* codec, const FqPages* pages,
+                                const FqAttendLatents* args) {
+  return fq::kernels().attend_latents(*codec, *pages, *args);
 }
 
 // Plans what a step reads from copies and what it copies: see copy_pool.h.

@@ -290,10 +290,11 @@ static void axpy_any(const FqCode& code, const uint8_t* const* fields, const flo
 struct CodeKernels {
   decltype(&dot_any) dot;
   decltype(&axpy_any) axpy;
+  decltype(&decode_records_any) decode;
 };
 
 template <class C>
-constexpr CodeKernels kFast = {dot_codes<C>, axpy_codes<C>};
+constexpr CodeKernels kFast = {dot_codes<C>, axpy_codes<C>, decode_records<C>};
 
 static CodeKernels code_kernels(const FqCode& code) {
   if (code.num_rows == 256) {
@@ -301,7 +302,7 @@ static CodeKernels code_kernels(const FqCode& code) {
     if (code.subvec_dim == 4) return code.folded ? kFast<Codes<4, true>> : kFast<Codes<4, false>>;
     if (code.subvec_dim == 8 && !code.folded) return kFast<Codes<8, false>>;
   }
-  return {dot_any, axpy_any};
+  return {dot_any, axpy_any, decode_records_any};
 }
 
 // Which tokens of the tile [begin, begin + count) each row may see.

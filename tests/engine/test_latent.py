@@ -6,10 +6,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from vllm_fibquant import ops
 from vllm_fibquant.cli import plan
 from vllm_fibquant.codec.latent import LatentCodec
-from vllm_fibquant.engine import capacity, latent_support
+from vllm_fibquant.engine import capacity, latent_support, self_checks
 from vllm_fibquant.engine.report import worker_report
+from vllm_fibquant.ops import latent
 
 from .architectures import LATENTS, VOCAB_SIZE, quickly
 from .harness import DEFAULTS, engine, generate, largest_difference, varied_prompts
@@ -73,6 +75,8 @@ def test_pages_hold_records_alone(model_folder, preset):
         (torch.uint8, 16, RECORD_BYTES[preset])
     ] * 2
     assert report["token_bytes"]["stored"] == 2 * RECORD_BYTES[preset]
+    assert report["kernel"] == ops.CPU.name
+    assert [check["kernel"] for check in report["self_checks"]][-1:] == [ops.CPU.name]
     assert report["token_bytes"]["16bit"] == 2 * 2 * 576
     assert (report["num_layers"], report["num_coded_layers"]) == (2, 2)
     assert report["codes"][0]["record_bytes"] == RECORD_BYTES[preset]
@@ -109,10 +113,24 @@ def test_plan_is_the_engines_capacity(model_folder):
         ({"kv_cache_dtype_skip_layers": ["0"]}, "--kv-cache-dtype-skip-layers: must be empty"),
         ({"hf_overrides": {"index_topk": 64}}, "got sparse attention to latents"),
         ({"hf_overrides": {"kv_lora_rank": 48}}, "codebook build"),
+        ({"hf_overrides": {"kv_lora_rank": 56}}, "kv_lora_rank: must be a multiple of 16"),
     ],
 )  # fmt: skip
 def test_what_is_refused(model_folder, settings, told):
     assert told in refusal_of(make_model("deepseek-v2", model_folder), **settings)
+
+
+def test_kernels_that_disagree_with_the_oracle_do_not_serve(model_folder, monkeypatch):
+    write = latent.write_latents
+    monkeypatch.setattr(
+        latent, "write_latents", lambda codec, x, *rest: write(codec, x * 1.05, *rest)
+    )
+    self_checks._check_latents.cache_clear()
+    with (
+        pytest.raises(RuntimeError, match="run_latent_check: .* refusing to serve"),
+        engine(make_model("deepseek-v2", model_folder), "fibquant_2bit", **SETTINGS),
+    ):
+        pass
 
 
 def test_a_processor_with_amx_is_told_what_helps(model_folder, monkeypatch):

@@ -12,8 +12,11 @@ from vllm_fibquant.ops.abi import load_library
 
 STRUCTS = tuple(
     getattr(cpu_library, f"Fq{name}")
-    for name in ("Code", "Codec", "Pages", "Encode", "Batch", "CopyPool", "Attend", "KeyMap")
-)
+    for name in (
+        "Code", "Codec", "Pages", "Encode", "Batch", "CopyPool", "Attend", "KeyMap",
+        "EncodeLatents", "AttendLatents",
+    )
+)  # fmt: skip
 
 
 def load(structs):

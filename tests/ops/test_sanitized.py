@@ -32,6 +32,9 @@ TESTS = [
     "tests/ops/test_encode.py::test_records_equal_the_oracles",
     "tests/keys/test_key_map.py::test_one_token_alone_is_stored_as_among_others",
     "tests/codec/test_search.py::test_a_vector_has_one_code_whatever_is_encoded_with_it",
+    "tests/ops/test_latent.py::test_every_number_of_heads",
+    "tests/ops/test_latent.py::test_vectors_that_are_not_finite_are_zeros_and_counted",
+    "tests/ops/test_latent.py::test_models_in_16_bits",
 ]
 BYTE_TESTS = [
     "tests/ops/test_byte_attention.py::test_every_group_size",

@@ -9,7 +9,7 @@ A token has one latent vector, key and value at once, and one rotary key, shared
     norm_offset + 2              2 * rotary_dim   the rotary key, bfloat16
 
 The latent is coded by a preset's code of values; the rotary key is kept as it is. In plain PyTorch:
-there is no kernel of it yet (docs/mla.md).
+the oracle of the kernels (ops/latent.py).
 """
 
 from __future__ import annotations
@@ -139,7 +139,8 @@ def attend_latents(
     """Attention of one new token of each request to its latents, itself included.
 
     The query is rotated in the place of every latent, and the sum is rotated back once. Scores and
-    sums are float32. A request of length 0 gives zeros; slots behind its end are never read.
+    sums are float32, or float64 for a query in float64. A request of length 0 gives zeros; slots
+    behind its end are never read.
 
     Args:
         query: `[num_reqs, num_heads, latent_dim + rotary_dim]`, absorbed: it meets latents as they
@@ -153,15 +154,16 @@ def attend_latents(
     """
     latent_dim, block_size = codec.latent.head_dim, cache.shape[1]
     rotation = codec.latent.rotation
-    of_latent = rotation.apply(query[..., :latent_dim].float())
-    of_rotary = query[..., latent_dim:].float()
+    compute_dtype = torch.promote_types(query.dtype, torch.float32)
+    of_latent = rotation.apply(query[..., :latent_dim]).to(compute_dtype)
+    of_rotary = query[..., latent_dim:].to(compute_dtype)
     summed = torch.zeros_like(of_latent)
     for row, length in enumerate(seq_lens.tolist()):
         if not length:
             continue
         blocks = block_table[row, : -(-length // block_size)].long()
         records = cache[blocks].flatten(0, 1)[:length]  # [length, record_bytes]
-        latent, rotary = codec.decode_records_rotated(records)
+        latent, rotary = (x.to(compute_dtype) for x in codec.decode_records_rotated(records))
         scores = of_latent[row] @ latent.T + of_rotary[row] @ rotary.T  # [num_heads, length]
         summed[row] = (scale * scores).softmax(-1) @ latent
     return rotation.inverse(summed).to(query.dtype)

@@ -4,8 +4,6 @@
 vLLM expands latents to keys and values for a prompt's own tokens, which are read as computed, and
 calls `forward_mqa` for every request with one new token, which reads records. Its CPU build
 cuts no such prompt and caches no prefix, so a prompt never meets records.
-
-Both ends are plain PyTorch (codec/latent.py): every step decodes all it reads.
 """
 
 from __future__ import annotations
@@ -20,9 +18,10 @@ from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend, CPUMLAImpl
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from vllm_fibquant.codec.config import PRESETS
-from vllm_fibquant.codec.latent import LatentCodec, attend_latents, write_latents
+from vllm_fibquant.codec.latent import LatentCodec
 from vllm_fibquant.engine import non_finite
 from vllm_fibquant.engine.support import BACKEND_NAME, run_options
+from vllm_fibquant.ops.latent import attend_latents, write_latents
 from vllm_fibquant.options import Options
 
 
@@ -52,8 +51,7 @@ class FibQuantLatentImpl(CPUMLAImpl):
         `[num_tokens, 1, qk_rope_head_dim]` into uint8 `[num_blocks, block_size, record_bytes]`."""
         if kv_cache.numel() == 0:
             return
-        write_latents(self.codec, kv_c_normed, k_pe.squeeze(1), kv_cache, slot_mapping)
-        count = sum(int((~x.isfinite().all(-1)).sum()) for x in (kv_c_normed, k_pe))
+        count = write_latents(self.codec, kv_c_normed, k_pe.squeeze(1), kv_cache, slot_mapping)
         if count:
             non_finite.counter.add(count)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from vllm_fibquant.codec.codebook import load_codebook
+from vllm_fibquant.ops.latent import unsupported_dims
 from vllm_fibquant.options import Options
 
 if TYPE_CHECKING:
@@ -93,6 +94,8 @@ def latent_problems(vllm_config: VllmConfig, options: Options) -> list[str]:
         ),
     ]  # fmt: skip
     problems = [told for is_so, told in found if is_so]
+    if told := unsupported_dims(*latent_dims(vllm_config)):
+        problems.append(told)
     try:
         load_codebook(options.preset.value, latent_dims(vllm_config)[0])
     except (ValueError, OSError) as error:

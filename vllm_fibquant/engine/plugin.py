@@ -190,14 +190,18 @@ def _prepare_latent(vllm_config: VllmConfig) -> None:
 
     Raises:
         ValueError: layers take no notice of our dtype, or ranks would encode or read differently.
+        RuntimeError: the kernels of this machine disagree with the oracle.
     """
     from vllm_fibquant.engine import gate
+    from vllm_fibquant.engine.self_checks import check_latent_kernels
 
     layers = list(latent_support.latent_layers(vllm_config).values())
     if not layers:
         problem = "model: layers must take their cache's dtype from --kv-cache-dtype, got none"
         raise ValueError(support.refusal(vllm_config.cache_config.cache_dtype, [problem]))
     _compare_ranks(vllm_config, layers)
+    block_size = vllm_config.cache_config.block_size
+    check_latent_kernels(layers, vllm_config.model_config.dtype, block_size)
     gate.leave_unmeasured(vllm_config, latent_support.UNMEASURED)
 
 

@@ -71,7 +71,7 @@ def worker_report(vllm_config: VllmConfig) -> dict[str, Any]:
     }
     return {
         "counters": own_counters().path,
-        "kernel": "PyTorch" if latents else _kernel(layers.values()),
+        "kernel": ops.CPU.name if latents else _kernel(layers.values()),
         "num_layers": len(every),
         "num_coded_layers": num_coded_layers,
         "token_bytes": {

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from vllm_fibquant.engine.head_dims import problem_of
 from vllm_fibquant.engine.support_gpu import triton_row
 from vllm_fibquant.observe.counters import own_counters
 from vllm_fibquant.ops import gpu
+from vllm_fibquant.ops.latent import run_latent_check
 from vllm_fibquant.ops.selfcheck import SelfCheckResult, run_self_check
 
 logger = init_logger(f"vllm.{__name__}")
@@ -49,6 +50,17 @@ def check_kernels(
                 has_checked_map = True
 
 
+def check_latent_kernels(impls: Iterable[Any], dtype: torch.dtype, block_size: int) -> None:
+    """As `check_kernels`, of layers with latent attention.
+
+    Raises:
+        RuntimeError: the kernel of this machine disagrees with the oracle.
+    """
+    for impl in impls:
+        if impl.options.self_check:
+            _check_latents(impl.codec, dtype, impl.num_heads, block_size)
+
+
 def _refuse_triton(impl: Any, block_size: int, device: torch.device) -> None:
     """Refuses a layer that the CUDA library cannot serve on this device.
 
@@ -67,17 +79,29 @@ def _refuse_triton(impl: Any, block_size: int, device: torch.device) -> None:
 def _check(*what: Any) -> None:
     """One self-check, of the arguments of `run_self_check`; made once in a process."""
     result = run_self_check(*what)
+    codec, dtype, num_q_heads, num_kv_heads, _, _, key_map, *_ = what
+    mapped = ", mapped keys" if key_map else ""
+    _passes(
+        result,
+        f"{dtype}{mapped}, head_dim {codec.head_dim}, {num_q_heads}/{num_kv_heads} heads",
+    )
+
+
+@functools.cache
+def _check_latents(*what: Any) -> None:
+    """As `_check`, of the arguments of `run_latent_check`."""
+    codec, dtype, num_heads, _ = what
+    result = run_latent_check(*what)
+    _passes(result, f"{dtype}, latents of {codec.latent.head_dim}, {num_heads} heads")
+
+
+def _passes(result: SelfCheckResult, what: str) -> None:
     _passed.append(result)
     own_counters()["self_checks"] = len(_passed)
-    codec, dtype, num_q_heads, num_kv_heads, _, _, key_map, *_ = what
     logger.info(
-        "FibQuant self-check passed: kernel %s, %s%s, head_dim %d, %d/%d heads, error %.1e of %.1e",
+        "FibQuant self-check passed: kernel %s, %s, error %.1e of %.1e",
         result.kernel,
-        dtype,
-        ", mapped keys" if key_map else "",
-        codec.head_dim,
-        num_q_heads,
-        num_kv_heads,
+        what,
         result.error,
         result.tolerance,
     )

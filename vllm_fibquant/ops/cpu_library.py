@@ -75,6 +75,29 @@ class FqAttend(Structure):
     )  # fmt: skip
 
 
+class FqEncodeLatents(Structure):
+    _fields_ = fields(
+        (c_void_p, "latent rotary slot_mapping"),
+        (c_int64, "num_tokens stride_latent stride_rotary"),
+        (c_int32, "rotary_dim dtype num_threads"),
+    )  # fmt: skip
+
+
+class FqAttendLatents(Structure):
+    _fields_ = fields(
+        (c_void_p, "query out block_table seq_lens"),
+        (c_int64, "stride_query_req stride_query_head stride_block_table"),
+        (c_int32, "num_reqs num_heads rotary_dim dtype num_threads"),
+        (c_float, "scale"),
+    )  # fmt: skip
+
+
+_STRUCTS = (
+    FqCode, FqCodec, FqPages, FqEncode, FqBatch, FqCopyPool, FqAttend, FqKeyMap, FqEncodeLatents,
+    FqAttendLatents,
+)  # fmt: skip
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
     """The loaded library.
@@ -83,13 +106,12 @@ def library() -> ctypes.CDLL:
         RuntimeError: it is missing, does not load, or was built from other sources.
     """
     advice = "build it with `pip install -e .` (or `python setup.py build_ext --inplace`)"
-    structs = (FqCode, FqCodec, FqPages, FqEncode, FqBatch, FqCopyPool, FqAttend, FqKeyMap)
-    lib = load_library("cpu.library", LIBRARY_PATH, "fq_abi", structs, advice)
+    lib = load_library("cpu.library", LIBRARY_PATH, "fq_abi", _STRUCTS, advice)
     lib.fq_isa.restype = c_char_p
     lib.fq_select_isa.argtypes = [c_char_p]
     # What every layer calls has no argtypes: ctypes would check its three pointers, always made by
     # byref, for as long as the call itself takes.
-    lib.fq_encode_kv.restype = c_int64
+    lib.fq_encode_kv.restype = lib.fq_encode_latents.restype = c_int64
     lib.fq_plan.argtypes = [POINTER(FqCodec), POINTER(FqPages), POINTER(FqAttend), c_void_p]
     lib.fq_plan.restype = c_int64
     lib.fq_plan_copies.argtypes = [POINTER(FqCopyPool), POINTER(FqBatch), *[c_void_p] * 4]

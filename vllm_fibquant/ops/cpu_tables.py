@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from vllm_fibquant.codec.codebook import Codebook
-from vllm_fibquant.codec.codec import KVCodec
+from vllm_fibquant.codec.codec import KVCodec, VectorCodec
 from vllm_fibquant.codec.config import GAIN_NUMBERS, CodeSpec
+from vllm_fibquant.codec.latent import LatentCodec
 from vllm_fibquant.codec.search import CodewordLists
 from vllm_fibquant.keys.key_map import STEP, KeyMap, Turns
 from vllm_fibquant.ops.abi import fields
@@ -168,16 +169,26 @@ def _tiles(rows: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 def codec_struct(codec: KVCodec) -> FqCodec:
     """The codec as the library reads it, made once per codec and kept alive with it; `tables` are
     what it points to."""
-    rotation = codec.key.rotation
+    return _codec_struct(codec.key, codec.value, codec.layout.record_bytes)
+
+
+@kept_with
+def latent_struct(codec: LatentCodec) -> FqCodec:
+    """As `codec_struct`, of latents: key and value are one code."""
+    return _codec_struct(codec.latent, codec.latent, codec.record_bytes)
+
+
+def _codec_struct(key: VectorCodec, value: VectorCodec, record_bytes: int) -> FqCodec:
+    rotation = key.rotation
     if rotation.kind == "hadamard":
         tables = [_aligned(rotation.signs)]
         pointers = [tables[0].data_ptr(), None, None]
     else:
         tables = [_aligned(rotation.matrix), _aligned(rotation.matrix.T)]
         pointers = [None, *(t.data_ptr() for t in tables)]
-    struct = FqCodec(codec.head_dim, codec.layout.record_bytes, *pointers)
-    struct.key, of_key = _code(codec.key.spec, codec.key.codebook, codec.key.lists)
-    struct.value, of_value = _code(codec.value.spec, codec.value.codebook, codec.value.lists)
+    struct = FqCodec(key.head_dim, record_bytes, *pointers)
+    struct.key, of_key = _code(key.spec, key.codebook, key.lists)
+    struct.value, of_value = _code(value.spec, value.codebook, value.lists)
     struct.tables = tables + of_key + of_value
     return struct
 
