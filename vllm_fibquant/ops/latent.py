@@ -171,18 +171,20 @@ def run_latent_check(
         return torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype)
 
     # As views of one tensor, as the model hands them out.
-    tokens = draw(len(slots), width).split([latent_dim, codec.rotary_dim], dim=-1)
+    latent, rotary = draw(len(slots), width).split([latent_dim, codec.rotary_dim], dim=-1)
     query, scale = draw(len(lengths), num_heads, width), width**-0.5
     # 0xFF bytes are NaN norms: reading a slot nobody wrote would show.
     shape = sum(counts), block_size, codec.record_bytes
     written, expected = (torch.full(shape, 0xFF, dtype=torch.uint8) for _ in range(2))
-    write_latents(codec, *tokens, written, slots)
-    oracle.write_latents(codec, *tokens, expected, slots)
+    write_latents(codec, latent, rotary, written, slots)
+    oracle.write_latents(codec, latent, rotary, expected, slots)
     mismatch = int((written != expected).any(-1).sum()) / len(slots)
     out = attend_latents(codec, query, written, table, lengths, scale)
-    of_pages = written, table, lengths, scale
-    exact = oracle.attend_latents(codec, query.double(), *of_pages)
-    plain = oracle.attend_latents(codec, query.float(), *of_pages).to(dtype)
+    exact, plain = (
+        oracle.attend_latents(codec, query.to(precision), written, table, lengths, scale)
+        for precision in (torch.float64, torch.float32)
+    )
+    plain = plain.to(dtype)
     error, largest = (float(x.double().abs().max()) for x in (out - exact, exact))
     tolerance = 2 * float((plain - exact).abs().max()) + NUM_ULP * torch.finfo(dtype).eps * largest
     result = SelfCheckResult(f"cpu-{isa()}", mismatch, error, tolerance)
