@@ -7,6 +7,7 @@ on CPU tensors, with our builder, and the emulated CUDA kernels or the CPU's ans
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -17,16 +18,17 @@ pytest.importorskip("vllm", reason="vLLM is not installed")
 
 from tests import emulated as emu
 from tests.paged import make_paged, use_reference
+from vllm_fibquant import ops
 from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.codec.config import PRESETS
-from vllm_fibquant.engine import attention
+from vllm_fibquant.engine import attention, layers
 from vllm_fibquant.engine.device_pool import DevicePool
 from vllm_fibquant.engine.metadata import (
     FibQuantMetadata,
     FibQuantMetadataBuilder,
     _positions_of,
 )
-from vllm_fibquant.ops import Attend, Pages
+from vllm_fibquant.ops import Attend, Batch, Pages
 from vllm_fibquant.ops.cuda import Cuda
 from vllm_fibquant.options import Retain, parse_options
 
@@ -274,3 +276,24 @@ def test_dummy_runs_store_nothing_and_are_not_captured(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="must not be captured without attention metadata"):
         impl.do_kv_cache_update(SimpleNamespace(layer_name="a"), key, key, torch.zeros(1), slots)
+
+
+def test_pages_on_which_graphs_were_measured_are_let_go(monkeypatch) -> None:
+    """vLLM measures CUDA graphs on pages of their own and sizes the real ones afterwards."""
+    impl = attention.FibQuantImpl.__new__(attention.FibQuantImpl)
+    impl.attend, impl.key_map, impl._pages = Attend(1.0), None, None
+    impl.codec = KVCodec.from_preset(PRESETS["fibquant_2bit"], 64)
+    cache = torch.zeros(4, 2, 16, impl.codec.layout.record_bytes, dtype=torch.uint8)
+    pages = impl.pages(cache)
+    batch = Batch(*(torch.tensor(x, dtype=torch.int32) for x in ([0, 1], [1], [[0]])))
+    query = torch.zeros(1, 2, 64)
+    ops.paged_attention(query, query.clone(), pages, batch, impl.attend)
+    held = weakref.ref(pages)
+    del pages
+    assert held() is not None and impl.attend.kept is not None
+    monkeypatch.setattr(layers, "our_layers", lambda config: {"layer": impl})
+    emptied = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+    for device in ("cpu", "cuda"):
+        layers.release_memory(SimpleNamespace(device_config=SimpleNamespace(device_type=device)))
+        assert held() is None and len(emptied) == (device == "cuda")

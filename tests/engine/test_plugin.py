@@ -324,6 +324,7 @@ def test_a_bias_on_keys_is_refused_on_a_gpu(found, monkeypatch):
     monkeypatch.setattr(key_bias, "bias_statistics", ask)
     monkeypatch.setattr(layers, "our_layers", lambda config: {"block.attn": None})
     monkeypatch.setattr(layers, "allocate_copies", lambda *args: 0)
+    monkeypatch.setattr(layers, "release_memory", lambda *args: None)
     monkeypatch.setattr(calibrate, "calibrate_layers", lambda *args: None)
     monkeypatch.setattr(gate, "check_fidelity", lambda *args: None)
     monkeypatch.setattr(plugin, "_compare_ranks", lambda *args: {})

@@ -150,6 +150,10 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
             pages = self._pages = ops.pages_of(kv_cache, self.codec, self.key_map)
         return pages
 
+    def forget_pages(self) -> None:
+        """Lets go of a cache that was there to measure CUDA graphs, before it has seen another."""
+        self._pages = self.attend.kept = None
+
     def do_kv_cache_update(
         self,
         layer: Any,

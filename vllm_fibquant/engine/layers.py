@@ -61,6 +61,15 @@ def tell_unused_scales(vllm_config: VllmConfig) -> None:
         )
 
 
+def release_memory(vllm_config: VllmConfig) -> None:
+    """Gives back what has served until here: pages on which vLLM measured CUDA graphs, and on a GPU
+    what torch keeps of the memory in which texts were read. vLLM's pages take all that is left."""
+    for impl in our_layers(vllm_config).values():
+        impl.forget_pages()
+    if vllm_config.device_config.device_type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def copy_rows(vllm_config: VllmConfig, available_bytes: int) -> tuple[int, int]:
     """How many tokens of this process's layers are copied, as full batches need but few beside the
     pages, and the bytes of one in all layers; (0, 0) without a recent window.

@@ -178,6 +178,7 @@ def _prepare(worker: Any, available_bytes: int) -> int:
     init_logger(f"vllm.{__name__}").info(
         "FibQuant settings, codebooks and calibration have digest %s", ranks.digest_of(facts)
     )
+    loaded.release_memory(vllm_config)
     left = available_bytes - loaded.allocate_copies(vllm_config, available_bytes)
     fits = capacity.what_fits(vllm_config, left)
     if told := capacity.padding_advice(fits, support.run_options(vllm_config).preset.name):
