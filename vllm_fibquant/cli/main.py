@@ -98,6 +98,12 @@ def make_parser(with_codebook: bool = True) -> argparse.ArgumentParser:
         "--output", metavar="FILE", help="where to keep the result; default: in the cache"
     )
     calibrate.add_argument("--dtype", default="auto", help="as for vLLM; default: auto")
+    calibrate.add_argument(
+        "--layers",
+        metavar="PRESET",
+        help="also measure what codes of each layer cost, and print the fibquant option `layers` "
+        "that shares out the bytes of this preset best",
+    )
     calibrate.set_defaults(run=run_calibrate)
 
     evaluate = commands.add_parser(
@@ -240,7 +246,14 @@ def run_demo_model(options: argparse.Namespace) -> int:
 
 
 def run_calibrate(options: argparse.Namespace) -> int:
-    from vllm_fibquant.cli.calibrate import calibrate
+    from vllm_fibquant.cli.calibrate import calibrate, choose_layers
 
+    if options.layers:
+        if options.output:
+            raise ValueError(
+                "calibrate: --layers must be without --output, got both: calibrate first"
+            )
+        print(choose_layers(options.model, options.layers, options.dtype))
+        return 0
     print(calibrate(options.model, options.output, options.dtype))
     return 0

@@ -21,6 +21,7 @@ from vllm.distributed import get_tp_group, get_world_group
 from vllm.logger import init_logger
 
 from vllm_fibquant import files
+from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.engine import key_bias, measure, reading, rotary
 from vllm_fibquant.engine.support import run_options
 from vllm_fibquant.keys.calibration import (
@@ -30,7 +31,7 @@ from vllm_fibquant.keys.calibration import (
     pack_calibration,
     parse_calibration,
 )
-from vllm_fibquant.keys.key_map import Turns
+from vllm_fibquant.keys.key_map import KeyMap, Turns
 from vllm_fibquant.ops.cuda_tables import unsupported_transform
 from vllm_fibquant.options import Options
 
@@ -72,7 +73,7 @@ def calibrate_layers(runner: Any, vllm_config: VllmConfig, layers: dict[str, Fib
     if options.calibrate != "none":
         for subject in _subjects(runner, vllm_config, layers, options):
             try:
-                _calibrate(subject, vllm_config, options)
+                _calibrate(subject, vllm_config)
             except _NotMeasured as error:
                 if options.calibrate != "auto":
                     raise ValueError(str(error)) from error
@@ -116,7 +117,7 @@ def _layers_in(model: torch.nn.Module, layers: dict[str, FibQuantImpl]) -> dict[
     return {name: impl for name, impl in layers.items() if id(impl) in inside}
 
 
-def _calibrate(subject: _Subject, vllm_config: VllmConfig, options: Options) -> None:
+def _calibrate(subject: _Subject, vllm_config: VllmConfig) -> None:
     world, tensor_parallel = get_world_group(), get_tp_group()
     fingerprint = measure.model_fingerprint(subject.model, subject.config)
     path = Path(subject.path) if subject.path else files.find(cache_name(fingerprint))
@@ -137,20 +138,29 @@ def _calibrate(subject: _Subject, vllm_config: VllmConfig, options: Options) -> 
         known, path = _measure(subject, vllm_config, fingerprint, known)
     source = "this start's measurement" if path is None else str(path)
     check_calibration(known, source, fingerprint, shapes)
-    num_positions = subject.config.max_model_len
     for name, impl in _with_pages(subject.layers).items():
-        begin = part * impl.num_kv_heads
         is_transformed = _can_be_transformed(impl, vllm_config)
-        impl.key_map = known.key_map(
-            name,
-            begin,
-            begin + impl.num_kv_heads,
-            options.first_tokens,
-            impl.codec.layout.key_index_bytes if is_transformed else 0,
-            _turns(impl, num_positions, subject.config.dtype),
+        impl.key_map = key_map_of(
+            known, name, impl, impl.codec, is_transformed, subject.config, part
         )
         impl.calibration = known.digest
     logger.info("FibQuant codes keys by calibration %s of %s", known.digest[:8], source)
+
+
+def key_map_of(
+    known: Calibration, name: str, impl: FibQuantImpl, codec: KVCodec, is_transformed: bool,
+    config: ModelConfig, part: int = 0,
+) -> KeyMap:  # fmt: skip
+    """How a layer's keys are encoded by a codec; `part` says which KV heads of it are here."""
+    begin = part * impl.num_kv_heads
+    return known.key_map(
+        name,
+        begin,
+        begin + impl.num_kv_heads,
+        impl.options.first_tokens,
+        codec.layout.key_index_bytes if is_transformed else 0,
+        _turns(impl, config.max_model_len, config.dtype),
+    )
 
 
 def _can_be_transformed(impl: FibQuantImpl, vllm_config: VllmConfig) -> bool:

@@ -178,7 +178,11 @@ def _measure(
         found = reading.read(*asked)
         next_tokens = None
         if exact is not None and found is not None:
-            next_tokens = _compare(model, exact, found, tokens, judged_from)
+            next_tokens = compare(model, exact, found, tokens, NextTokens(), judged_from)
+            if next_tokens is not None and not abs(next_tokens.exact_nll) < float("inf"):
+                raise _Unmeasured(
+                    "its own logits are not finite on a short text; try another --dtype"
+                )
     sums = {}
     for name, of_layer in readings.items():
         if of_layer.sums[0]:  # a draft model's layers have not been read
@@ -186,19 +190,17 @@ def _measure(
     return RankLoss(sums, next_tokens)
 
 
-def _compare(
-    model: Any, exact: torch.Tensor, found: torch.Tensor, tokens: torch.Tensor, begin: int
-) -> NextTokens | None:
-    """What both passes' last hidden states say of the tokens that follow, from `begin` on."""
-    result = NextTokens()
+def compare(
+    model: Any, exact: torch.Tensor, found: torch.Tensor, tokens: torch.Tensor,
+    result: NextTokens, begin: int = 0,
+) -> NextTokens | None:  # fmt: skip
+    """Adds what both passes' last hidden states say of the tokens that follow, from `begin` on."""
     for start in range(begin, len(tokens) - 1, LOGITS_ROWS):
         rows = slice(start, min(start + LOGITS_ROWS, len(tokens) - 1))
         both = [model.compute_logits(states[rows]) for states in (exact, found)]
         if both[0] is None or both[1] is None:
             return None  # another rank of this stage has them
         result.add(both[0], both[1], tokens[rows.start + 1 : rows.stop + 1])
-    if not abs(result.exact_nll) < float("inf"):
-        raise _Unmeasured("its own logits are not finite on a short text; try another --dtype")
     return result
 
 
