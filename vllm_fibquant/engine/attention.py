@@ -129,10 +129,8 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
                 raise ValueError(f"retain: {error}; or leave retain out") from error
 
     def refresh_sinks(self) -> None:
-        """Takes over sinks that changed: weights may be updated while the model is served.
-
-        They are written into the tensor that exists: captured CUDA graphs read it where it is.
-        """
+        """Takes over sinks that changed, since weights may be updated while the model is served, into
+        the tensor that exists: captured CUDA graphs read it where it is."""
         if self._sinks_param is None or self._sinks_version == self._sinks_param._version:
             return
         if self.attend.sinks is None:
