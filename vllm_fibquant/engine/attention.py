@@ -129,7 +129,7 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
                 raise ValueError(f"retain: {error}; or leave retain out") from error
 
     def refresh_sinks(self) -> None:
-        """Takes over sinks that changed, since weights may be updated while the model is served, into
+        """Takes over sinks that changed, as weights may be updated while the model is served, into
         the tensor that exists: captured CUDA graphs read it where it is."""
         if self._sinks_param is None or self._sinks_version == self._sinks_param._version:
             return
