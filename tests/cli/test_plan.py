@@ -206,9 +206,6 @@ def test_other_spellings(config, num_kv_heads):
 @pytest.mark.parametrize(
     "config, reason",
     [
-        ({"kv_lora_rank": 512}, "multi-head latent attention"),
-        ({"layer_types": ["linear_attention"] * 30}, "some that keep a state"),
-        ({"mamba_d_state": 16}, "some that keep a state"),
         ({"layer_types": ["chunked_attention"] * 30}, "got chunked_attention"),
         ({"v_head_dim": 32}, "as long as its keys, got 32 and 64"),
         ({"is_encoder_decoder": True}, "decoder-only"),

@@ -53,6 +53,19 @@ def make_parent(embedding: torch.nn.Module | None, impl: Impl) -> torch.nn.Modul
     return parent
 
 
+class OtherStyle(torch.nn.Module):
+    """An embedding that says the other pairing of its own."""
+
+    def __init__(self, embedding: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = embedding
+        self.rotary_dim, self.is_neox_style = embedding.rotary_dim, not embedding.is_neox_style
+        self.cos_sin_cache = embedding.cos_sin_cache
+
+    def forward(self, *given):
+        return self.inner(*given)
+
+
 def make_rotary(parameters, dtype=torch.float32, is_neox_style=True, max_position=4096):
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.model_executor.layers.rotary_embedding import get_rope
@@ -89,9 +102,6 @@ def test_turned_is_rotated_less(parameters, is_neox_style, dtype):
     assert (turned.float() - rotated.float()).abs().max() > 1
     # A row's bits must not depend on whether others of its batch are turned.
     assert torch.equal(turn_back(rotated, 0 * distance), rotated)
-    # The wrong pairing is another rotation, and it is noticed.
-    wrong = rotary.TurnBack(embedding, embedding.rotary_dim, not is_neox_style, HEAD_DIM, dtype)
-    assert wrong.error(2048) > 0.5
 
 
 @every_embedding
@@ -111,6 +121,11 @@ def test_turns_are_those_of_the_embedding(parameters, is_neox_style, dtype):
     error = (turned - expected)[..., turning].abs().max()
     assert error < (1e-3 if dtype == torch.float32 else 0.05)  # float32 angles up to 2000
     assert not turned[..., embedding.rotary_dim :].any()
+    # The wrong pairing is another rotation, and it is noticed.
+    other, says = Impl(), OtherStyle(embedding)
+    parent = make_parent(says, other)
+    with pytest.raises(ValueError, match="an error of"):
+        rotary.turns_of(other, 2000, HEAD_DIM, dtype)
 
 
 def test_models_without_one_embedding_beside_each_layer_are_refused():
@@ -155,14 +170,15 @@ def test_an_embedding_that_is_no_rotation_is_refused():
             rotary.turn_back_of(impl, 200, HEAD_DIM, torch.float32)
 
 
-def test_where_the_embedding_is_and_what_the_defaults_are_makes_no_difference():
-    """A GPU's worker loads its model beside a default device; the mirror goes with the table."""
-    embedding = make_rotary(PLAIN)
-    plain = rotary.TurnBack(embedding, 64, True, HEAD_DIM, torch.float32)
+def test_what_the_defaults_are_makes_no_difference():
+    """A GPU's worker loads its model beside a default device."""
+    embedding, impl, other = make_rotary(PLAIN), Impl(), Impl()
+    parents = make_parent(embedding, impl), make_parent(make_rotary(LINEAR), other)
+    plain = rotary.turn_back_of(impl, 2048, HEAD_DIM, torch.float32)
+    rotary._turns.clear()
     with torch.device("meta"):
-        made = rotary.TurnBack(embedding, 64, True, HEAD_DIM, torch.float32)
-        assert made.error(2048) < 1e-4
+        made = rotary.turn_back_of(impl, 2048, HEAD_DIM, torch.float32)
+        rotary.turn_back_of(other, 2048, HEAD_DIM, torch.float32)
+    assert parents
     query, distance = torch.randn(5, 2, HEAD_DIM), torch.arange(5)
     assert torch.equal(made(query, distance), plain(query, distance))
-    embedding.cos_sin_cache = embedding.cos_sin_cache.to("meta")
-    assert rotary._device_of(embedding).type == "meta"

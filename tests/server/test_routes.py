@@ -22,13 +22,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from vllm_fibquant.cli.serve import plugins_to_load
 from vllm_fibquant.engine import compat
 from vllm_fibquant.observe.counters import Counters
-from vllm_fibquant.observe.loss import LayerLoss, Loss, Outcome
+from vllm_fibquant.observe.loss import Loss, Outcome
 from vllm_fibquant.server.metrics import FibQuantCollector, usage_in
 from vllm_fibquant.server.routes import PAGE_DIR, FibQuantRoutes
 
-OUTCOME = Outcome(
-    "warned", Loss({0: LayerLoss(0.99, 0.1), 7: LayerLoss(0.9, 0.4)}, 191, 0.06, 12.0, 0.08)
-)
+OUTCOME = Outcome("warned", Loss({0: 0.99, 7: 0.9}, 191, 0.06, 12.0, 0.08))
 KEY = {"Authorization": "Bearer secret"}
 
 
@@ -212,7 +210,7 @@ def test_the_page_needs_nothing_from_elsewhere(serve):
 
 def test_what_the_start_found_that_codes_cost(serve):
     engines = Engines(num_engines=2)
-    engines.outcomes[1] = Outcome("accepted", Loss({0: LayerLoss(0.4, 1.0)}, 191, 3.5, 12.0, 20.0))
+    engines.outcomes[1] = Outcome("accepted", Loss({0: 0.4}, 191, 3.5, 12.0, 20.0))
     client = serve(engines)
     worst = client.get("/fibquant/info").json()["fidelity"]
     assert (worst["state"], worst["kl"], worst["worst_layer_cosine"]) == ("accepted", 3.5, 0.4)
@@ -229,8 +227,8 @@ def test_what_the_start_found_that_codes_cost(serve):
     ("outcome", "figures"),
     [
         (Outcome("skipped", reason="switched off"), 0),
-        (Outcome("accepted", Loss({0: LayerLoss(math.nan, 1.0)}, 191, math.nan, 9.0, math.inf)), 0),
-        (Outcome("unmeasured", Loss({0: LayerLoss(0.9, 1.0)}, 0, 0.0, 1.0, 0.0)), 0),
+        (Outcome("accepted", Loss({0: math.nan}, 191, math.nan, 9.0, math.inf)), 0),
+        (Outcome("unmeasured", Loss({0: 0.9}, 0, 0.0, 1.0, 0.0)), 0),
         (OUTCOME, 1),
     ],
 )

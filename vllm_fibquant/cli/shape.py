@@ -87,17 +87,12 @@ def needs_vllm(config: dict[str, Any]) -> bool:
 
 
 def shape_of(name: str, config: dict[str, Any]) -> ModelShape:
-    """The shape a Hugging Face configuration describes.
+    """The shape that the configuration of a model's text describes, one that does not need vLLM.
 
     Raises:
         ValueError: naming what is missing or not served.
     """
     config = config.get("text_config") or config
-    if keeps_states(config):
-        raise ValueError(
-            f"plan: layers of {name} must all be attention, got some that keep a state; install "
-            "vLLM, which knows how large it is"
-        )
     other = "use --kv-cache-dtype auto"
     refused = [told for told in _refusals(config) if told]
     if refused:
@@ -149,8 +144,6 @@ def _refusals(config: dict[str, Any]) -> list[str | bool]:
     """What the engine refuses, as far as a configuration shows it."""
     head_dim, value_dim = config.get("head_dim"), config.get("v_head_dim")
     return [
-        has_latents(config)
-        and "its cache must be keys and values, got multi-head latent attention (MLA)",
         bool(head_dim and value_dim and head_dim != value_dim)
         and f"its values must be as long as its keys, got {value_dim} and {head_dim}",
         bool(config.get("is_encoder_decoder"))

@@ -185,8 +185,8 @@ def _measure(
                 )
     sums = {}
     for name, of_layer in readings.items():
-        if of_layer.sums[0]:  # a draft model's layers have not been read
-            sums[number_of(name)] = of_layer.sums
+        if of_layer.cosines[0]:  # a draft model's layers have not been read
+            sums[number_of(name)] = of_layer.cosines
     return RankLoss(sums, next_tokens)
 
 

@@ -75,15 +75,13 @@ def bias_statistics(
         at_zero = key[:, 0]
         turned = turns.pairs.long().flatten()
         c[:, turned] = at_zero[:, turned] / turns.length
-        chosen = TurningMean.strongest(c, turns, num_turning(turns))
-        kept = torch.zeros_like(c, dtype=torch.bool)
-        kept.scatter_(1, turns.pairs.long()[chosen.chosen.long()].flatten(1), True)
-        positions = torch.arange(NUM_POSITIONS)
-        mean = turns.turn(c * ~kept, positions).mean(0)
+        strongest = TurningMean.strongest(c, turns, num_turning(turns))
+        kept = strongest.coefficients(c.shape[1], c.dtype)
+        mean = turns.turn(c - kept, torch.arange(NUM_POSITIONS)).mean(0)
         others = torch.ones_like(mean, dtype=torch.bool)
         others[:, turned] = False
         mean = torch.where(others, at_zero, mean)
-        c = c * kept
+        c = kept
     moment = torch.zeros(*c.shape, c.shape[1])
     begin = key[:, : len(first)].contiguous()
     return KeyStatistics(mean, c, moment, moment, begin, torch.zeros_like(begin))

@@ -3,9 +3,7 @@
 
 A key is cached as rotated to its position. When the tokens between it and a query are gone, the
 query must be scored as if it were nearer: <R_(p-g) q, k> with g tokens gone. Only R_p q reaches
-attention, so we need R_(-g). Rotary modules take positions of at least 0, but mirroring every
-rotated pair turns one direction into the other: R_(-g) = J R_g J, where J negates the second
-coordinate of each pair. The module itself does the work, whatever its frequencies.
+attention; R_(-g) turns it back, by the cosines and sines that the module keeps for position g.
 
 Where that module is, vLLM does not tell an attention layer. torch tells which module has just
 become whose child, and in every model we serve the two are children of the same.
@@ -32,51 +30,35 @@ class TurnBack:
     """Turns queries back by a distance.
 
     Args:
-        rotary: called with int64 positions [num_tokens], queries [num_tokens, heads * head_dim],
-            which it may overwrite, and no keys; returns the rotated queries first.
-        rotary_dim: the leading coordinates of each head that it rotates.
-        is_neox_style: coordinate i is paired with i + rotary_dim / 2; else neighbours are paired.
-        head_dim: coordinates of a head.
-        dtype: dtype of queries.
+        rotary: the embedding, whose table has cosines and sines of every position.
+        length: what it lengthens vectors by; a query has been lengthened already.
     """
 
-    def __init__(
-        self, rotary: Any, rotary_dim: int, is_neox_style: bool, head_dim: int, dtype: torch.dtype
-    ) -> None:
-        self._rotary = rotary
-        mirror = torch.ones(head_dim, dtype=dtype, device=_device_of(rotary))
-        if is_neox_style:
-            mirror[rotary_dim // 2 : rotary_dim] = -1
-        else:
-            mirror[1:rotary_dim:2] = -1
-        self._mirror = mirror
-        # Some embeddings also lengthen what they rotate; a query has been lengthened already.
-        length = self._rotate(torch.ones_like(mirror)[None, None], mirror.new_zeros(1))[0, 0]
-        self._into_mirror = mirror / length
-
-    def _rotate(self, query: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        return _rotate(self._rotary, query, positions)
+    def __init__(self, rotary: Any, length: float) -> None:
+        self._rotary, self._length = rotary, length
+        half, end = rotary.rotary_dim // 2, rotary.rotary_dim
+        # The first and the second coordinates of all pairs.
+        self._first, self._second = slice(0, end, 2), slice(1, end, 2)
+        if rotary.is_neox_style:
+            self._first, self._second = slice(0, half), slice(half, end)
 
     def __call__(self, query: torch.Tensor, distance: torch.Tensor) -> torch.Tensor:
         """Queries as they would be `distance` positions earlier.
 
         Args:
-            query: [num_tokens, num_q_heads, head_dim] in the module's dtype, rotated; kept as is.
+            query: [num_tokens, num_q_heads, head_dim] in the model's dtype, rotated; kept as is.
             distance: int64 [num_tokens], at least 0.
 
         Returns:
             As query, contiguous; the same bits where distance is 0.
         """
-        turned = self._rotate(query * self._into_mirror, distance) * self._mirror
+        table = self._rotary.cos_sin_cache[distance].float() / self._length
+        cos, sin = table.unsqueeze(1).chunk(2, -1)
+        a, b = query[..., self._first], query[..., self._second]
+        turned = query.clone(memory_format=torch.contiguous_format)
+        turned[..., self._first] = a * cos + b * sin
+        turned[..., self._second] = b * cos - a * sin
         return torch.where(distance[:, None, None] > 0, turned, query)
-
-    def error(self, num_positions: int) -> float:
-        """The largest error of a turned vector's coordinate, on vectors of standard normals."""
-        probes = _probes(num_positions, self._mirror.shape[0], self._mirror.dtype)
-        last, x = (probe.to(self._mirror.device) for probe in probes)
-        distance = (last + 1) // 2
-        turned = self(self._rotate(x.clone(), last), distance)
-        return float((turned.float() - self._rotate(x, last - distance).float()).abs().max())
 
 
 def watch(impl: Any) -> None:
@@ -102,16 +84,10 @@ def _remember_parent(parent: torch.nn.Module, name: str, child: Any) -> None:
         _parents[impl] = weakref.ref(parent)
 
 
-def _device_of(rotary: Any) -> torch.device | None:
-    """Where the module's table is; None if it has none."""
-    table = getattr(rotary, "cos_sin_cache", None)
-    return None if table is None else table.device
-
-
 def _rotate(rotary: Any, query: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """What the module makes of queries [num_tokens, heads, head_dim] in its dtype, on theirs or, if
-    they are elsewhere, on its own device."""
-    device = _device_of(rotary) or query.device
+    """What the module makes of queries [num_tokens, heads, head_dim] in its dtype, on the device of
+    its table."""
+    device = rotary.cos_sin_cache.device
     flat = query.flatten(1).contiguous().to(device)
     key = flat[:, : query.shape[-1]].clone()  # M-RoPE and LongRoPE take no query without a key
     rotated = rotary(positions.long().to(device), flat, key)[0]
@@ -153,35 +129,10 @@ def _rotary_of(impl: Any, num_positions: int) -> Any:
 
 
 def turn_back_of(impl: Any, num_positions: int, head_dim: int, dtype: torch.dtype) -> TurnBack:
-    """How to turn back the queries of a watched layer, once its model is complete.
-
-    Args:
-        impl: the layer's, as it was given to `watch`.
-        num_positions: positions below this one must be known to the rotary embedding.
-
-    Raises:
-        ValueError: there is no rotary embedding beside the layer, or it is of another kind.
-    """
-    rotary = _rotary_of(impl, num_positions)
-    try:
-        turn_back = TurnBack(rotary, rotary.rotary_dim, rotary.is_neox_style, head_dim, dtype)
-        error = turn_back.error(num_positions)
-    except (TypeError, RuntimeError, AttributeError) as caught:
-        raise ValueError(
-            f"rotary embedding must rotate queries alone, got {type(rotary).__name__}"
-        ) from caught
-    _check_error(rotary, error, dtype, "turn by the difference of two positions")
-    return turn_back
-
-
-def _check_error(rotary: Any, error: float, dtype: torch.dtype, must: str) -> None:
-    # Up to three rotations, each rounded to dtype, of coordinates up to 4; a wrong pairing errs by
-    # units.
-    if not error <= 16 * torch.finfo(dtype).eps + 1e-3:
-        raise ValueError(
-            f"rotary embedding must {must}, got an error of {error:.1e} "
-            f"(in {type(rotary).__name__})"
-        )
+    """How to turn back the queries of a watched layer: see `turns_of`, which checks that its table
+    says what the embedding does."""
+    turns = turns_of(impl, num_positions, head_dim, dtype)
+    return TurnBack(_rotary_of(impl, num_positions), turns.length)
 
 
 def turns_of(impl: Any, num_positions: int, head_dim: int, dtype: torch.dtype) -> Turns:
@@ -208,7 +159,12 @@ def turns_of(impl: Any, num_positions: int, head_dim: int, dtype: torch.dtype) -
             ) from caught
         got = turns.turn(x.float(), positions)[..., : rotary.rotary_dim]
         error = float((got - want).abs().max())
-        _check_error(rotary, error, dtype, "turn in proportion to the position")
+        # Rotations rounded to dtype, of coordinates up to 4; a wrong pairing errs by units.
+        if not error <= 16 * torch.finfo(dtype).eps + 1e-3:
+            raise ValueError(
+                "rotary embedding must turn in proportion to the position, got an error of "
+                f"{error:.1e} (in {type(rotary).__name__})"
+            )
         known[num_positions] = turns
     return known[num_positions]
 
@@ -230,6 +186,6 @@ def _read_turns(rotary: Any, num_positions: int) -> Turns:
         frequency = frequency + torch.remainder(rest + torch.pi, 2 * torch.pi) / position
         frequency = frequency - torch.pi / position
         position *= 2
-    pairs = torch.arange(rotary.rotary_dim, dtype=torch.int32)
+    pairs = torch.arange(rotary.rotary_dim, dtype=torch.int32, device="cpu")
     pairs = pairs.view(2, -1).T if rotary.is_neox_style else pairs.view(-1, 2)
     return Turns(pairs.contiguous(), frequency, length, num_positions)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 _MARK = 4
@@ -24,56 +24,53 @@ def place_labels(axis: Any, points: Sequence[tuple[float, float, str, str]], siz
             label's point is only kept free, and one outside the axis gets none.
         size: of the letters, in points.
     """
-    figure = axis.figure
-    figure.canvas.draw()
-    figure.set_layout_engine("none")  # what is placed stays where it is
-    renderer = figure.canvas.get_renderer()
-    scale = figure.dpi / 72
-    at = [tuple(axis.transData.transform((x, y))) for x, y, _, _ in points]
-    frame = axis.get_window_extent(renderer)
-    legend = axis.get_legend()
-    mark = _MARK * scale
-    taken = [(x - mark, y - mark, x + mark, y + mark) for x, y in at]
-    if legend is not None:
-        taken.append(legend.get_window_extent(renderer).extents)
-    for (px, py), (x, y, label, colour) in zip(at, points, strict=True):
-        if not label or not frame.contains(px, py):
+    axis.figure.canvas.draw()
+    axis.figure.set_layout_engine("none")  # what is placed stays where it is
+    scale = axis.figure.dpi / 72
+    frame = axis.get_window_extent()
+    taken = _marks(axis, [(x, y) for x, y, _, _ in points], _MARK) + _legend(axis)
+    for x, y, label, colour in points:
+        if not label or not frame.contains(*axis.transData.transform((x, y))):
             continue
         text = axis.annotate(
             label, (x, y), xytext=(0, 0), textcoords="offset points", fontsize=size, color=colour,
             ha="center", va="center",
         )  # fmt: skip
-        box = text.get_window_extent(renderer)
-        half = box.width / 2 + 2, box.height / 2 + 2
-        best, best_cost = (0.0, 0.0), math.inf
-        for distance, angle in itertools.product(_DISTANCES, _ANGLES):
-            dx = math.cos(angle) * (distance * scale + half[0] * abs(math.cos(angle)))
-            dy = math.sin(angle) * (distance * scale * 0.8 + half[1])
-            place = px + dx - half[0], py + dy - half[1], px + dx + half[0], py + dy + half[1]
-            cost = sum(_overlap(place, other) for other in taken) + _outside(place, frame.extents)
-            if cost < best_cost:
-                best, best_cost = (dx, dy), cost
-            if cost == 0:
-                break
-        dx, dy = best
+        box = text.get_window_extent().padded(2)
+        ways = [
+            (
+                math.cos(angle) * (distance * scale + box.width / 2 * abs(math.cos(angle))),
+                math.sin(angle) * (distance * scale * 0.8 + box.height / 2),
+            )
+            for distance, angle in itertools.product(_DISTANCES, _ANGLES)
+        ]
+        # The first of equals is the nearest.
+        dx, dy = min(ways, key=lambda way: _num_hit(box.translated(*way), taken, frame))
         text.set_position((dx / scale, dy / scale))
-        taken.append((px + dx - half[0], py + dy - half[1], px + dx + half[0], py + dy + half[1]))
-        if math.hypot(dx, dy) > half[0] + 14 * scale:
+        taken.append(box.translated(dx, dy))
+        if math.hypot(dx, dy) > box.width / 2 + 14 * scale:
             axis.annotate(
                 "", (x, y), xytext=(dx / scale, dy / scale), textcoords="offset points",
                 arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.4, "alpha": 0.6},
             )  # fmt: skip
 
 
-def _overlap(a: Sequence[float], b: Sequence[float]) -> float:
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    return width * height if width > 0 and height > 0 else 0.0
+def _marks(axis: Any, points: Iterable[Any], half: float) -> list[Any]:
+    """The boxes of marks at these points, half as many points of a letter wide."""
+    from matplotlib.transforms import Bbox
+
+    at = [axis.transData.transform(point) for point in points]
+    return [Bbox([place, place]).padded(half * axis.figure.dpi / 72) for place in at]
 
 
-def _outside(a: Sequence[float], frame: Sequence[float]) -> float:
-    """Area of a that lies outside the frame."""
-    return (a[2] - a[0]) * (a[3] - a[1]) - _overlap(a, frame)
+def _legend(axis: Any) -> list[Any]:
+    return [axis.get_legend().get_window_extent()] if axis.get_legend() else []
+
+
+def _num_hit(box: Any, taken: Sequence[Any], frame: Any) -> int:
+    """How many boxes one overlaps; leaving the frame counts as one more."""
+    is_inside = frame.contains(*box.min) and frame.contains(*box.max)
+    return box.count_overlaps(taken) + (not is_inside)
 
 
 def label_collisions(axis: Any) -> list[str]:
@@ -81,20 +78,14 @@ def label_collisions(axis: Any) -> list[str]:
 
     For tests of plots; to be asked once everything is placed.
     """
-    mark = _MARK * axis.figure.dpi / 72 - 1
     marked = [line for line in axis.lines if line.get_marker() not in ("None", None)]
-    at = [axis.transData.transform(p) for line in marked for p in line.get_xydata()]
-    others = [("a mark", (x - mark, y - mark, x + mark, y + mark)) for x, y in at]
-    if axis.get_legend() is not None:
-        others.append(("the legend", axis.get_legend().get_window_extent().extents))
-    frame = axis.get_window_extent().extents
+    taken = _marks(axis, (p for line in marked for p in line.get_xydata()), _MARK - 1)
+    taken += _legend(axis)
     found = []
     for text in axis.texts:
-        if not text.get_text():
-            continue  # a line to a label
-        box = text.get_window_extent().extents
-        found += [f"{text.get_text()} on {what}" for what, x in others if _overlap(box, x) > 0]
-        if _outside(box, frame) > 0.5:
-            found.append(f"{text.get_text()} outside")
-        others.append((text.get_text(), box))
+        if text.get_text():  # else a line to a label
+            box = text.get_window_extent()
+            if _num_hit(box, taken, axis.get_window_extent().padded(0.5)):
+                found.append(text.get_text())
+            taken.append(box)
     return found

@@ -21,7 +21,7 @@ import functools
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -323,10 +323,8 @@ class StatisticsCollector:
         c = torch.zeros_like(self._key_sum)
         c[:, first] = (sums[:, first, j] + sums[:, second, num_pairs + j]) / length_sq
         c[:, second] = (sums[:, second, j] - sums[:, first, num_pairs + j]) / length_sq
-        chosen = TurningMean.strongest(c.float(), turns, num_turning(turns))
-        kept = torch.zeros_like(c, dtype=torch.bool)
-        kept.scatter_(1, turns.pairs.long()[chosen.chosen.long()].flatten(1), True)
-        return c * kept
+        strongest = TurningMean.strongest(c.float(), turns, num_turning(turns))
+        return c * (strongest.coefficients(c.shape[1], c.dtype) != 0)
 
     def _turning_part(self, turns: Turns, c: torch.Tensor) -> torch.Tensor:
         num_pairs = len(turns.pairs)
@@ -345,12 +343,6 @@ def join_heads(parts: Sequence[KeyStatistics], replicas: int) -> KeyStatistics:
     same head, and different queries of it.
     """
     groups = [parts[i : i + replicas] for i in range(0, len(parts), replicas)]
-    first = [group[0] for group in groups]
-    return KeyStatistics(
-        torch.cat([p.key_mean for p in first]),
-        torch.cat([p.turning_mean for p in first]),
-        torch.cat([p.key_covariance for p in first]),
-        torch.cat([torch.stack([p.query_moment for p in g]).mean(0) for g in groups]),
-        torch.cat([p.first_key for p in first]),
-        torch.cat([p.first_value for p in first]),
-    )
+    firsts = zip(*(group[0].tensors for group in groups), strict=True)
+    queries = [torch.stack([part.query_moment for part in group]).mean(0) for group in groups]
+    return replace(KeyStatistics(*map(torch.cat, firsts)), query_moment=torch.cat(queries))

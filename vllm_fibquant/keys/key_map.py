@@ -141,12 +141,15 @@ class TurningMean:
         mean = pairs.gather(1, chosen.unsqueeze(-1).expand(-1, -1, 2))
         return cls(turns, chosen.to(torch.int32).contiguous(), mean.contiguous())
 
-    def at(self, positions: torch.Tensor, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
-        """R_p c: int64 [...] positions to dtype [..., num_kv_heads, head_dim]."""
+    def coefficients(self, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
+        """c, 0 in coordinates of other pairs: dtype [num_kv_heads, head_dim]."""
         c = torch.zeros(len(self.chosen), head_dim, dtype=dtype)
         coordinates = self.turns.pairs.long()[self.chosen.long()].flatten(1)
-        c.scatter_(1, coordinates, self.mean.flatten(1).to(dtype))
-        return self.turns.turn(c, positions, stepped=True)
+        return c.scatter_(1, coordinates, self.mean.flatten(1).to(dtype))
+
+    def at(self, positions: torch.Tensor, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
+        """R_p c: int64 [...] positions to dtype [..., num_kv_heads, head_dim]."""
+        return self.turns.turn(self.coefficients(head_dim, dtype), positions, stepped=True)
 
     def first_heads(self, num_kv_heads: int) -> TurningMean:
         """Of the first `num_kv_heads` heads."""

@@ -59,15 +59,14 @@ class LayerReading:
 
     Attributes:
         reads_codes: whether a call's output is of codes.
-        sums: over query heads and positions: how many, cosines, squared lengths of differences
-            and of exact outputs.
+        cosines: how many, over query heads and positions, and their sum.
     """
 
     def __init__(self, layer: Layer, judged_from: int) -> None:
         self._layer = layer
         self._judged = slice(judged_from, None)
         self.reads_codes = False
-        self.sums = (0.0, 0.0, 0.0, 0.0)
+        self.cosines = (0, 0.0)
 
     def __call__(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output: torch.Tensor
@@ -79,12 +78,7 @@ class LayerReading:
         found = self.from_codes(query, key, value, torch.empty_like(output))
         a, b = output[self._judged].float(), found[self._judged].float()
         cosines = torch.cosine_similarity(a, b, dim=-1)
-        self.sums = (
-            cosines.numel(),
-            float(cosines.sum()),
-            float((a - b).square().sum()),
-            float(a.square().sum()),
-        )
+        self.cosines = cosines.numel(), float(cosines.sum())
         return output
 
     @property
@@ -154,14 +148,6 @@ class LayerReading:
         return torch.full(shape, 0xFF, dtype=torch.uint8, device=device)
 
 
-@dataclass(frozen=True)
-class LayerLoss:
-    """What codes cost one layer: mean cosine and relative error of its attention outputs."""
-
-    cosine: float
-    error: float
-
-
 @dataclass
 class NextTokens:
     """Sums over positions of what two passes say of the next token.
@@ -194,10 +180,10 @@ class NextTokens:
 
 @dataclass(frozen=True)
 class RankLoss:
-    """What one rank measured: sums of its layers by number, (heads, cosines, squared errors,
-    squared sizes), and next tokens where it has the model's head."""
+    """What one rank measured: `LayerReading.cosines` of its layers by number, and next tokens where
+    it has the model's head."""
 
-    layers: dict[int, tuple[float, float, float, float]]
+    layers: dict[int, tuple[int, float]]
     next_tokens: NextTokens | None
 
 
@@ -206,7 +192,7 @@ class Loss:
     """What codes cost a model on one text.
 
     Attributes:
-        layers: by number.
+        layers: mean cosine of attention outputs, by number.
         num_tokens: positions whose next token was compared, 0 where no rank could.
         kl: mean KL(exact || codes) of next-token distributions, in nats; not finite where codes
             make the model overflow.
@@ -216,7 +202,7 @@ class Loss:
             with random weights, whose distributions mean nothing, changed or not.
     """
 
-    layers: dict[int, LayerLoss]
+    layers: dict[int, float]
     num_tokens: int
     kl: float
     perplexity: float
@@ -226,18 +212,14 @@ class Loss:
     @classmethod
     def of_ranks(cls, ranks: Iterable[RankLoss]) -> Loss:
         """What all ranks of an engine measured together."""
-        sums: dict[int, list[float]] = {}
+        sums: dict[int, tuple[int, float]] = {}
         words: list[NextTokens] = []
         for rank in ranks:
-            for number, own in rank.layers.items():
-                sums[number] = [
-                    a + b for a, b in zip(sums.get(number, [0.0] * 4), own, strict=True)
-                ]
+            for number, (num, cosines) in rank.layers.items():
+                others = sums.get(number, (0, 0.0))
+                sums[number] = others[0] + num, others[1] + cosines
             words += [rank.next_tokens] if rank.next_tokens else []
-        layers = {
-            number: LayerLoss(cosines / max(num, 1), (error / size) ** 0.5 if size else 0.0)
-            for number, (num, cosines, error, size) in sorted(sums.items())
-        }
+        layers = {n: cosines / max(num, 1) for n, (num, cosines) in sorted(sums.items())}
         # Ranks of one stage have the same logits; should they differ, the worst counts.
         worst = NextTokens()
         for found in words:
@@ -263,7 +245,7 @@ class Loss:
     @property
     def worst(self) -> list[int]:
         """Numbers of all layers, that with the lowest cosine first."""
-        return sorted(self.layers, key=lambda number: self.layers[number].cosine)
+        return sorted(self.layers, key=self.layers.__getitem__)
 
     @property
     def state(self) -> State:
@@ -280,7 +262,7 @@ class Loss:
             parts = [f"expected KL {self.kl:.2g} nats, perplexity {self.increase:+.1%}"]
         if self.layers:
             number = self.worst[0]
-            parts += [f"worst layer {number} with cosine {self.layers[number].cosine:.4f}"]
+            parts += [f"worst layer {number} with cosine {self.layers[number]:.4f}"]
         return ", ".join(parts)
 
 
@@ -305,7 +287,7 @@ class Outcome:
         loss = self.loss or Loss({}, 0, math.nan, math.nan, math.nan)
         figures = (loss.kl, loss.perplexity, loss.increase) if loss.num_tokens else 3 * (math.nan,)
         kl, perplexity, increase = map(_finite, figures)
-        cosines = {number: _finite(found.cosine) for number, found in loss.layers.items()}
+        cosines = {number: _finite(cosine) for number, cosine in loss.layers.items()}
         worst = loss.worst[0] if loss.layers else None
         return {
             "state": self.state,
@@ -326,7 +308,7 @@ class Outcome:
 def refusal_of(loss: Loss, options: Options) -> str:
     """Why codes that lose so much are not served, and what to do."""
     named = ", ".join(
-        f"{number} (cosine {loss.layers[number].cosine:.3f})" for number in loss.worst[:NUM_NAMED]
+        f"{number} (cosine {loss.layers[number]:.3f})" for number in loss.worst[:NUM_NAMED]
     )
     numbers = ",".join(map(str, sorted(loss.worst[:NUM_NAMED])))
     remedies = []

@@ -20,7 +20,6 @@ from vllm_fibquant.ops.abi import fields
 from vllm_fibquant.ops.kept import kept_with
 from vllm_fibquant.ops.search_tables import make_boxes, make_scan, make_squares
 
-_ALIGNMENT = 64
 _LARGEST_WORD = 32639  # 127 * 256 + 127
 _COLUMNS = 16  # of turning tables, a multiple of it for each kind of pair
 
@@ -66,13 +65,9 @@ class FqKeyMap(Structure):
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
-    """A contiguous float32 CPU copy of x whose data starts at a multiple of 64 bytes."""
-    x = x.to(device="cpu", dtype=torch.float32).contiguous()
-    spare = _ALIGNMENT // 4
-    buffer = torch.empty(x.numel() + spare, dtype=torch.float32)
-    start = -(buffer.data_ptr() // 4) % spare
-    view = buffer[start : start + x.numel()].view(x.shape)
-    return view.copy_(x)
+    """A contiguous float32 CPU copy of x; torch begins what it allocates there at a multiple of 64
+    bytes."""
+    return x.to(device="cpu", dtype=torch.float32).contiguous().clone()
 
 
 @functools.lru_cache(maxsize=64)
@@ -135,11 +130,8 @@ def _planes(codebook: Codebook, keep: list[torch.Tensor]) -> tuple[int | None, f
         words = (rows / step16 - offset).round()  # 256 * high + low, both signed
         high = ((words + 128) / 256).floor()
         planes, step = torch.cat((high, words - 256 * high)), 256 * step16
-    buffer = torch.empty(planes.numel() + _ALIGNMENT, dtype=torch.int8)
-    start = -buffer.data_ptr() % _ALIGNMENT
-    aligned = buffer[start : start + planes.numel()].view(planes.shape)
-    keep.append(aligned.copy_(planes))
-    return aligned.data_ptr(), step
+    keep.append(planes.to(torch.int8).contiguous())
+    return keep[-1].data_ptr(), step
 
 
 def _lists(
