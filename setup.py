@@ -28,6 +28,9 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+sys.path.insert(0, str(ROOT))
+from vllm_fibquant.headers import header_digest  # noqa: E402
+
 LIBRARY = "libfibquant_cpu.so"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 
@@ -54,7 +57,7 @@ def compile_units() -> list[tuple[str, str, list[str]]]:
         ("csrc/cpu/kernels.cpp", f"kernels_{isa}.o", [f"-DFQ_ISA={isa}", *flags])
         for isa, flags in ISA_FLAGS.items()
     ]
-    return [*units, ("csrc/cpu/library.cpp", "library.o", [])]
+    return [*units, ("csrc/cpu/library.cpp", "library.o", [f"-DFQ_ABI={header_digest('cpu')}"])]
 
 
 class BuildLibrary(build_ext):
@@ -206,8 +209,9 @@ class BuildCuda(Command):
             ("kernels.cu", f"kernels_{dim}.o", [f"-DFQ_HEAD_DIM={dim}"])
             for dim in reversed(cuda_head_dims())
         ]
+        units.append(("library.cu", "library.o", [f"-DFQ_ABI={header_digest('cuda')}"]))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(compile_unit, [*units, ("library.cu", "library.o", [])]))
+            objects = list(pool.map(compile_unit, units))
         built = objects_dir / target.name
         run_if_stale(
             [*compiler, "-shared", *map(str, objects), "-o", str(built)], built, objects, False

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the C ABIs of the CPU and the CUDA library share; mirrored by vllm_fibquant/ops/abi.py.
+// What the C ABIs of the CPU and the CUDA library share. vllm_fibquant/ops/abi.py reads the structs
+// of this header and of the others that vllm_fibquant/headers.py names.
 #pragma once
 
 #include <cstdint>

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// A call in the C ABI of the CPU library: plain structs, mirrored by
-// vllm_fibquant/ops/cpu_library.py and compared with it when the library is loaded. Nothing here
-// depends on Python or torch.
+// A call in the C ABI of the CPU library: plain structs, which vllm_fibquant/ops/cpu.py fills.
+// Nothing here depends on Python or torch.
 #pragma once
 
 #include <cstdint>

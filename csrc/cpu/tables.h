@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Codes and maps of keys in the C ABI of the CPU library: plain structs with tables, mirrored by
-// vllm_fibquant/ops/cpu_tables.py.
+// Codes and maps of keys in the C ABI of the CPU library: plain structs with tables, which
+// vllm_fibquant/ops/cpu_tables.py fills.
 #pragma once
 
 #include <cstdint>

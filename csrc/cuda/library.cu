@@ -2,7 +2,6 @@
 // The C ABI of libfibquant_cuda.so, and of the same kernels in the emulator.
 #include <cstring>
 
-#include "abi_text.h"
 #include "cuda/copy_plan.h"
 #include "cuda/launch.h"
 
@@ -110,101 +109,11 @@ emulator::Machine& emulator::machine() {
 
 }  // namespace fq
 
-// The ABI's structs in words (abi_text.h), for the caller to compare with its own.
-static fq::AbiText describe_abi() {
-  fq::AbiText abi;
-  {
-    using S = FqCudaCode;
-    abi.add(sizeof(S), {FQ_FIELD(subvec_dim), FQ_FIELD(index_bits), FQ_FIELD(folded),
-                        FQ_FIELD(gain), FQ_FIELD(table_scale), FQ_FIELD(num_rows), FQ_FIELD(table),
-                        FQ_FIELD(rows), FQ_FIELD(half_sq)});
-  }
-  {
-    using S = FqCudaCodec;
-    abi.add(sizeof(S), {FQ_FIELD(head_dim), FQ_FIELD(record_bytes), FQ_FIELD(rotation_signs),
-                        FQ_FIELD(rotation_matrix), FQ_FIELD(rotation_matrix_t), FQ_FIELD(key),
-                        FQ_FIELD(value)});
-  }
-  {
-    using S = FqCudaKeyMap;
-    abi.add(sizeof(S),
-            {FQ_FIELD(mean), FQ_FIELD(key_matrix_t), FQ_FIELD(query_matrix_t), FQ_FIELD(weight),
-             FQ_FIELD(codes), FQ_FIELD(first_key), FQ_FIELD(first_value), FQ_FIELD(turn_pairs),
-             FQ_FIELD(turn_mean), FQ_FIELD(turn_fine), FQ_FIELD(turn_coarse), FQ_FIELD(num_coded),
-             FQ_FIELD(num_subvecs), FQ_FIELD(num_plain), FQ_FIELD(num_first), FQ_FIELD(num_turning),
-             FQ_FIELD(num_pairs), FQ_FIELD(num_steps), FQ_FIELD(source_scale)});
-  }
-  {
-    using S = FqPages;
-    abi.add(sizeof(S), {FQ_FIELD(base), FQ_FIELD(num_blocks), FQ_FIELD(stride_block),
-                        FQ_FIELD(stride_head), FQ_FIELD(num_kv_heads), FQ_FIELD(block_size)});
-  }
-  {
-    using S = FqCudaEncode;
-    abi.add(sizeof(S),
-            {FQ_FIELD(key), FQ_FIELD(value), FQ_FIELD(slot_mapping), FQ_FIELD(positions),
-             FQ_FIELD(counters), FQ_FIELD(num_tokens), FQ_FIELD(stride_key_token),
-             FQ_FIELD(stride_key_head), FQ_FIELD(stride_value_token), FQ_FIELD(stride_value_head),
-             FQ_FIELD(dtype), FQ_FIELD(max_ctas), FQ_FIELD(copy_dtype), FQ_FIELD(num_copy_rows),
-             FQ_FIELD(copy_key), FQ_FIELD(copy_value), FQ_FIELD(copy_rows)});
-  }
-  {
-    using S = FqCudaAttend;
-    abi.add(sizeof(S), {FQ_FIELD(query),
-                        FQ_FIELD(out),
-                        FQ_FIELD(query_start_loc),
-                        FQ_FIELD(seq_lens),
-                        FQ_FIELD(block_table),
-                        FQ_FIELD(sinks),
-                        FQ_FIELD(raw_o),
-                        FQ_FIELD(raw_m),
-                        FQ_FIELD(raw_l),
-                        FQ_FIELD(state_o),
-                        FQ_FIELD(state_ml),
-                        FQ_FIELD(copy_table),
-                        FQ_FIELD(copy_key),
-                        FQ_FIELD(copy_value),
-                        FQ_FIELD(prepared),
-                        FQ_FIELD(first_query),
-                        FQ_FIELD(stride_block_table),
-                        FQ_FIELD(stride_query_token),
-                        FQ_FIELD(stride_query_head),
-                        FQ_FIELD(stride_out_token),
-                        FQ_FIELD(stride_out_head),
-                        FQ_FIELD(stride_first_query_token),
-                        FQ_FIELD(stride_first_query_head),
-                        FQ_FIELD(num_tokens),
-                        FQ_FIELD(num_reqs),
-                        FQ_FIELD(num_q_heads),
-                        FQ_FIELD(table_width),
-                        FQ_FIELD(dtype),
-                        FQ_FIELD(window),
-                        FQ_FIELD(num_splits),
-                        FQ_FIELD(wide),
-                        FQ_FIELD(num_copy_columns),
-                        FQ_FIELD(num_copied_first),
-                        FQ_FIELD(num_copy_rows),
-                        FQ_FIELD(copy_dtype),
-                        FQ_FIELD(keep_first),
-                        FQ_FIELD(scale),
-                        FQ_FIELD(soft_cap)});
-  }
-  {
-    using S = FqCudaPlan;
-    abi.add(sizeof(S),
-            {FQ_FIELD(query_start_loc), FQ_FIELD(seq_lens), FQ_FIELD(block_table), FQ_FIELD(slots),
-             FQ_FIELD(tags), FQ_FIELD(wanted), FQ_FIELD(rows), FQ_FIELD(table),
-             FQ_FIELD(stride_block_table), FQ_FIELD(num_tokens), FQ_FIELD(num_reqs),
-             FQ_FIELD(table_width), FQ_FIELD(block_size), FQ_FIELD(num_first), FQ_FIELD(num_recent),
-             FQ_FIELD(first_units), FQ_FIELD(recent_units)});
-  }
-  return abi;
-}
-
-FQ_EXPORT const char* fq_cuda_abi() {
-  static const fq::AbiText abi = describe_abi();
-  return abi.text();
-}
+// The digest of the headers that this is built from (vllm_fibquant/headers.py), for the caller to
+// compare with that of its own.
+#define FQ_QUOTE(x) #x
+#define FQ_QUOTED(x) FQ_QUOTE(x)
+FQ_EXPORT const char* fq_cuda_abi() { return FQ_QUOTED(FQ_ABI); }
 
 // What there are kernels for: lines of "head_dim <d> <wide columns>", "code <name> <subvec_dim>
 // <index_bits> <folded>" and "pair <key code> <value code>".

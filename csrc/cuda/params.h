@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The C ABI of the CUDA library: plain structs, mirrored by vllm_fibquant/ops/cuda.py, which
-// compares their fields at load time. Nothing here depends on Python or torch. Unless said
-// otherwise, pointers are to device memory; kernels read every length there.
+// The C ABI of the CUDA library: plain structs, which vllm_fibquant/ops/cuda.py fills. Nothing here
+// depends on Python or torch. Unless said otherwise, pointers are to device memory; kernels read
+// every length there.
 #pragma once
 
 #include <cstdint>

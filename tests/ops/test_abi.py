@@ -1,61 +1,81 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A library is loaded only if its structs have our fields, by name, place and size."""
+"""Structs are read from the headers as a compiler reads them, and a library that was built from
+other headers is not loaded."""
 
 from __future__ import annotations
 
+import ctypes
+import subprocess
 from ctypes import Structure
 
 import pytest
 
-from vllm_fibquant.ops import cpu_library, cuda
-from vllm_fibquant.ops.abi import load_library
+from tests.ops.test_lanes import ROOT, find_compiler
+from vllm_fibquant import headers
+from vllm_fibquant.ops import abi, cpu_library, cpu_tables, cuda, cuda_tables
 
-STRUCTS = tuple(
-    getattr(cpu_library, f"Fq{name}")
-    for name in (
-        "Code", "Codec", "Pages", "Encode", "Batch", "CopyPool", "Attend", "KeyMap",
-        "EncodeLatents", "AttendLatents",
-    )
-)  # fmt: skip
-
-
-def load(structs):
-    return load_library("test", cpu_library.LIBRARY_PATH, "fq_abi", structs, "build it again")
+STRUCTS = {
+    name: struct
+    for module in (abi, cpu_library, cpu_tables, cuda_tables)
+    for name, struct in vars(module).items()
+    if name.startswith("Fq")
+}
 
 
-def changed(struct, change):
-    """Structs of which `struct` has other fields."""
-    fields = list(struct._fields_)
-    change(fields)
-    other = type("Other", (Structure,), {"_fields_": fields})
-    return [other if s is struct else s for s in STRUCTS]
+def test_every_struct_of_a_header_is_known():
+    declared = [line.split()[1] for line in abi._code().splitlines() if line.startswith("struct ")]
+    assert sorted(set(declared)) == sorted(STRUCTS)
 
 
-def test_our_structs_are_the_librarys():
-    load(STRUCTS)
+def claims(struct):
+    """What we take a struct's fields for, for a compiler to contradict."""
+    name = struct.__name__
+    yield f"sizeof({name}) == {ctypes.sizeof(struct)}"
+    for field, kind in struct._fields_:
+        at = getattr(struct, field)
+        yield f"offsetof({name}, {field}) == {at.offset}"
+        yield f"sizeof({name}::{field}) == {at.size}"
+        same = {ctypes.c_float: "float", ctypes.c_int32: "int32_t", ctypes.c_int64: "int64_t"}
+        if kind in same:
+            yield f"std::is_same<decltype({name}::{field}), {same[kind]}>::value"
 
 
-def exchange(fields):
-    fields[0], fields[1] = fields[1], fields[0]
+def compiles(text, folder):
+    source = folder / "claims.cpp"
+    includes = [f'#include "{name}"' for name in ("cpu/latent_params.h", "cpu/params.h")]
+    includes += ['#include "cuda/params.h"', "#include <cstddef>", "#include <type_traits>"]
+    source.write_text("\n".join([*includes, *(f'static_assert({c}, "");' for c in text)]))
+    command = [*find_compiler(), "-std=c++17", "-fsyntax-only", "-w", "-I", ROOT / "csrc", source]
+    return subprocess.run(command, capture_output=True).returncode == 0
 
 
-def rename(fields):
-    fields[-1] = ("other", fields[-1][1])
+def test_a_compiler_sees_the_same_fields(tmp_path):
+    found = [claim for struct in STRUCTS.values() for claim in claims(struct)]
+    assert len(found) > 400
+    assert compiles(found, tmp_path)
+    assert not compiles([found[1].replace("== 0", "== 8")], tmp_path)
 
 
-@pytest.mark.parametrize("change", [exchange, rename, list.pop])
-@pytest.mark.parametrize("struct", STRUCTS, ids=lambda s: s.__name__)
-def test_other_fields_are_refused(struct, change):
-    """Exchanged fields leave a struct's size as it was."""
-    with pytest.raises(RuntimeError, match="must be built from this version's sources.*got"):
-        load(changed(struct, change))
+def test_a_struct_of_no_header_is_refused():
+    with pytest.raises(RuntimeError, match="struct FqNone must be in a header, got none"):
+        abi.from_header(type("FqNone", (Structure,), {}))
 
 
-def test_a_library_that_describes_nothing_is_refused():
-    with pytest.raises(RuntimeError, match="got 'nothing'"):
-        load_library(
-            "test", cpu_library.LIBRARY_PATH, "no_such_function", STRUCTS, "build it again"
-        )
+def load(function):
+    return abi.load_library("test", cpu_library.LIBRARY_PATH, "cpu", function, "build it again")
+
+
+def test_a_library_of_other_headers_is_refused(monkeypatch):
+    load("fq_abi")
+    known = headers.header_digest("cpu")
+    monkeypatch.setattr(abi, "header_digest", lambda library: "others")
+    with pytest.raises(RuntimeError, match=f"digest others, got {known}; build it again"):
+        load("fq_abi")
+
+
+def test_a_library_that_says_nothing_is_refused():
+    with pytest.raises(RuntimeError, match="must be built from this version's sources.*got none"):
+        load("no_such_function")
 
 
 def test_a_library_that_is_missing_or_none_is_refused(tmp_path):

@@ -21,6 +21,7 @@ from tests.ops.test_copies import make_copies
 from tests.ops.test_cuda_emulated import check, codec_of, encode_both, paged_of
 from tests.ops.test_retention import other_query
 from tests.paged import check_records
+from vllm_fibquant.headers import header_digest
 from vllm_fibquant.ops import cuda
 
 pytestmark = [
@@ -156,6 +157,7 @@ def build_mutant(folder: Path, header: str, old: str, new: str) -> cuda.Library:
     change("library.cu", "Kernels<128>", "Kernels<64>")
     sources = [str(folder / "csrc" / "cuda" / s) for s in ("kernels.cu", "library.cu")]
     flags = ["-O1", "-std=c++17", "-fPIC", "-shared", "-w", "-DFQ_HEAD_DIM=64", "-x", "c++"]
+    flags.append(f"-DFQ_ABI={header_digest('cuda')}")
     target = folder / "mutant.so"
     command = ["g++", *flags, "-I", str(folder / "csrc"), *sources, "-o", str(target)]
     subprocess.run(command, check=True)

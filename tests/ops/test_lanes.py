@@ -21,6 +21,7 @@ import torch
 from tests.keys.test_key_map import KINDS, mapped
 from tests.ops.test_attention import check_against_oracle, codec_of
 from tests.paged import make_paged
+from vllm_fibquant.headers import header_digest
 from vllm_fibquant.ops import cpu_library
 
 ROOT = Path(__file__).parents[2]
@@ -48,6 +49,7 @@ def build_portable(folder: Path, lanes: int, *flags: str) -> Path:
         [*find_compiler(), "-std=c++17", "-O1", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=off",
          "-fno-math-errno", "-fno-trapping-math", "-w", "-I", str(ROOT / "csrc"), *flags,
          "-DFQ_POISON", "-DFQ_ISA=portable", f"-DFQ_LANES={lanes}",
+         f"-DFQ_ABI={header_digest('cpu')}",
          str(ROOT / "csrc/cpu/kernels.cpp"), str(ROOT / "csrc/cpu/library.cpp"),
          str(folder / "others.cpp"), "-o", str(library)],
         check=True,

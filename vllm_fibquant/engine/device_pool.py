@@ -32,7 +32,7 @@ import torch
 from vllm_fibquant.engine.copies import CopyPlan
 from vllm_fibquant.ops import cuda
 from vllm_fibquant.ops.checks import at_least, check_tensor
-from vllm_fibquant.ops.cuda_structs import FqCudaPlan
+from vllm_fibquant.ops.cuda_tables import FqCudaPlan
 
 UNIT = 16
 """Slots that keep together: blocks have a multiple of it."""

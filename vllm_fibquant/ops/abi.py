@@ -1,33 +1,56 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the C ABIs of the CPU and the CUDA library share (csrc/abi.h), and how both are loaded."""
+"""The C ABIs of the CPU and the CUDA library: structs as the headers have them, and loading."""
 
 from __future__ import annotations
 
 import ctypes
-import itertools
-from collections.abc import Sequence
-from ctypes import Structure, c_int32, c_int64, c_void_p
+import functools
+import re
+from ctypes import POINTER, Structure, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from vllm_fibquant.headers import HEADERS, header_digest, header_text
+
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
+Struct = TypeVar("Struct", bound=Structure)
 
-def fields(*rows: tuple[Any, str]) -> list[tuple[str, Any]]:
-    """The `_fields_` of a struct, from a type and the names of the fields in a row that have it."""
-    return [(name, kind) for kind, names in rows for name in names.split()]
+_KINDS: dict[str, Any] = {"int32_t": c_int32, "int64_t": c_int64, "float": c_float}
 
 
+@functools.cache
+def _code() -> str:
+    """All headers without comments."""
+    return re.sub("//.*", "", "".join(map(header_text, HEADERS)))
+
+
+def from_header(struct: type[Struct]) -> type[Struct]:
+    """Gives a struct the fields that a header has for its name.
+
+    A struct that it holds or points to must have got its own before; any other pointer is an
+    address.
+    """
+    found = re.search(rf"struct {struct.__name__} {{(.*?)\n}};", _code(), re.DOTALL)
+    if found is None:
+        raise RuntimeError(f"from_header: struct {struct.__name__} must be in a header, got none")
+    fields: list[tuple[str, Any]] = []
+    for kind, star, names in re.findall(r"(?:const )?(\w+)(\*?) ([^;]+);", found[1]):
+        own: Any = c_void_p
+        if not star or kind.startswith("Fq"):
+            own = POINTER(_KINDS[kind]) if star else _KINDS[kind]
+        for name, count in re.findall(r"(\w+)(?:\[(\d+)\])?", names):
+            fields.append((name, own * int(count) if count else own))
+    struct._fields_ = fields
+    _KINDS[struct.__name__] = struct
+    return struct
+
+
+@from_header
 class FqPages(Structure):
     """The pages of one layer."""
-
-    _fields_ = fields(
-        (c_void_p, "base"),
-        (c_int64, "num_blocks stride_block stride_head"),
-        (c_int32, "num_kv_heads block_size"),
-    )  # fmt: skip
 
 
 def pages_of(cache: torch.Tensor) -> FqPages:
@@ -37,30 +60,17 @@ def pages_of(cache: torch.Tensor) -> FqPages:
     return FqPages(cache.data_ptr(), num_blocks, *cache.stride()[:2], num_kv_heads, block_size)
 
 
-def describe(structs: Sequence[type[Structure]]) -> str:
-    """Our structs in the words of csrc/abi_text.h: names, offsets and sizes of their fields."""
-    lines = []
-    for struct in structs:
-        lines.append(f"struct {ctypes.sizeof(struct)}")
-        for name, *_ in struct._fields_:
-            field = getattr(struct, name)
-            lines.append(f"{name} {field.offset} {field.size}")
-    return "".join(line + "\n" for line in lines)
-
-
-def load_library(
-    owner: str, path: Path, abi_function: str, structs: Sequence[type[Structure]], advice: str
-) -> ctypes.CDLL:
-    """Loads a library that reads `structs` as we write them.
+def load_library(owner: str, path: Path, library: str, function: str, advice: str) -> ctypes.CDLL:
+    """Loads a library that was built from the headers that our structs are made of.
 
     Args:
         owner: who speaks in errors.
-        abi_function: what describes its structs, in our order, in the words of csrc/abi_text.h.
-        structs: ours.
+        library: "cpu" or "cuda".
+        function: what returns the digest of the headers that it was built from.
         advice: how the library is built.
 
     Raises:
-        RuntimeError: it is missing, does not load, or was built from other sources.
+        RuntimeError: it is missing, does not load, or was built from other headers.
     """
     if not path.exists():
         raise RuntimeError(f"{owner}: {path} is missing; {advice}")
@@ -68,19 +78,13 @@ def load_library(
         lib = ctypes.CDLL(str(path))
     except OSError as error:
         raise RuntimeError(f"{owner}: {path} does not load ({error}); {advice}") from error
-    try:
-        function = getattr(lib, abi_function)
-    except AttributeError:
-        theirs = []
-    else:
-        function.restype = ctypes.c_char_p
-        theirs = function().decode().splitlines()
-    ours = describe(structs).splitlines()
-    if ours != theirs:
-        pairs = itertools.zip_longest(ours, theirs, fillvalue="nothing")
-        wanted, got = next(pair for pair in pairs if pair[0] != pair[1])
+    got = "none"
+    if hasattr(lib, function):
+        getattr(lib, function).restype = ctypes.c_char_p
+        got = getattr(lib, function)().decode()
+    if got != header_digest(library):
         raise RuntimeError(
-            f"{owner}: {path} must be built from this version's sources "
-            f"({wanted!r} in its structs, got {got!r}); {advice}"
+            f"{owner}: {path} must be built from this version's sources, whose headers have digest "
+            f"{header_digest(library)}, got {got}; {advice}"
         )
     return lib

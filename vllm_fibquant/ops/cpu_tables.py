@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import functools
-from ctypes import Structure, c_float, c_int32, c_int64, c_void_p, pointer
+from ctypes import Structure, pointer
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from vllm_fibquant.codec.config import GAIN_NUMBERS, CodeSpec
 from vllm_fibquant.codec.latent import LatentCodec
 from vllm_fibquant.codec.search import CodewordLists
 from vllm_fibquant.keys.key_map import STEP, KeyMap, Turns
-from vllm_fibquant.ops.abi import fields
+from vllm_fibquant.ops.abi import from_header
 from vllm_fibquant.ops.kept import kept_with
 from vllm_fibquant.ops.search_tables import make_boxes, make_scan, make_squares
 
@@ -24,44 +24,16 @@ _LARGEST_WORD = 32639  # 127 * 256 + 127
 _COLUMNS = 16  # of turning tables, a multiple of it for each kind of pair
 
 
-class FqCode(Structure):
-    _fields_ = fields(
-        (c_int32, "subvec_dim index_bits num_rows folded gain num_rows_padded"),
-        (c_void_p, "rows rows_t half_sq"),
-        (c_int32, "num_cells num_lists"),
-        (c_void_p, "cell_tiles list_tiles list_begin list_index planes"),
-        (c_float, "plane_step scan_scale"),
-        (c_int32, "scan_most scan_margin"),
-        (c_void_p, "scan squares square_planes"),
-        (c_float, "square_low square_scale"),
-        (c_void_p, "boxes box_sides"),
-        (c_float, "box_low box_fine box_scale box_shift box_reach"),
-        (c_int32, "box_margin"),
-    )  # fmt: skip
+@from_header
+class FqCode(Structure): ...
 
 
-class FqCodec(Structure):
-    _fields_ = fields(
-        (c_int32, "head_dim record_bytes"),
-        (c_void_p, "rotation_signs rotation_matrix rotation_matrix_t"),
-        (FqCode, "key value"),
-    )  # fmt: skip
+@from_header
+class FqCodec(Structure): ...
 
 
-class FqKeyMap(Structure):
-    _fields_ = fields(
-        (c_void_p, "mean"),
-        (c_int64, "num_plain"),
-        (c_void_p, "key_matrix_t key_halves_t query_matrix_t weight"),
-        (c_float, "source_scale"),
-        (c_int32, "num_coded"),
-        (c_int32 * 3, "num_subvecs"),
-        (FqCode * 3, "codes"),
-        (c_void_p, "turn_pairs turn_mean turn_fine turn_coarse turn_columns turn_dense"),
-        (c_int64, "num_positions"),
-        (c_int32, "num_turning num_fast num_columns num_fast_columns num_first_means"),
-        (c_void_p, "first_key first_value"),
-    )  # fmt: skip
+@from_header
+class FqKeyMap(Structure): ...
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:

@@ -34,13 +34,15 @@ from vllm_fibquant.ops import raw_states, splits
 from vllm_fibquant.ops.abi import DTYPES, FqPages, load_library, pages_of
 from vllm_fibquant.ops.call import Attend, Batch, Copied, Fresh, Pages
 from vllm_fibquant.ops.checks import check_pair
-from vllm_fibquant.ops.cuda_structs import FqCudaAttend, FqCudaEncode, FqCudaPlan
 from vllm_fibquant.ops.cuda_support import NARROW_COLUMNS, Support
 from vllm_fibquant.ops.cuda_tables import (
     PAIRS,
+    FqCudaAttend,
     FqCudaCode,
     FqCudaCodec,
+    FqCudaEncode,
     FqCudaKeyMap,
+    FqCudaPlan,
     codec_struct,
     key_map_struct,
     unsupported_key_map,
@@ -61,21 +63,8 @@ class Library:
     """
 
     def __init__(self, path: Path) -> None:
-        self.lib = load_library(
-            "cuda.Library",
-            path,
-            "fq_cuda_abi",
-            (
-                FqCudaCode,
-                FqCudaCodec,
-                FqCudaKeyMap,
-                FqPages,
-                FqCudaEncode,
-                FqCudaAttend,
-                FqCudaPlan,
-            ),
-            "build it with `make cuda`",
-        )
+        advice = "build it with `make cuda`"
+        self.lib = load_library("cuda.Library", path, "cuda", "fq_cuda_abi", advice)
         for name in ("fq_cuda_support", "fq_cuda_error"):
             getattr(self.lib, name).restype = c_char_p
         layer = [POINTER(struct) for struct in (FqCudaCodec, FqPages, FqCudaKeyMap)]

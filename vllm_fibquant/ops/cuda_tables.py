@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A codec and a map of keys as structs and tables of the CUDA library (csrc/cuda/params.h)."""
+"""The structs of the CUDA library (csrc/cuda/params.h); a codec and a map of keys as such, with
+their tables."""
 
 from __future__ import annotations
 
-from ctypes import Structure, c_float, c_int32, c_void_p
+from ctypes import Structure
 
 import torch
 
@@ -12,7 +13,7 @@ from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.codec.config import GAIN_NUMBERS, CodeSpec
 from vllm_fibquant.keys.key_map import STEP, KeyMap, TurningMean, Turns
 from vllm_fibquant.keys.transform import run_lengths
-from vllm_fibquant.ops.abi import fields
+from vllm_fibquant.ops.abi import from_header
 from vllm_fibquant.ops.kept import kept_with
 
 TILE = 16
@@ -21,33 +22,28 @@ PAIRS = 8
 """Pairs that turn come in a multiple of it: those of one product."""
 
 
-class FqCudaCode(Structure):
-    _fields_ = fields(
-        (c_int32, "subvec_dim index_bits folded gain"),
-        (c_float, "table_scale"),
-        (c_int32, "num_rows"),
-        (c_void_p, "table rows half_sq"),
-    )  # fmt: skip
+@from_header
+class FqCudaCode(Structure): ...
 
 
-class FqCudaCodec(Structure):
-    _fields_ = fields(
-        (c_int32, "head_dim record_bytes"),
-        (c_void_p, "rotation_signs rotation_matrix rotation_matrix_t"),
-        (FqCudaCode, "key value"),
-    )  # fmt: skip
+@from_header
+class FqCudaCodec(Structure): ...
 
 
-class FqCudaKeyMap(Structure):
-    _fields_ = fields(
-        (c_void_p, "mean key_matrix_t query_matrix_t weight"),
-        (FqCudaCode * 3, "codes"),
-        (c_void_p, "first_key first_value turn_pairs turn_mean turn_fine turn_coarse"),
-        (c_int32, "num_coded"),
-        (c_int32 * 3, "num_subvecs"),
-        (c_int32, "num_plain num_first num_turning num_pairs num_steps"),
-        (c_float, "source_scale"),
-    )  # fmt: skip
+@from_header
+class FqCudaKeyMap(Structure): ...
+
+
+@from_header
+class FqCudaEncode(Structure): ...
+
+
+@from_header
+class FqCudaAttend(Structure): ...
+
+
+@from_header
+class FqCudaPlan(Structure): ...
 
 
 def _code(
