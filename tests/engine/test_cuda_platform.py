@@ -5,7 +5,11 @@ from __future__ import annotations
 
 import functools
 import importlib
+import json
+import shutil
+import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -179,3 +183,23 @@ def test_records_of_two_sizes_share_pages(platform, configs, monkeypatch) -> Non
     assert sorted(n for g in groups for n in g.layer_names) == sorted(head_dims)
     assert all(g.kv_cache_spec.block_size % 16 == 0 for g in groups)
     assert len({g.kv_cache_spec.page_size_bytes for g in groups}) == 1
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the emulated library needs g++")
+def test_a_start_on_vllms_cuda_platform(tmp_path) -> None:
+    """From the command line's arguments to the attention backend of a layer."""
+    model = make_config_only("llama", CONFIG, tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.engine.cuda_start", model], capture_output=True, text=True,
+        timeout=300, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    refusal = found.pop("refusal")
+    assert "kernels: must be the CUDA library's on a GPU" in refusal and "not built" in refusal
+    assert refusal.count("\n  - ") == 1, refusal
+    assert found == {
+        "device": "cuda", "block_size": 16, "graphs": "FULL_AND_PIECEWISE",
+        "mode": ["raw", 128, "auto"], "told": [], "backends": ["FIBQUANT", "FLASH_ATTN"],
+        "forward_encodes": False,
+    }  # fmt: skip

@@ -41,7 +41,8 @@ def compile_ptx(source: Path, arch: str, *flags: str) -> str:
     """What nvcc makes of a file for an architecture such as "90": text, kept in build/ptx."""
     folder = ROOT / "build" / "ptx"
     folder.mkdir(parents=True, exist_ok=True)
-    made_of = [source, *sorted((ROOT / "csrc").rglob("*.h"))]
+    headers = (path for at in (".", "cuda") for path in (ROOT / "csrc" / at).glob("*.h"))
+    made_of = [source, *sorted(headers)]
     digest = hashlib.sha256(" ".join([arch, *flags]).encode())
     for path in made_of:
         digest.update(path.read_bytes())
