@@ -12,6 +12,7 @@ import pytest
 
 from tests.ops.test_lanes import ROOT, find_compiler
 from vllm_fibquant import headers
+from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.ops import abi, cpu_library, cpu_tables, cuda, cuda_tables
 
 STRUCTS = {
@@ -84,3 +85,10 @@ def test_a_library_that_is_missing_or_none_is_refused(tmp_path):
     (tmp_path / "text.so").write_text("no library")
     with pytest.raises(RuntimeError, match="does not load"):
         cuda.Library(tmp_path / "text.so")
+
+
+def test_tables_begin_where_the_headers_say():
+    """At multiples of 64 bytes, as torch allocates."""
+    for name in ("fibquant_4bit", "fibquant_3bit", "fibquant_2bit"):
+        for tensor in cpu_tables.codec_struct(KVCodec.from_preset(name, 128)).tables:
+            assert tensor.data_ptr() % 64 == 0 and tensor.is_contiguous()

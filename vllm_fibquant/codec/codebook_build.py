@@ -17,6 +17,7 @@ import numpy as np
 
 from vllm_fibquant.codec.codebook import Codebook, dequantise, make_codebook
 from vllm_fibquant.codec.config import CodeSpec
+from vllm_fibquant.codec.rotation import haar_matrix
 from vllm_fibquant.codec.source_law import initial_codebook, sample_source
 
 Progress = Callable[[int, int, float], None]
@@ -221,7 +222,7 @@ def build_codebook(
     mse_initial = math.nan
     total = options.restarts * options.iterations
     for restart in range(options.restarts):
-        start = base if restart == 0 else base @ random_rotation(k, run_rng)
+        start = base if restart == 0 else base @ haar_matrix(k, run_rng).astype(np.float32)
         start = np.abs(start) if spec.folded else start
         done = restart * options.iterations
 
@@ -252,12 +253,6 @@ def build_codebook(
         "mse_rounded": mse(dequantise(table, np.float32(scale), spec.folded)),
     }
     return make_codebook(spec, head_dim, table, scale, provenance)
-
-
-def random_rotation(k: int, rng: np.random.Generator) -> np.ndarray:
-    """A Haar-distributed orthogonal matrix, float32 `[k, k]`."""
-    q, r = np.linalg.qr(rng.standard_normal((k, k)))
-    return (q * np.sign(np.diag(r))).astype(np.float32)
 
 
 def unit_mse(x: np.ndarray, rows: np.ndarray, head_dim: int) -> float:

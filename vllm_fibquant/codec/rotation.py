@@ -109,6 +109,13 @@ class Rotation:
         return x.float()
 
 
+def haar_matrix(size: int, rng: np.random.Generator) -> np.ndarray:
+    """A Haar-distributed orthogonal matrix, float64 `[size, size]`."""
+    q, r = np.linalg.qr(rng.standard_normal((size, size)))
+    # QR fixes q only up to column signs; a positive diagonal of r makes q unique, hence Haar.
+    return q * np.sign(np.diag(r))
+
+
 @functools.lru_cache(maxsize=64)
 def make_rotation(head_dim: int, seed: int = 0) -> Rotation:
     """The rotation of `head_dim` coordinates with this seed (cached).
@@ -137,8 +144,6 @@ def make_rotation(head_dim: int, seed: int = 0) -> Rotation:
         unit_vectors = torch.eye(head_dim, dtype=torch.float32, device="cpu")
         matrix = hadamard_transform(unit_vectors) * signs / math.sqrt(head_dim)
         return Rotation(head_dim, seed, "hadamard", signs, matrix.contiguous())
-    q, r = np.linalg.qr(rng.standard_normal((head_dim, head_dim)))
-    # QR fixes q only up to column signs; a positive diagonal of r makes q unique, hence Haar.
-    matrix = torch.from_numpy(q * np.sign(np.diag(r))).float().contiguous()
+    matrix = torch.from_numpy(haar_matrix(head_dim, rng)).float().contiguous()
     signs = torch.ones(head_dim, dtype=torch.float32, device="cpu")
     return Rotation(head_dim, seed, "dense", signs, matrix)

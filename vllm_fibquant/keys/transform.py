@@ -31,6 +31,7 @@ import torch
 from vllm_fibquant.codec.codebook import Codebook, load_codebook
 from vllm_fibquant.codec.codec import MAX_NORM
 from vllm_fibquant.codec.config import CodeSpec
+from vllm_fibquant.codec.rotation import haar_matrix
 from vllm_fibquant.codec.search import nearest_rows
 
 RUN_CODES = (
@@ -195,7 +196,7 @@ def make_transform(
         if size == 0:
             continue
         run = slice(begin, begin + size)
-        mix = _rotation(size)
+        mix = torch.from_numpy(haar_matrix(size, np.random.default_rng(size)))
         rows_key.append(mix @ key_matrix[:, run])
         rows_query.append(mix @ query_matrix[:, run])
         rows_weight.append(variances[:, run].mean(-1, keepdim=True).expand(-1, size))
@@ -237,9 +238,3 @@ def _power(moment: torch.Tensor, exponent: float) -> torch.Tensor:
     values, vectors = torch.linalg.eigh(moment)
     powers = torch.diag_embed(values.clamp(min=1e-20) ** exponent)
     return vectors @ powers @ vectors.transpose(-1, -2)
-
-
-def _rotation(size: int) -> torch.Tensor:
-    """A fixed orthogonal matrix, float64 [size, size]."""
-    q, r = np.linalg.qr(np.random.default_rng(size).standard_normal((size, size)))
-    return torch.from_numpy(q * np.sign(np.diag(r)))
