@@ -24,6 +24,14 @@ def test_without_scipy_nothing_is_begun(tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("action", ["show", "verify"])
+def test_a_folder_is_no_codebook(action, tmp_path, capsys):
+    assert main(["codebook", action, str(tmp_path)]) == 1
+    told = "".join(capsys.readouterr())
+    assert f"FILE must be a codebook that can be read, got {tmp_path} (Is a directory)" in told
+    assert "give a .fqcb file" in told
+
+
 @pytest.mark.parametrize(
     "arguments, told",
     [(["--head-dim", "0"], "--head-dim must be at least 1, got 0"),

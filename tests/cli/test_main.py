@@ -265,10 +265,16 @@ def test_eval_names_results_after_the_folder(given, tmp_path, monkeypatch):
     assert _model_folder(given).name == "model"
 
 
-def test_eval_refuses_a_misspelt_preset_before_a_model_is_loaded(tmp_path, capsys):
+@pytest.mark.parametrize(
+    "row, told",
+    [("fibquant_9bit", "must be one of fibquant_4bit"),
+     ("nope", "--row must begin with one of our presets or with a --kv-cache-dtype of vLLM's, "
+      "got 'nope'")],
+)  # fmt: skip
+def test_eval_refuses_a_misspelt_row_before_a_model_is_loaded(row, told, tmp_path, capsys):
     (tmp_path / "config.json").write_text("{}")
-    assert cli.main(["eval", str(tmp_path), "--row", "fibquant_9bit"]) == 1
-    assert "must be one of fibquant_4bit" in capsys.readouterr().err
+    assert cli.main(["eval", str(tmp_path), "--row", row]) == 1
+    assert told in capsys.readouterr().err
 
 
 def served(monkeypatch, *args):

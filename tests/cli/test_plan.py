@@ -348,6 +348,18 @@ def test_command_refuses_what_is_no_model(tmp_path, capsys):
     pytest.importorskip("transformers", reason="reads the model's configuration")
     assert main.main(["plan", str(tmp_path / "missing"), "--memory", "1GiB"]) == 1
     assert "model must be a directory with a config.json" in capsys.readouterr().err
+    shape = {"model_type": "llama", "hidden_size": 256, "num_attention_heads": 0}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    assert main.main(["plan", str(tmp_path), "--memory", "1GiB"]) == 1
+    told = capsys.readouterr().err
+    assert "by zero; see that its numbers are above 0" in told
+
+
+def test_numbers_that_no_model_can_have_are_refused_before_vllm_is_asked(tmp_path):
+    config = {"model_type": "llama4_text", "attention_chunk_size": 128, "hidden_size": 256}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="--max-num-seqs must be at least 1, got 0; leave it out"):
+        plan.plan_model(str(tmp_path), GIB, max_num_seqs=0)
 
 
 @pytest.mark.parametrize(

@@ -406,3 +406,33 @@ def test_one_token_alone_is_stored_as_among_others(isa: str, head_dim: int, name
         one = slice(i, i + 1)
         ops.encode_kv(key[one], value[one], slots[40:][one], pages, positions[one])
     assert torch.equal(cache[0], cache[1])
+
+
+def test_places_behind_an_image_keep_keys_up_to_a_distance():
+    """A mean as long and as slow as Qwen2's biases (docs/calibration.md), turned by the place of a
+    key in the place of its position: codes bear a thousand between them, keep something of a key at
+    16,384 and nothing at four times as much, which `compat_images` refuses."""
+    from vllm_fibquant.engine.compat_images import MAX_SHIFT
+
+    pairs = torch.arange(128, dtype=torch.int32).view(2, -1).T.contiguous()
+    turns = Turns(pairs, 1e6 ** -(torch.arange(64).double() / 64), 1.0, MAX_SHIFT)
+    c = torch.zeros(1, 128)
+    c[0, pairs[[61, 60, 59, 55]].long()[:, 0]] = torch.tensor([386.0, 331.0, 304.0, 135.0])
+    turning = TurningMean.strongest(c, turns, 16)
+    key_map = KeyMap(torch.zeros(1, 128), 0, None, turning)
+    codec = codec_of("fibquant_3bit", 128)
+    position = torch.arange(64)
+    key = torch.randn(64, 1, 128, generator=torch.Generator().manual_seed(0))
+    key += key_map.mean_at(position, torch.float32)
+
+    def error(shift: int) -> float:
+        at = key, codec, position + shift
+        found = key_map.decode_records(
+            key_map.encode_records(at[0], torch.zeros_like(key), *at[1:]), codec, torch.float32,
+            at[2],
+        )[0]  # fmt: skip
+        return float((found - key).square().mean())
+
+    assert error(MAX_SHIFT // 16) < 1.1 * error(0)
+    assert error(MAX_SHIFT) < 0.5  # of the key without its mean, which is as long
+    assert error(4 * MAX_SHIFT) > 2

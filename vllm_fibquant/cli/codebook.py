@@ -87,7 +87,7 @@ def run_build(args: argparse.Namespace) -> int:
 
 def run_show(args: argparse.Namespace) -> int:
     if args.files:
-        print("\n\n".join(f"{path}\n{describe(read_codebook(path))}" for path in args.files))
+        print("\n\n".join(f"{path}\n{describe(_read(path))}" for path in args.files))
         return 0
     print(f"{'file':28}{'rate':>6}{'effective':>11}{'MSE':>9}{'scalar':>9}{'bound':>9}")
     for path in shipped_paths():
@@ -106,7 +106,7 @@ def run_verify(args: argparse.Namespace) -> int:
     paths = args.files or shipped_paths()
     for path in paths:
         try:
-            book = read_codebook(path)
+            book = _read(path)
             expected = book.provenance["mse_rounded"]
             measured = measure_mse(book)
             if abs(measured / expected - 1) > MSE_TOLERANCE:
@@ -120,11 +120,22 @@ def run_verify(args: argparse.Namespace) -> int:
                     f"{codebook_filename(book.spec, book.head_dim)}; build it again"
                 )
             print(f"ok   {path.name}  MSE {measured:.5f} (recorded {expected:.5f})")
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             num_bad += 1
             print(f"BAD  {error}")
     print(f"{len(paths) - num_bad} of {len(paths)} codebooks are as recorded")
     return 1 if num_bad else 0
+
+
+def _read(path: Path) -> Codebook:
+    """`read_codebook`, with what to give where the file cannot be read."""
+    try:
+        return read_codebook(path)
+    except OSError as error:
+        raise ValueError(
+            f"codebook: FILE must be a codebook that can be read, got {path} ({error.strerror}); "
+            "give a .fqcb file, or none for all that ship"
+        ) from error
 
 
 def run_rebuild(args: argparse.Namespace) -> int:

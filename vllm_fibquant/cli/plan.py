@@ -134,6 +134,7 @@ def plan_model(
     options, given = options or {}, Settings(**settings)
     config = read_config(model)
     context = context or max_context(config)
+    _check_settings(given)
     if needs_vllm(config):
         from vllm_fibquant.cli.plan_states import plan_states
 
@@ -189,7 +190,8 @@ def plan_capacities(
         One entry for every cache dtype that the head_dim allows.
     """
     given = Settings(**settings)
-    _check_numbers(shape, given)
+    _check_settings(given)
+    _check_skipped(shape, given)
     sizes = token_bytes(shape.head_dim)
     others = [token_bytes(head_dim) for head_dim in shape.head_dims]
     _check_layer_presets(shape, given, sizes)
@@ -248,14 +250,21 @@ def effective_rate(stored_bytes: int, num_coordinates: int, num_copies: int, con
     return 8 * stored_bytes / num_coordinates + 8 * DENSE_BYTES["bf16"] * copied
 
 
-def _check_numbers(shape: ModelShape, given: Settings) -> None:
+def _check_skipped(shape: ModelShape, given: Settings) -> None:
     num_layers = len(shape.windows)
     known = {"sliding_window", *map(str, range(num_layers))}
     unknown = ", ".join(name for name in given.skip_layers if name not in known)
+    if unknown:
+        raise ValueError(
+            "plan: --kv-cache-dtype-skip-layers must be layer numbers below "
+            f"{num_layers} or sliding_window, got {unknown}; name layers of this model"
+        )
+
+
+def _check_settings(given: Settings) -> None:
+    """Refuses numbers that no model can have."""
     multiple = BLOCK_MULTIPLE.get(given.device, 1)
     for is_met, flag, must, got in (
-        (not unknown, "kv-cache-dtype-skip-layers",
-         f"layer numbers below {num_layers} or sliding_window", unknown),
         (given.device in BLOCK_MULTIPLE, "device", " or ".join(BLOCK_MULTIPLE), given.device),
         (given.block_size > 0 and given.block_size % multiple == 0, "block-size",
          f"a positive multiple of {multiple}", given.block_size),
@@ -266,7 +275,7 @@ def _check_numbers(shape: ModelShape, given: Settings) -> None:
          given.batched_tokens),
     ):  # fmt: skip
         if not is_met:
-            raise ValueError(f"plan: --{flag} must be {must}, got {got}")
+            raise ValueError(f"plan: --{flag} must be {must}, got {got}; leave it out")
 
 
 def _check_layer_presets(shape: ModelShape, given: Settings, sizes: dict[str, int]) -> None:

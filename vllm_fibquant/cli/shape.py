@@ -56,10 +56,10 @@ def read_config(model: str) -> dict[str, Any]:
         raise ValueError(f"plan: needs the package transformers ({error}); install it") from error
     try:
         config = AutoConfig.from_pretrained(model).to_dict()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ArithmeticError, TypeError) as error:  # the last: of its numbers
         raise ValueError(
             f"plan: model must be a directory with a config.json or a name that can be fetched, "
-            f"got {model!r}; transformers says: {error}"
+            f"got {model!r}; transformers says: {error}; see that its numbers are above 0"
         ) from error
     return config.get("text_config") or config
 

@@ -21,7 +21,7 @@ import inspect
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
@@ -73,6 +73,13 @@ def wrap_once(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
     if hasattr(original, "cache_clear"):  # whoever resets a cached choice calls this
         wrapped.cache_clear = original.cache_clear  # type: ignore[attr-defined]
     setattr(owner, name, wrapped)
+
+
+def stock_cache_dtypes() -> tuple[str, ...]:
+    """What vLLM takes as --kv-cache-dtype, and what has been added to it."""
+    from vllm.config.cache import CacheDType
+
+    return get_args(CacheDType)
 
 
 def install_guard(check: Callable[[VllmConfig], None]) -> None:

@@ -36,15 +36,16 @@ def has_bias(impl: FibQuantImpl) -> bool:
     return any(isinstance(bias, torch.Tensor) and bool(bias.any()) for bias in biases)
 
 
-def adds_bias(impl: FibQuantImpl, vllm_config: VllmConfig) -> bool:
-    """Whether a layer's keys have a bias, or may have one: its module cannot be asked.
+def found_bias(impl: FibQuantImpl, vllm_config: VllmConfig) -> str | None:
+    """What a refusal calls the bias of a layer's keys, or what may be one, as the layer's module
+    has a bias and cannot be asked whose; None where there is none.
 
     A collective call, as `bias_statistics`.
     """
     try:
-        return bias_statistics(impl, vllm_config, None) is not None
-    except ValueError:
-        return True
+        return None if bias_statistics(impl, vllm_config, None) is None else "one"
+    except ValueError as error:
+        return f"a bias that may be of keys ({error})"
 
 
 def bias_statistics(

@@ -86,7 +86,7 @@ def _ask(config: VllmConfig, memory_bytes: int) -> Planned:
         specs = compat_pages.fitted(specs)
     num_rows, row_bytes = layers.copy_rows(config, memory_bytes)
     copy_bytes = num_rows * row_bytes
-    found = compat_pages.allocate(config, specs, memory_bytes - copy_bytes)
+    found = compat_pages.allocate(config, specs, max(0, memory_bytes - copy_bytes))
     kept = {name: spec for name, spec in specs.items() if isinstance(spec, AttentionSpec)}
     return Planned(
         list(kept.values()),

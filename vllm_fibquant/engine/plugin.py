@@ -85,19 +85,19 @@ def _check(problem: str | None, vllm_config: VllmConfig) -> None:
     if problems:
         raise ValueError(support.refusal(cache_config.cache_dtype, problems))
     if vllm_config.model_config is not None:
-        _tell_refused_images(compat_images.refuse_images(vllm_config.model_config))
+        _tell_refused_images(*compat_images.refuse_images(vllm_config.model_config))
     for told in support.told_defaults(vllm_config):
         init_logger(f"vllm.{__name__}").warning_once("FibQuant goes without a default: %s", told)
 
 
-def _tell_refused_images(modalities: list[str]) -> None:
+def _tell_refused_images(modalities: list[str], why: str) -> None:
     if modalities:
         from vllm.logger import init_logger
 
         init_logger(f"vllm.{__name__}").warning_once(
-            "FibQuant: requests with %s are refused, texts are served: tokens of one see each "
-            "other both ways in this model, and the kernels' masks are causal",
+            "FibQuant: requests with %s are refused, texts are served: %s",
             " or ".join(modalities),
+            why,
         )
 
 
@@ -162,8 +162,8 @@ def _prepare(worker: Any, available_bytes: int) -> int:
     layers = loaded.our_layers(vllm_config)
     has_maps = "means" in head_dims.features_on(vllm_config)
     if not has_maps:
-        biased = [n for n, impl in layers.items() if key_bias.adds_bias(impl, vllm_config)]
-        if biased:
+        found = {name: key_bias.found_bias(impl, vllm_config) for name, impl in layers.items()}
+        if biased := {name: told for name, told in found.items() if told}:
             name = vllm_config.cache_config.cache_dtype
             why = gpu.why_no_maps(head_dims.head_dim_of(vllm_config))
             raise ValueError(support.refusal(name, [support_gpu.key_bias_problem(biased, why)]))

@@ -88,14 +88,16 @@ def _is_rocm() -> bool:
     return current_platform.is_rocm()
 
 
-def key_bias_problem(biased: list[str], why: str | None) -> str:
+def key_bias_problem(biased: dict[str, str], why: str | None) -> str:
     """Why a model whose layers `biased` have a bias on keys is not served on a GPU.
 
     Args:
+        biased: what `key_bias.found_bias` says of each.
         why: what there is instead of kernels that read such keys.
     """
+    first, told = next(iter(biased.items()))
     return (
-        f"model: must have no bias on keys on a GPU, got one in {len(biased)} layers, the first "
-        f"{biased[0]}; codes lose such keys unless their mean is subtracted, as the CUDA library "
+        f"model: must have no bias on keys on a GPU, got {told} in {len(biased)} layers, the first "
+        f"{first}; codes lose such keys unless their mean is subtracted, as the CUDA library "
         f"does, and {why}; or use --kv-cache-dtype auto for this model"
     )

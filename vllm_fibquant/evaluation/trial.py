@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from vllm_fibquant.codec.config import PRESETS
 from vllm_fibquant.evaluation.formats import Format
 from vllm_fibquant.evaluation.report import shown, summarise
 from vllm_fibquant.evaluation.rows import EXACT_STEP, Row
@@ -44,13 +45,24 @@ def parse_row(text: str) -> Row:
             """write for example --row 'fibquant_2bit {"mode": "quality"}'"""
         ) from error
     step = EXACT_STEP
-    if (
-        preset.startswith("fibquant")
-        and parse_options(preset, {"fibquant": options}).prefill == "raw"
-    ):
+    if not preset.startswith("fibquant"):
+        _check_stock(preset)
+    elif parse_options(preset, {"fibquant": options}).prefill == "raw":
         step = Sizes.step
     name = f"{preset} {json.dumps(options)}" if options else preset
     return Row(name, "quality", Format(), (preset, options), step, main=True)
+
+
+def _check_stock(name: str) -> None:
+    """Refuses what is no cache dtype of vLLM's, before any model is loaded."""
+    from vllm_fibquant.engine.compat import stock_cache_dtypes
+
+    known = [known for known in stock_cache_dtypes() if known not in PRESETS]
+    if name not in known:
+        raise ValueError(
+            f"eval: --row must begin with one of our presets or with a --kv-cache-dtype of vLLM's, "
+            f"got {name!r}; presets are {', '.join(PRESETS)}, and vLLM's are {', '.join(known)}"
+        )
 
 
 class _Trial(Suite):
