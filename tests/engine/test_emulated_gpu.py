@@ -24,7 +24,7 @@ from tests.engine.harness import (
 from tests.engine.models import make_model
 from tests.engine.test_monitor import Findings
 from vllm_fibquant import ops
-from vllm_fibquant.engine import device_pool, gate, layers, measure, monitored
+from vllm_fibquant.engine import backend, device_pool, gate, layers, measure, monitored
 from vllm_fibquant.observe.ledger import HEALTHY, UNKNOWN, Ledger
 from vllm_fibquant.ops import raw_states
 from vllm_fibquant.ops.cuda import Cuda
@@ -59,7 +59,8 @@ CASES = {
 
 @pytest.fixture
 def calls(monkeypatch) -> dict[str, int]:
-    """Sends CPU tensors to the emulated library; counts what went there, mapped or not."""
+    """Sends CPU tensors to the emulated library, by vLLM's two operators of a GPU, encode and
+    attend; counts what went there, mapped or not."""
     counts = {"encode": 0, "attend": 0, "mapped": 0, "copies": 0}
 
     class Counted(Cuda):
@@ -86,6 +87,7 @@ def calls(monkeypatch) -> dict[str, int]:
         return choose(codec, cache) if cache.shape[0] == 1 else served
 
     monkeypatch.setattr(ops, "choose", door)
+    monkeypatch.setattr(backend.FibQuantBackend, "forward_includes_kv_cache_update", False)
     monkeypatch.setattr(device_pool, "planner", lambda: emu.emulated().plan_copies)
     return counts
 
