@@ -64,7 +64,7 @@ static void attend_split(Call& call, const RowBlock& b, int begin, int end, int 
   const int head_dim = codec.head_dim, rows = rows_of(call, b), tile = tile_tokens(head_dim);
   const int context = context_len(call, b.req);
   const bool is_leading = end <= num_leading(call.args);
-  const int window = is_leading && call.args.keep_first > 0 ? 0 : call.args.window;
+  const int reach = is_leading && call.args.keep_first > 0 ? 0 : call.args.reach;
   const int oldest = is_leading ? 0 : (int)num_leading(call.args);
   const FqKeyMap* map = is_leading ? nullptr : call.args.key_map;
   // By the split's number alone, so that a row has one path whatever its block.
@@ -111,7 +111,7 @@ static void attend_split(Call& call, const RowBlock& b, int begin, int end, int 
                        count,
                        first_position,
                        call.group_size,
-                       window,
+                       reach,
                        oldest,
                        hidden,
                        has_first ? nullptr : bias,

@@ -386,7 +386,7 @@ static void attend_split_bytes(Call& call, const RowBlock& b, int begin, int end
   if (turns) load_turning(call, b, range, rows, s);
   for (int r = 0; r < rows; ++r) {
     const int position = first_position + r / call.group_size;
-    const int oldest = a.window > 0 ? position - a.window + 1 : 0;
+    const int oldest = first_seen(a.reach, position);
     weigh_row(r, range, oldest > begin ? oldest : begin, position < end - 1 ? position : end - 1,
               a.soft_cap, hidden, map && !turns ? s.bias : nullptr,
               turns ? s.bytes.biases : nullptr, call.codec.value.folded, s.bytes, state);

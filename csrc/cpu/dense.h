@@ -127,7 +127,7 @@ static void attend_dense(const Call& call, const RowBlock& b, const Dense& dense
       dot_tile(s.query_raw, rows, keys, head_dim, rounded, s.scores);
     });
     const Mask mask = {
-        t0,      count,  first_position, call.group_size, a.window, 0, table ? s.hidden : nullptr,
+        t0,      count,  first_position, call.group_size, a.reach, 0, table ? s.hidden : nullptr,
         nullptr, nullptr};
     softmax_tile(s.scores, rows, s.key_factor, s.value_factor, mask, a.soft_cap, s.raw, s.alpha);
     with_tile(dense.value, dense.stride_value_token, dense.stride_value_head,

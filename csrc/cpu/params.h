@@ -65,8 +65,8 @@ struct FqAttend {
   int64_t stride_raw_key_token, stride_raw_key_head;
   int64_t stride_raw_value_token, stride_raw_value_head;
   int32_t num_q_heads;
-  int32_t dtype;   // FqDtype of query, out, raw_key and raw_value
-  int32_t window;  // 0 = none
+  int32_t dtype;  // FqDtype of query, out, raw_key and raw_value
+  int32_t reach;  // n > 0: a query sees the newest n, a window; n < 0: its chunk of -n; 0: all
   float scale;
   float soft_cap;  // 0 = none
   int32_t num_threads;
@@ -78,7 +78,7 @@ struct FqAttend {
   int32_t num_first;
   int64_t num_copy_rows;
   int64_t stride_copy_row, stride_copy_head;  // elements
-  // Positions below keep_first are seen whatever the window, scored with these queries.
+  // Positions below keep_first are seen whatever the reach, scored with these queries.
   const void* first_query;  // [num_tokens, num_q_heads, head_dim]; unused if keep_first is 0
   int64_t stride_first_query_token, stride_first_query_head;
   int64_t keep_first;       // 0 = none; not with raw_key or key_map

@@ -77,13 +77,13 @@ static int check_lengths(const FqPages& pages, const FqAttend& a) {
 
 // The row block of `num_tokens` new tokens of a request from its `token`-th on.
 static inline RowBlock row_block(const FqAttend& a, int req, int head, int token, int num_tokens) {
-  const int context = context_len(*a.batch, req), oldest = context + token - a.window + 1;
+  const int context = context_len(*a.batch, req);
   RowBlock b;
   b.req = req;
   b.kv_head = head;
   b.token = token;
   b.num_tokens = num_tokens;
-  b.window_begin = a.window > 0 && oldest > 0 ? oldest : 0;
+  b.window_begin = first_seen(a.reach, context + token);
   b.begin = b.window_begin;
   b.end = a.raw_key ? context : context + token + num_tokens;
   b.first_end = (int)(num_leading(a) < b.end ? num_leading(a) : b.end);
@@ -115,7 +115,7 @@ static inline void for_each_block(const FqPages& pages, const FqAttend& a, F f) 
 
 // Plans args.batch into `out`, or with null says how many bytes that takes at most. Returns bytes,
 // or minus check_lengths' error. What a plan depends on beside the batch: head_dim, num_kv_heads
-// and block_size, and of args num_q_heads, window, keep_first, num_threads, num_copy_rows, whether
+// and block_size, and of args num_q_heads, reach, keep_first, num_threads, num_copy_rows, whether
 // raw_key is null, and the numbers of key_map.
 static int64_t plan_attention(const FqCodec& codec, const FqPages& pages, const FqAttend& args,
                               void* out) {

@@ -305,13 +305,19 @@ static CodeKernels code_kernels(const FqCode& code) {
   return {dot_any, axpy_any, decode_records_any};
 }
 
+// The oldest position that a query at `position` sees; `reach` as in FqAttend.
+static inline int first_seen(int reach, int position) {
+  if (reach < 0) return position - position % -reach;
+  return reach > 0 && position >= reach ? position - reach + 1 : 0;
+}
+
 // Which tokens of the tile [begin, begin + count) each row may see.
 struct Mask {
   int begin;
   int count;
   int first_position;   // position of row 0
   int rows_per_token;   // rows r and r + 1 share a position unless r + 1 is a multiple of this
-  int window;           // 0 = none
+  int reach;            // as in FqAttend
   int oldest;           // positions below this are nobody's
   const float* hidden;  // [tile] of 0 or -inf, added to every row's scores; null = all 0
   const float* bias;    // [rows], added to every score of a row; null = all 0
@@ -330,7 +336,7 @@ static inline void softmax_tile(float* scores, int rows, const float* key_factor
   for (int r = 0; r < rows; ++r) {
     float* s = scores + r * kMaxTile;
     const int position = mask.first_position + r / mask.rows_per_token;
-    const int start = mask.window > 0 ? position - mask.window + 1 : 0;
+    const int start = first_seen(mask.reach, position);
     const int oldest = start > mask.oldest ? start : mask.oldest;
     const int newest = position < last ? position : last;
     const bool whole = newest - mask.begin == end - 1 && oldest <= mask.begin && !mask.hidden;

@@ -150,11 +150,11 @@ FAMILIES: dict[str, Callable[[], Made]] = {
     "granite-moe": of("GraniteMoe", **LOCAL_EXPERTS),
     "hunyuan": of("HunYuanDenseV1"),
     "llama": llama(),
-    # Chunked local attention of all positions that are served; a layer without it or rotation.
+    # Chunked local attention; a layer without it or rotation.
     "llama4": of(
         "Llama4",
         "Llama4Text",
-        attention_chunk_size=512,
+        attention_chunk_size=128,
         no_rope_layers=[1, 0],
         interleave_moe_layer_step=1,
         intermediate_size_mlp=384,

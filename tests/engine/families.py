@@ -18,7 +18,7 @@ SERVED = {
     "Gemma": ("gemma", "gemma2", "gemma3", "gemma3n", "gemma4", "gemma4-shared"),
     "gpt-oss": ("gpt-oss",),
     "Llama, SmolLM, Arcee": ("llama", "smollm3", "arcee"),
-    "Llama 4, requests of one chunk": ("llama4",),
+    "Llama 4": ("llama4",),
     "Mistral": ("mistral", "mixtral", "ministral3"),
     "GLM": ("glm4", "glm4-moe"),
     "Granite": ("granite", "granite-moe", "granite-hybrid"),

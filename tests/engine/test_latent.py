@@ -38,6 +38,19 @@ def test_a_fresh_prompt_is_stock_attention(model_folder, shape):
         assert all(a.bits != b.bits for a, b in zip(stock[8:], coded[8:], strict=True))
 
 
+def test_with_latents_switched_off_it_is_attention(model_folder, monkeypatch):
+    """vLLM pads the values to the length of keys, whatever the configuration says of theirs."""
+    monkeypatch.setenv("VLLM_MLA_DISABLE", "1")
+    answers, prompts = [], varied_prompts(6, VOCAB_SIZE)
+    model = make_model("deepseek-v2", model_folder)
+    for name, options in (("auto", None), ("fibquant_2bit", {"prefill": "raw"})):
+        with engine(model, name, fibquant=options, max_num_batched_tokens=2048) as llm:
+            assert not latent_support.latent_layers(llm.llm_engine.vllm_config)
+            answers.append(generate(llm, prompts, 1))
+    other_tokens, _, largest = largest_difference(*answers)
+    assert (other_tokens, largest < 1e-4) == (0, True), largest
+
+
 def test_what_is_served_is_the_codec(model_folder, monkeypatch):
     """vLLM's own kernel over latents that went through the codec gives the same answers."""
     from vllm.v1.attention.backends.mla import cpu_mla

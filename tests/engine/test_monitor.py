@@ -52,8 +52,9 @@ def every_step_compares(monkeypatch):
         ("llama", {"enable_prefix_caching": True, "max_num_batched_tokens": 64}),
         # Groups of layers share blocks, and few of them: what was sampled is soon overwritten.
         ("gemma2", {"enable_prefix_caching": True, "num_gpu_blocks_override": 40}),
+        ("llama4", {"max_num_batched_tokens": 2048}),
     ],
-    ids=["prefix cache and chunks", "sliding windows and preemption"],
+    ids=["prefix cache and chunks", "sliding windows and preemption", "chunked local attention"],
 )
 def test_answers_are_the_same_to_the_bit_and_nothing_is_alarmed(
     model_folder, every_step_compares, shape, settings

@@ -8,7 +8,9 @@ import re
 import pytest
 
 from vllm_fibquant.codec import codec
+from vllm_fibquant.engine import support
 from vllm_fibquant.engine.planned import planned
+from vllm_fibquant.ops.features import features_of
 
 from .harness import engine, generate, varied_prompts
 from .models import VOCAB_SIZE, make_config_only, make_model
@@ -78,13 +80,16 @@ def test_unknown_preset(model_folder):
     assert "fibquant_5bit" in told
 
 
-def test_chunked_local_attention(model_folder):
+def test_chunked_local_attention(model_folder, monkeypatch):
     text = {"architectures": ["Llama4ForCausalLM"], "model_type": "llama4_text"}
     shape = {**HEAD_DIM_68, **text, "hidden_size": 256, "attention_chunk_size": 64, "head_dim": 64}
-    told = refusal_of(make_config_only("llama4-alone", shape, model_folder))
+    model = make_config_only("llama4-alone", shape, model_folder)
+    with monkeypatch.context() as patched:
+        patched.setattr(support, "features_on", lambda vllm_config: features_of("cuda"))
+        told = refusal_of(model)
     assert "--max-model-len: must be at most 64, one chunk of this model's local attention" in told
     assert "got 512; give --max-model-len 64" in told
-    told = refusal_of(f"{model_folder}/llama4-alone", max_model_len=64, block_size=96)
+    told = refusal_of(model, block_size=96)
     assert "--block-size: must be a divisor of 64, one chunk of this model's local" in told
 
 

@@ -65,6 +65,10 @@ def test_every_group_size(name: str, group_size: int) -> None:
         {"raw": True},
         {"raw": True, "window": 20, "soft_cap": 5.0, "sinks": True},
         {"window": 33, "soft_cap": 3.0, "sinks": True},
+        {"chunk": 1},
+        {"chunk": 33, "soft_cap": 3.0, "sinks": True},
+        {"chunk": 600},
+        {"raw": True, "chunk": 64},
     ],
     ids=str,
 )
@@ -252,6 +256,25 @@ def test_blocks_before_the_window_are_not_read(dtype: torch.dtype) -> None:
     before = paged.attend(window=50)
     paged.block_table[0, :9] = 2**30  # positions 0 to 143; the window begins at 149
     assert torch.equal(paged.attend(window=50), before)
+
+
+def test_a_chunk_is_a_window_that_begins_where_the_querys_chunk_does() -> None:
+    """The oracle's mask, said in another way: query by query, in a window of its own length."""
+    paged = make_paged(codec_of("fibquant_2bit", 64), [200, 37], [90, 37], group_size=3)
+    chunked, chunk = paged.oracle(chunk=24), 24
+    positions = [*range(110, 200), *range(37)]
+    for row, position in enumerate(positions):
+        expected = paged.oracle(window=position % chunk + 1)[row]
+        assert torch.allclose(chunked[row], expected, atol=1e-12), position
+    assert not torch.allclose(chunked, paged.oracle(), atol=1e-3)
+
+
+def test_blocks_before_the_chunk_are_not_read(dtype: torch.dtype) -> None:
+    """vLLM frees them, as those before a window."""
+    paged = make_paged(codec_of("fibquant_2bit", 64), [200], [2], group_size=3, dtype=dtype)
+    before = paged.attend(chunk=64)
+    paged.block_table[0, :12] = 2**30  # positions 0 to 191; the chunk begins at 192
+    assert torch.equal(paged.attend(chunk=64), before)
 
 
 def test_nan_query_spoils_only_its_own_row(dtype: torch.dtype) -> None:

@@ -43,7 +43,9 @@ def make_copies(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("share", [1.0, 0.5])
 @pytest.mark.parametrize(
-    "options", [{}, {"window": 20, "soft_cap": 5.0}, {"window": 70}, {"sinks": True}], ids=str
+    "options",
+    [{}, {"window": 20, "soft_cap": 5.0}, {"window": 70}, {"sinks": True}, {"chunk": 50}],
+    ids=str,
 )
 def test_equals_the_oracle(options: dict, share: float, dtype: torch.dtype) -> None:
     lens, new = [100, 640, 5, 3, 70, 33], [60, 2, 5, 1, 1, 1]

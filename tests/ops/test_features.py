@@ -34,6 +34,7 @@ def ask(feature: str, kernels: ops.Kernels) -> None:
     pages = Pages(paged.cache, codec, maps.get(feature), kernels)
     options = {
         "window": {"window": 5},
+        "chunk": {"chunk": 5},
         "soft_cap": {"soft_cap": 2.0},
         "sinks": {"sinks": torch.zeros(4)},
         "keep_first": {"keep_first": 2},

@@ -199,7 +199,7 @@ def test_the_door_takes_and_refuses() -> None:
     for changes, message in (
         ({"query": query[:, :3]}, "query must be"),
         ({"out": out.half()}, "out must be"),
-        ({"window": -1}, "window, soft_cap and keep_first"),
+        ({"window": -1}, "window, soft_cap, keep_first"),
         ({"sinks": torch.zeros(3)}, "sinks must be"),
         ({"keep_first": 1}, "keep_first .* must be left out with the triton kernels"),
     ):

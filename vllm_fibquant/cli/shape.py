@@ -65,9 +65,8 @@ def read_config(model: str) -> dict[str, Any]:
 
 
 def max_context(config: dict[str, Any]) -> int:
-    """Tokens of a request that a model allows, and we with it: one chunk of local attention."""
-    allowed = config.get("max_position_embeddings") or DEFAULT_CONTEXT
-    return min(allowed, config.get("attention_chunk_size") or allowed)
+    """Tokens of a request that a model allows."""
+    return config.get("max_position_embeddings") or DEFAULT_CONTEXT
 
 
 def keeps_states(config: dict[str, Any]) -> bool:

@@ -18,7 +18,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from vllm.config import VllmConfig, get_current_vllm_config
@@ -37,6 +37,8 @@ from vllm_fibquant.ops import Attend, Fresh, Pages
 
 class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
     """Attention of one layer over its pages of codes."""
+
+    chunk: ClassVar[int] = 0  # a query sees its own chunk of so many positions; 0: all
 
     def __init__(
         self,
@@ -75,14 +77,13 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
             problem = f"retain: layers must have full attention, got a window of {sliding_window}"
             raise ValueError(refusal(kv_cache_dtype, [f"{problem}; leave retain out"]))
 
-        self.num_heads = num_heads
+        self.num_heads, self.head_size = num_heads, head_size
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        self.head_size = head_size
-        self.scale = float(scale)
-        self.kv_cache_dtype = kv_cache_dtype
+        self.scale, self.kv_cache_dtype = float(scale), kv_cache_dtype
         self.attend = Attend(
             self.scale,
             window=self.retain.recent if self.retain else sliding_window or 0,
+            chunk=self.chunk if self.chunk < vllm_config.model_config.max_model_len else 0,
             soft_cap=float(logits_soft_cap or 0.0),
             keep_first=self.retain.first if self.retain else 0,
         )
@@ -91,8 +92,7 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
         if self.attends_raw:
             library = raw_library.library_for(head_size, logits_soft_cap)
             self.attend = replace(self.attend, raw_library=library)
-        self._sinks_param = sinks
-        self._sinks_version = -1
+        self._sinks_param, self._sinks_version = sinks, -1
         self._pages: Pages | None = None
         self._turn_back: rotary.TurnBack | None = None
         self.key_map: KeyMap | None = None
@@ -122,9 +122,8 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
         self.refresh_sinks()
         if self.attend.keep_first:
             try:
-                self._turn_back = rotary.turn_back_of(
-                    self, self._max_model_len, self.head_size, act_dtype
-                )
+                given = self, self._max_model_len, self.head_size, act_dtype
+                self._turn_back = rotary.turn_back_of(*given)
             except ValueError as error:
                 raise ValueError(f"retain: {error}; or leave retain out") from error
 
@@ -176,11 +175,9 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
             slot_mapping = slot_mapping[: key.shape[0]]
         positions = copied = None
         if self.key_map is not None or self.attend.copies is not None:
-            step = self._step_of(layer)
-            if step is None:
+            if (step := self._step_of(layer)) is None:
                 return
-            if self.key_map is not None:
-                positions = step.positions
+            positions = step.positions if self.key_map is not None else None
             if step.copy_rows is not None and self.attend.copies is not None:
                 copied = ops.Copied(self.attend.copies, step.copy_rows)
         began = time.perf_counter()
@@ -258,8 +255,7 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
         fresh = Fresh(key, value) if self.attends_raw else None
         if self._turn_back and attn_metadata.num_gone is not None:
             num_gone = attn_metadata.num_gone[:num_tokens]
-            first_query = self._turn_back(query[:num_tokens], num_gone)
-            fresh = Fresh(first_query=first_query)
+            fresh = Fresh(first_query=self._turn_back(query[:num_tokens], num_gone))
         began = time.perf_counter()
         for end, batch in attn_metadata.parts:
             if end == query.shape[0]:

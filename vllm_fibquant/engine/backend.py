@@ -93,6 +93,14 @@ class FibQuantBackend(AttentionBackend):
 
 
 @functools.cache
+def chunked(backend: type[FibQuantBackend], chunk: int) -> type[FibQuantBackend]:
+    """The backend of layers whose queries see their own chunk of `chunk` positions."""
+    impl = type("ChunkedFibQuantImpl", (backend.get_impl_cls(),), {"chunk": chunk})
+    content = {"get_impl_cls": staticmethod(lambda: impl), "__module__": __name__}
+    return type(f"{backend.__name__}_chunk{chunk}", (backend,), content)
+
+
+@functools.cache
 def backend_for(options: Options) -> type[FibQuantBackend]:
     """The backend class of `options`; the same options give the same class."""
     # vLLM groups layers by class name, so different options need different names.

@@ -82,6 +82,23 @@ def stock_cache_dtypes() -> tuple[str, ...]:
     return get_args(CacheDType)
 
 
+def attend_chunks(is_ours: Callable[[type], bool], chunked: Callable[[Any, int], type]) -> None:
+    """Layers of chunked local attention get `chunked(backend, chunk)` where the backend is ours.
+
+    What: wraps `create_chunked_local_attention_backend`.
+    Why: vLLM cuts a request into virtual ones of a chunk each, which tell neither where a token
+        stands in its request nor which tokens are its first. Our kernels have the mask.
+    Range: 0.32.0 and, as read, 0.33.0.
+    Delete when: a backend can say that it attends chunks itself.
+    """
+    from vllm.model_executor.layers.attention import chunked_local_attention
+
+    def create(original: Any, backend: type, chunk: int) -> type:
+        return chunked(backend, chunk) if is_ours(backend) else original(backend, chunk)
+
+    wrap_once(chunked_local_attention, "create_chunked_local_attention_backend", create)
+
+
 def install_guard(check: Callable[[VllmConfig], None]) -> None:
     """Has `check` called with every complete configuration.
 

@@ -48,6 +48,7 @@ def register() -> None:
             compat.select_backend(list(PRESETS), support.BACKEND_NAME, _choose_backend)
             compat.give_layers_dtypes(list(PRESETS), _layer_dtypes)
             compat_pages.fit_layers_pages(list(PRESETS))
+            compat.attend_chunks(_is_our_backend, _chunked)
             compat.before_pages_are_allocated(_prepare)
             compat.add_worker_method(REPORT_METHOD, _report)
         compat.accept_names(list(PRESETS))
@@ -130,6 +131,18 @@ def _choose_backend(vllm_config: VllmConfig, layer: dict[str, Any]) -> type:
             )
         )
     return backend
+
+
+def _is_our_backend(backend: type) -> bool:
+    from vllm_fibquant.engine.backend import FibQuantBackend
+
+    return issubclass(backend, FibQuantBackend)
+
+
+def _chunked(backend: Any, chunk: int) -> type:
+    from vllm_fibquant.engine.backend import chunked
+
+    return chunked(backend, chunk)
 
 
 def _layer_dtypes(vllm_config: VllmConfig) -> dict[int, str]:

@@ -154,7 +154,8 @@ def config_problems(vllm_config: VllmConfig) -> list[str]:
     if device == "cuda":
         rows += support_gpu.gpu_rows(vllm_config, options)
     if model is not None:
-        rows += _model_rows(model, vllm_config.cache_config.block_size)
+        has_chunks = "chunk" in features_on(vllm_config)
+        rows += _model_rows(model, vllm_config.cache_config.block_size, has_chunks)
         problems += images_problems(model)
         if model.use_mla:
             problems += latent_problems(vllm_config, options)
@@ -174,7 +175,7 @@ def config_problems(vllm_config: VllmConfig) -> list[str]:
     return problems
 
 
-def _model_rows(model: ModelConfig, block_size: int | None) -> list[Row]:
+def _model_rows(model: ModelConfig, block_size: int | None, has_chunks: bool) -> list[Row]:
     """What is required of every model."""
     chunk = getattr(model.hf_text_config, "attention_chunk_size", None)
     head_dim = model.get_head_size()
@@ -192,8 +193,9 @@ def _model_rows(model: ModelConfig, block_size: int | None) -> list[Row]:
          "give --dtype bfloat16"),
         (model.rswa_window is None, "attention mask", "causal, optionally with a sliding window",
          "reference sliding-window attention", OTHER_DTYPE),
-        (chunk is None or model.max_model_len <= chunk, "--max-model-len",
-         f"at most {chunk}, one chunk of this model's local attention", model.max_model_len,
+        (chunk is None or has_chunks or model.max_model_len <= chunk, "--max-model-len",
+         f"at most {chunk}, one chunk of this model's local attention, with kernels that have no "
+         "such mask yet", model.max_model_len,
          f"give --max-model-len {chunk}, or {OTHER_DTYPE}"),
         (chunk is None or chunk % (block_size or 1) == 0, "--block-size",
          f"a divisor of {chunk}, one chunk of this model's local attention", block_size,

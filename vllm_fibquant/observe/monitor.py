@@ -314,6 +314,8 @@ class Monitor:
         reads &= (query_lens > 0) & (step.seq_lens - query_lens >= sample.end)
         if window := self.layers[sample.layer].attend.window:
             reads &= begin > step.seq_lens - 1 - window
+        if chunk := self.layers[sample.layer].attend.chunk:
+            reads &= begin // chunk == (step.seq_lens - 1) // chunk
         return reads
 
     def _plan_new(
@@ -324,8 +326,10 @@ class Monitor:
         number, num_new = self._turn % len(self.layers), int(query_lens[req])
         layer = self.layers[number]
         # Its own last token's query is asked; a window layer would not see tokens far before it.
-        window = layer.attend.window
+        window, chunk = layer.attend.window, layer.attend.chunk
         reach = min(num_new, window) if window else num_new
+        if chunk:
+            reach = min(num_new, (int(step.seq_lens[req]) - 1) % chunk + 1)
         if reach < MIN_TOKENS:
             return None
         length = min(MAX_TOKENS, reach)

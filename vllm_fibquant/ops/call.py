@@ -186,6 +186,7 @@ class Attend:
         copies: the layer's copies of tokens, or None.
         raw_library: what attends raw new tokens on a GPU where it takes them; None for our own
             kernel always.
+        chunk: a query at position p sees positions p - p % chunk to p; 0 means all.
         kept: what the kernels keep here from call to call.
         attended: as `Pages.encoded`, of `checks.check_attention`.
 
@@ -200,18 +201,20 @@ class Attend:
     keep_first: int = 0
     copies: Copies | None = None
     raw_library: RawLibrary | None = None
+    chunk: int = 0
     kept: Any = field(default=None, init=False, repr=False)
     attended: Any = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if min(self.window, self.soft_cap, self.keep_first) < 0:
+        given = self.window, self.soft_cap, self.keep_first, self.chunk
+        if min(given) < 0 or (self.chunk and (self.window or self.keep_first)):
             raise ValueError(
-                "Attend: window, soft_cap and keep_first must be at least 0, got "
-                f"{self.window}, {self.soft_cap} and {self.keep_first}"
+                "Attend: window, soft_cap, keep_first and chunk must be at least 0, and chunk 0 "
+                f"with a window or keep_first, got {given}"
             )
         if self.sinks is not None:
             check_tensor("Attend", "sinks", self.sinks, ("num_q_heads",), torch.float32)
-        numbers, objects = ("window", "soft_cap", "keep_first"), ("sinks", "copies")
+        numbers, objects = ("window", "chunk", "soft_cap", "keep_first"), ("sinks", "copies")
         self.asked = [name for name in numbers if getattr(self, name)]
         self.asked += [name for name in objects if getattr(self, name) is not None]
         """Names of the features that this layer needs."""

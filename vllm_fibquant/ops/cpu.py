@@ -92,7 +92,7 @@ class _Attending:
         self.attended: Any = None
         self.attend = FqAttend(
             scale=attend.scale,
-            window=attend.window,
+            reach=-attend.chunk or attend.window,
             soft_cap=attend.soft_cap,
             keep_first=attend.keep_first,
             key_map=key_map_pointer(pages.key_map),
@@ -112,7 +112,7 @@ class _Attending:
             turns = key_map.turning and key_map.turning.turns.num_positions
             of_map = key_map.transform is None, key_map.num_plain, turns
         of_pages = pages.num_kv_heads, pages.block_size, pages.codec.head_dim
-        self.kind = *of_pages, attend.window, attend.keep_first, num_copy_rows, of_map
+        self.kind = *of_pages, self.attend.reach, attend.keep_first, num_copy_rows, of_map
 
     def plan(self, plans: dict[Any, torch.Tensor], kind: tuple[Any, ...]) -> torch.Tensor:
         """Plans the batch and keeps that under `kind`."""

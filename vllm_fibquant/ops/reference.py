@@ -123,6 +123,8 @@ def paged_attention(
         hidden = positions > query_positions
         if window > 0:
             hidden |= (positions <= query_positions - window) & (positions >= keep_first)
+        if attend.chunk > 0:
+            hidden |= positions // attend.chunk < query_positions // attend.chunk
         scores.masked_fill_(hidden, float("-inf"))
         if attend.sinks is not None:
             extra = attend.sinks.to(compute_dtype)[:, None, None].expand(-1, query_len, 1)
