@@ -130,10 +130,10 @@ $(VENV)/.dev: $(VENV)/.deps
 	$(PIP) install --no-build-isolation -e '.[dev]'
 	touch $@
 
-$(LIBRARY): $(CSRC) setup.py | $(VENV)/.deps
+$(LIBRARY): $(CSRC) setup.py vllm_fibquant/headers.py | $(VENV)/.deps
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@
 
-$(EMULATED): $(CSRC) setup.py | $(VENV)/.deps
+$(EMULATED): $(CSRC) setup.py vllm_fibquant/headers.py | $(VENV)/.deps
 	$(BIN)/python setup.py --quiet build_cuda --emulated
 	touch $@

@@ -57,7 +57,12 @@ def compile_units() -> list[tuple[str, str, list[str]]]:
         ("csrc/cpu/kernels.cpp", f"kernels_{isa}.o", [f"-DFQ_ISA={isa}", *flags])
         for isa, flags in ISA_FLAGS.items()
     ]
-    return [*units, ("csrc/cpu/library.cpp", "library.o", [f"-DFQ_ABI={header_digest('cpu')}"])]
+    return [*units, ("csrc/cpu/library.cpp", "library.o", [])]
+
+
+def abi_flag(library: str) -> str:
+    """For every unit, so that none is left that was compiled with other headers."""
+    return f"-DFQ_ABI={header_digest(library, ROOT / 'csrc')}"
 
 
 class BuildLibrary(build_ext):
@@ -92,7 +97,8 @@ class BuildLibrary(build_ext):
         def compile_unit(unit: tuple[str, str, list[str]]) -> Path:
             source, object_name, flags = unit
             output = objects_dir / object_name
-            command = [*compiler, *COMPILE_FLAGS, *flags, "-I", str(ROOT / "csrc"), *user_flags]
+            command = [*compiler, *COMPILE_FLAGS, *flags, abi_flag("cpu")]
+            command += ["-I", str(ROOT / "csrc"), *user_flags]
             command += ["-c", str(ROOT / source), "-o", str(output)]
             run_if_stale(command, output, [ROOT / source, *headers], self.force)
             return output
@@ -199,7 +205,8 @@ class BuildCuda(Command):
         def compile_unit(unit: tuple[str, str, list[str]]) -> Path:
             name, object_name, defines = unit
             source, output = ROOT / "csrc" / "cuda" / name, objects_dir / object_name
-            command = [*compiler, *flags, *defines, "-I", str(ROOT / "csrc"), *language]
+            command = [*compiler, *flags, *defines, abi_flag("cuda")]
+            command += ["-I", str(ROOT / "csrc"), *language]
             command += ["-c", str(source), "-o", str(output)]
             run_if_stale(command, output, [source, *headers], False)
             return output
@@ -209,7 +216,7 @@ class BuildCuda(Command):
             ("kernels.cu", f"kernels_{dim}.o", [f"-DFQ_HEAD_DIM={dim}"])
             for dim in reversed(cuda_head_dims())
         ]
-        units.append(("library.cu", "library.o", [f"-DFQ_ABI={header_digest('cuda')}"]))
+        units.append(("library.cu", "library.o", []))
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(compile_unit, units))
         built = objects_dir / target.name

@@ -16,13 +16,15 @@ HEADERS = {
 }
 """Of each library, in csrc."""
 
+FOLDER = Path(__file__).parent / "csrc"
 
-def header_text(library: str) -> str:
-    """The headers of a library, one behind the other."""
-    folder = Path(__file__).parent / "csrc"
+
+def header_text(library: str, folder: Path = FOLDER) -> str:
+    """The headers of a library, one behind the other, in the package or in another `folder`."""
     return "".join((folder / name).read_text(encoding="utf-8") for name in HEADERS[library])
 
 
-def header_digest(library: str) -> str:
-    """What setup.py builds a library with, and `ops.abi.load_library` asks of it."""
-    return hashlib.sha256(header_text(library).encode()).hexdigest()[:16]
+def header_digest(library: str, folder: Path = FOLDER) -> str:
+    """What setup.py builds a library with, from the headers that are compiled, and
+    `ops.abi.load_library` asks of it, from those of the package."""
+    return hashlib.sha256(header_text(library, folder).encode()).hexdigest()[:16]

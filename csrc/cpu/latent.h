@@ -215,8 +215,19 @@ static int attend_latents(const FqCodec& codec, const FqPages& pages, const FqAt
   const bool shares = args.num_threads > 1 && num_items < 4 * (int64_t)args.num_threads;
   const int parts = shares ? most_splits : 1;
   const int64_t state = padded(state_floats(most_rows, head_dim));
-  float* partials =
-      static_cast<float*>(call_scratch(shares ? (size_t)(num_items * parts * state) * 4 : 0));
+  // Of each row block, the number of its first split's stored state.
+  int64_t num_states = 0;
+  for (int req = 0; shares && req < args.num_reqs; ++req) {
+    num_states += (int64_t)num_blocks * ((args.seq_lens[req] + kSplit - 1) / kSplit);
+  }
+  const size_t state_bytes = (size_t)(num_states * state) * 4;
+  char* shared = static_cast<char*>(call_scratch(state_bytes + (size_t)num_items * 8));
+  float* partials = reinterpret_cast<float*>(shared);
+  int64_t* first_state = reinterpret_cast<int64_t*>(shared + state_bytes);
+  for (int64_t item = 0, at = 0; shares && item < num_items; ++item) {
+    first_state[item] = at;
+    at += (args.seq_lens[item / num_blocks] + kSplit - 1) / kSplit;
+  }
   LatentCall call = {
       codec, pages, args, latent_layout(codec, args.rotary_dim), code_kernels(codec.value), false};
   const auto rows_of = [&](int64_t item) {
@@ -237,7 +248,8 @@ static int attend_latents(const FqCodec& codec, const FqPages& pages, const FqAt
       if (!shares) clear(s.total, rows, head_dim);
       for (int i = first; i < last && i * kSplit < length; ++i) {
         const int end = (i + 1) * kSplit < length ? (i + 1) * kSplit : length;
-        const State into = shares ? state_at(partials + job * state, rows, head_dim) : s.split;
+        const State into =
+            shares ? state_at(partials + (first_state[item] + i) * state, rows, head_dim) : s.split;
         attend_latent_split(call, req, rows, i * kSplit, end, s, into);
         if (!shares) merge(s.total, s.split, rows, head_dim);
       }
@@ -249,7 +261,7 @@ static int attend_latents(const FqCodec& codec, const FqPages& pages, const FqAt
         const int req = (int)(item / num_blocks), rows = rows_of(item);
         clear(s.total, rows, head_dim);
         for (int i = 0; i * kSplit < args.seq_lens[req]; ++i) {
-          merge(s.total, state_at(partials + (item * parts + i) * state, rows, head_dim), rows,
+          merge(s.total, state_at(partials + (first_state[item] + i) * state, rows, head_dim), rows,
                 head_dim);
         }
         finish_latent(call, req, (int)(item % num_blocks) * most_rows, rows, s.total);

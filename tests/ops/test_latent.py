@@ -149,6 +149,15 @@ def test_what_is_refused() -> None:
         latent.attend_latents(codec, case.query, cache, case.table + 5, case.lengths, 0.05)
     with pytest.raises(ValueError, match="got 49 of 48 tokens"):
         latent.attend_latents(codec, case.query, cache, case.table, case.lengths + 9, 0.05)
+    one_row = torch.zeros(1, 100, dtype=torch.int32)[:, :2]  # contiguous, says torch
+    with pytest.raises(ValueError, match="got 40 of 32 tokens"):
+        latent.attend_latents(codec, case.query[:1], cache, one_row, case.lengths[:1], 0.05)
+    with pytest.raises(ValueError, match="must have 2 rows, as query, got 1 and 2"):
+        latent.attend_latents(codec, case.query, cache, case.table[:1], case.lengths, 0.05)
+    with pytest.raises(ValueError, match="a row for every slot, got .* 1 and 1 rows for 8"):
+        latent.write_latents(codec, *one, cache, torch.arange(8))
+    with pytest.raises(ValueError, match="must have one dtype"):
+        latent.write_latents(codec, one[0], one[1].bfloat16(), cache, torch.tensor([0]))
     assert latent.unsupported_dims(LATENT, ROTARY) is None
     assert "kv_lora_rank: must be a multiple of 16" in str(latent.unsupported_dims(520, 64))
     assert "qk_rope_head_dim" in str(latent.unsupported_dims(512, 24))

@@ -134,7 +134,8 @@ def plan_model(
     options, given = options or {}, Settings(**settings)
     config = read_config(model)
     context = context or max_context(config)
-    _check_settings(given)
+    # Where vLLM is asked it says which blocks it can have: CPU_MLA has blocks of 16 tokens.
+    _check_settings(given, 1 if needs_vllm(config) else None)
     if needs_vllm(config):
         from vllm_fibquant.cli.plan_states import plan_states
 
@@ -261,9 +262,9 @@ def _check_skipped(shape: ModelShape, given: Settings) -> None:
         )
 
 
-def _check_settings(given: Settings) -> None:
-    """Refuses numbers that no model can have."""
-    multiple = BLOCK_MULTIPLE.get(given.device, 1)
+def _check_settings(given: Settings, multiple: int | None = None) -> None:
+    """Refuses numbers that no model can have; blocks are `multiple` tokens or the device's."""
+    multiple = multiple or BLOCK_MULTIPLE.get(given.device, 1)
     for is_met, flag, must, got in (
         (given.device in BLOCK_MULTIPLE, "device", " or ".join(BLOCK_MULTIPLE), given.device),
         (given.block_size > 0 and given.block_size % multiple == 0, "block-size",

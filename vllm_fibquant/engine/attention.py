@@ -149,7 +149,7 @@ class FibQuantImpl(AttentionImpl[FibQuantMetadata]):
 
     def forget_pages(self) -> None:
         """Lets go of a cache that was there to measure CUDA graphs, before it has seen another."""
-        self._pages = self.attend.kept = None
+        self._pages = self.attend.kept = self.new_tokens = None
 
     def do_kv_cache_update(
         self,

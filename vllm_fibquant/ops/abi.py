@@ -37,7 +37,15 @@ def from_header(struct: type[Struct]) -> type[Struct]:
     if found is None:
         raise RuntimeError(f"from_header: struct {struct.__name__} must be in a header, got none")
     fields: list[tuple[str, Any]] = []
-    for kind, star, names in re.findall(r"(?:const )?(\w+)(\*?) ([^;]+);", found[1]):
+    for line in filter(None, map(str.strip, found[1].split(";"))):
+        declared = re.fullmatch(
+            r"(?:const )?(\w+)(\*?) (\w+(?:\[\d+\])?(?:,\s*\w+(?:\[\d+\])?)*)", line
+        )
+        if declared is None:
+            raise RuntimeError(
+                f"from_header: {struct.__name__} must have plain fields, got {line!r}"
+            )
+        kind, star, names = declared.groups()
         own: Any = c_void_p
         if not star or kind.startswith("Fq"):
             own = POINTER(_KINDS[kind]) if star else _KINDS[kind]
@@ -81,7 +89,7 @@ def load_library(owner: str, path: Path, library: str, function: str, advice: st
     got = "none"
     if hasattr(lib, function):
         getattr(lib, function).restype = ctypes.c_char_p
-        got = getattr(lib, function)().decode()
+        got = getattr(lib, function)().decode().split("\n")[0]  # libraries once had a text here
     if got != header_digest(library):
         raise RuntimeError(
             f"{owner}: {path} must be built from this version's sources, whose headers have digest "

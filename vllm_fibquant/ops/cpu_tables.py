@@ -243,6 +243,7 @@ def _turn_tables(turns: Turns) -> _TurnTables:
     kinds = [kind.nonzero().squeeze(-1) for kind in (~turns.is_slow, turns.is_slow)]
     fast, slow = (-(-len(kind) // _COLUMNS) * _COLUMNS for kind in kinds)
     columns = torch.zeros(len(turns.pairs), dtype=torch.int32)
+    fast = max(fast, _COLUMNS)  # where nothing turns fast too: without turn_fine nothing would turn
     for kind, begin in zip(kinds, (0, fast), strict=True):
         columns[kind] = torch.arange(begin, begin + len(kind), dtype=torch.int32)
     middles = torch.arange(turns.num_positions // STEP + 1) * STEP + (STEP - 1) / 2

@@ -63,6 +63,12 @@ def write_latents(
     _check("write_latents", "rotary", rotary, codec.rotary_dim)
     _check("write_latents", "cache", cache, codec.record_bytes)
     slots = slot_mapping.flatten().long().contiguous()
+    if rotary.dtype != latent.dtype or len(slots) > min(len(latent), len(rotary)):
+        raise ValueError(
+            "write_latents: latent and rotary must have one dtype and a row for every slot, got "
+            f"{latent.dtype} and {rotary.dtype}, {len(latent)} and {len(rotary)} rows for "
+            f"{len(slots)} slots"
+        )
     args = FqEncodeLatents(
         latent=latent.data_ptr(),
         rotary=rotary.data_ptr(),
@@ -113,6 +119,11 @@ def attend_latents(
     _check("attend_latents", "cache", cache, codec.record_bytes)
     block_table, seq_lens = (x.int().contiguous() for x in (block_table, seq_lens))
     num_reqs, num_heads, _ = query.shape
+    if min(len(block_table), len(seq_lens)) < num_reqs:
+        raise ValueError(
+            f"attend_latents: block_table and seq_lens must have {num_reqs} rows, as query, got "
+            f"{len(block_table)} and {len(seq_lens)}"
+        )
     out = query.new_empty(num_reqs, num_heads, codec.latent.head_dim)
     args = FqAttendLatents(
         query=query.data_ptr(),
@@ -121,7 +132,7 @@ def attend_latents(
         seq_lens=seq_lens.data_ptr(),
         stride_query_req=query.stride(0),
         stride_query_head=query.stride(1),
-        stride_block_table=block_table.stride(0),
+        stride_block_table=block_table.shape[1],
         num_reqs=num_reqs,
         num_heads=num_heads,
         rotary_dim=codec.rotary_dim,
@@ -134,7 +145,7 @@ def attend_latents(
     if error == 3:
         raise ValueError(
             "attend_latents: seq_lens must not exceed what a row of block_table holds, got "
-            f"{int(seq_lens.max())} of {block_table.stride(0) * cache.shape[1]} tokens"
+            f"{int(seq_lens.max())} of {block_table.shape[1] * cache.shape[1]} tokens"
         )
     if error:
         raise ValueError(
