@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 
@@ -99,14 +97,6 @@ def test_every_code(preset: str, head_dim: int, turning: bool) -> None:
 @pytest.mark.parametrize("group_size", [1, 2, 3, 4, 5, 7, 8])
 def test_every_number_of_queries(group_size: int) -> None:
     check_against_oracle(mapped([70, 33], [1, 3], group_size=group_size, turning=True))
-
-
-def test_where_no_pair_turns_fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    turns = make_turns(64)
-    slow = Turns(turns.pairs, turns.frequency / 100, turns.length, turns.num_positions)
-    assert bool(slow.is_slow.all())
-    monkeypatch.setattr(sys.modules[__name__], "make_turns", lambda head_dim: slow)
-    check_against_oracle(mapped([70, 1100], [1, 3], group_size=3, turning=True))
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)

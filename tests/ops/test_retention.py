@@ -123,7 +123,7 @@ def test_blocks_between_are_not_read() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"keep_first": -1}, "keep_first must be at least 0"),
+        ({"keep_first": -1}, "keep_first and chunk must be at least 0"),
         ({"first_query": torch.zeros(2, 4, 64)}, "a keep_first above 0"),
         (
             {"keep_first": 2, "first_query": torch.zeros(1, 4, 64)},
