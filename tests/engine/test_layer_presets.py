@@ -75,7 +75,7 @@ def half_deaf(tmp_path, monkeypatch) -> str:
 
 
 def test_bytes_go_where_they_are_heard(half_deaf):
-    found = calibrate.choose_layers(half_deaf, "fibquant_3bit", "float32")
+    found = calibrate.choose_layers(half_deaf, "fibquant", "float32")
     options, what = found.splitlines()
     _, base, _, given = shlex.split(options)
     layers = json.loads(given)["fibquant"]["layers"]

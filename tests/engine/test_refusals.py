@@ -80,6 +80,19 @@ def test_unknown_preset(model_folder):
     assert "fibquant_5bit" in told
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kv_cache_dtype_skip_layers": ["0"]},
+        {"additional_config": {"fibquant": {"layers": {"0": "fibquant_4bit"}}}},
+    ],
+    ids=["skipped", "presets"],
+)
+def test_single_layers_of_a_model_with_chunks(model_folder, settings):
+    told = refusal_of(make_model("llama4", model_folder), **settings)
+    assert "must be empty for a model with chunked local attention" in told
+
+
 def test_chunked_local_attention(model_folder, monkeypatch):
     text = {"architectures": ["Llama4ForCausalLM"], "model_type": "llama4_text"}
     shape = {**HEAD_DIM_68, **text, "hidden_size": 256, "attention_chunk_size": 64, "head_dim": 64}

@@ -11,7 +11,7 @@ from typing import Any
 
 from vllm_fibquant import files
 
-CACHE_BYTES = 64 << 20
+CACHE_BYTES = 256 << 20
 """Enough for one short request: nothing is generated."""
 
 
@@ -69,6 +69,7 @@ def choose_layers(model: str, like: str, dtype: str) -> str:
     from vllm_fibquant.codec.config import get_preset
 
     get_preset(like)
+    like = "fibquant_3bit" if like == "fibquant" else like  # the default by its other name
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0")  # the model must be in this process
     from vllm import LLM
 
@@ -78,7 +79,7 @@ def choose_layers(model: str, like: str, dtype: str) -> str:
     options = {"fidelity_gate": False, "layers": {"0": layer_presets.UNEVEN}}
     llm = LLM(
         model, dtype=dtype, kv_cache_dtype=layer_presets.EVEN, enforce_eager=True,
-        max_model_len=2 * layer_presets.NUM_TOKENS, max_num_seqs=1,
+        max_model_len=layer_presets.NUM_TOKENS, max_num_seqs=1,
         kv_cache_memory_bytes=CACHE_BYTES, additional_config={"fibquant": options},
     )  # fmt: skip
     config = llm.llm_engine.vllm_config
@@ -86,7 +87,7 @@ def choose_layers(model: str, like: str, dtype: str) -> str:
     def choose(loaded: Any) -> str:
         found = layer_presets.LayerCosts(loaded, config)
         sizes = layer_presets.record_sizes(config.model_config.get_head_size())
-        budget = sizes[get_preset(like).name] * found.num_layers
+        budget = sizes[like] * found.num_layers
         chosen = found.choose(sizes, budget)
         base, layers = layer_presets.as_options(chosen)
         mixed, uniform = (

@@ -156,6 +156,12 @@ def config_problems(vllm_config: VllmConfig) -> list[str]:
     if model is not None:
         has_chunks = "chunk" in features_on(vllm_config)
         rows += _model_rows(model, vllm_config.cache_config.block_size, has_chunks)
+        chunk = getattr(model.hf_text_config, "attention_chunk_size", None)
+        skipped = vllm_config.cache_config.kv_cache_dtype_skip_layers
+        rows.append((chunk is None or not (options.layers or skipped),
+                     "layers and --kv-cache-dtype-skip-layers",
+                     "empty for a model with chunked local attention, whose layers choose their "
+                     "cache before", [*options.layers, *skipped], "leave them out"))  # fmt: skip
         problems += images_problems(model)
         if model.use_mla:
             problems += latent_problems(vllm_config, options)
