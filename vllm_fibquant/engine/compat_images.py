@@ -22,8 +22,8 @@ CAUSAL_MODALITIES = ("audio",)
 """vLLM's model runner lets the tokens of all others see each other both ways."""
 MAX_SHIFT = 16384
 """How far positions may lie behind places, in tokens, with keys that have a long bias."""
-BIASED = "qwen2"
-"""Beginning of the `model_type` of text models whose keys have one and which may have M-RoPE."""
+BIASED = "qwen2", "glm4v"
+"""Beginnings of the `model_type` of text models whose keys have one and which may have M-RoPE."""
 
 BOTH_WAYS = "tokens of one see each other both ways in this model, and our masks are causal"
 MOVED = (
