@@ -154,14 +154,7 @@ def config_problems(vllm_config: VllmConfig) -> list[str]:
     if device == "cuda":
         rows += support_gpu.gpu_rows(vllm_config, options)
     if model is not None:
-        has_chunks = "chunk" in features_on(vllm_config)
-        rows += _model_rows(model, vllm_config.cache_config.block_size, has_chunks)
-        chunk = getattr(model.hf_text_config, "attention_chunk_size", None)
-        skipped = vllm_config.cache_config.kv_cache_dtype_skip_layers
-        rows.append((chunk is None or not (options.layers or skipped),
-                     "layers and --kv-cache-dtype-skip-layers",
-                     "empty for a model with chunked local attention, whose layers choose their "
-                     "cache before", [*options.layers, *skipped], "leave them out"))  # fmt: skip
+        rows += _model_rows(model, vllm_config, options)
         problems += images_problems(model)
         if model.use_mla:
             problems += latent_problems(vllm_config, options)
@@ -181,8 +174,11 @@ def config_problems(vllm_config: VllmConfig) -> list[str]:
     return problems
 
 
-def _model_rows(model: ModelConfig, block_size: int | None, has_chunks: bool) -> list[Row]:
+def _model_rows(model: ModelConfig, vllm_config: VllmConfig, options: Options) -> list[Row]:
     """What is required of every model."""
+    block_size = vllm_config.cache_config.block_size
+    special = [*options.layers, *vllm_config.cache_config.kv_cache_dtype_skip_layers]
+    has_chunks = "chunk" in features_on(vllm_config)
     chunk = getattr(model.hf_text_config, "attention_chunk_size", None)
     head_dim = model.get_head_size()
     value_dim = getattr(model.hf_text_config, "v_head_dim", None) or head_dim
@@ -203,6 +199,9 @@ def _model_rows(model: ModelConfig, block_size: int | None, has_chunks: bool) ->
          f"at most {chunk}, one chunk of this model's local attention, with kernels that have no "
          "such mask yet", model.max_model_len,
          f"give --max-model-len {chunk}, or {OTHER_DTYPE}"),
+        (chunk is None or not special, "layers and --kv-cache-dtype-skip-layers",
+         "empty for a model with chunked local attention, whose layers choose their cache before",
+         special, "leave them out"),
         (chunk is None or chunk % (block_size or 1) == 0, "--block-size",
          f"a divisor of {chunk}, one chunk of this model's local attention", block_size,
          "leave it out"),

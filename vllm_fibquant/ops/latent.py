@@ -22,7 +22,13 @@ from vllm_fibquant.ops.cpu_library import (
     library,
 )
 from vllm_fibquant.ops.cpu_tables import latent_struct
-from vllm_fibquant.ops.selfcheck import MAX_RECORD_MISMATCH, NUM_ULP, SelfCheckResult
+from vllm_fibquant.ops.selfcheck import (
+    MAX_RECORD_MISMATCH,
+    NUM_ULP,
+    SEQ_LENS,
+    SelfCheckResult,
+    lay_out,
+)
 
 
 def unsupported_dims(latent_dim: int, rotary_dim: int) -> str | None:
@@ -46,11 +52,9 @@ def write_latents(
     """Encodes tokens into their slots.
 
     Args:
-        latent: float32, bfloat16 or float16 `[num_tokens, latent_dim]`, last axis contiguous;
-            possibly padded behind slot_mapping's end.
-        rotary: `[num_tokens, rotary_dim]`, as latent.
-        cache: uint8 `[num_blocks, block_size, record_bytes]`, records contiguous, written.
-        slot_mapping: integers `[at most num_tokens]`; -1 is skipped.
+        latent, rotary, slot_mapping: as for the oracle; latents and rotary keys in one dtype,
+            float32, bfloat16 or float16, their last axes contiguous.
+        cache: as for the oracle, each block's records contiguous.
 
     Returns:
         How many stored vectors held a NaN or infinity; they are stored as zeros.
@@ -169,13 +173,8 @@ def run_latent_check(
         RuntimeError: the kernels disagree with the oracle; nothing may be served with them.
     """
     generator = torch.Generator().manual_seed(0)
-    lengths = torch.tensor((1, 37, 130), dtype=torch.int32)
-    counts = [-(-int(n) // block_size) for n in lengths]
-    blocks = torch.randperm(sum(counts), generator=generator, dtype=torch.int64).split(counts)
-    table = torch.nn.utils.rnn.pad_sequence(blocks, batch_first=True).to(torch.int32)
-    req = torch.arange(len(lengths)).repeat_interleave(lengths.long())
-    positions = torch.cat([torch.arange(int(n)) for n in lengths])
-    slots = table[req, positions // block_size].long() * block_size + positions % block_size
+    num_blocks, table, _, slots = lay_out(block_size, generator)
+    lengths = torch.tensor(SEQ_LENS, dtype=torch.int32)
     latent_dim, width = codec.latent.head_dim, codec.latent.head_dim + codec.rotary_dim
 
     def draw(*shape: int) -> torch.Tensor:
@@ -185,7 +184,7 @@ def run_latent_check(
     latent, rotary = draw(len(slots), width).split([latent_dim, codec.rotary_dim], dim=-1)
     query, scale = draw(len(lengths), num_heads, width), width**-0.5
     # 0xFF bytes are NaN norms: reading a slot nobody wrote would show.
-    shape = sum(counts), block_size, codec.record_bytes
+    shape = num_blocks, block_size, codec.record_bytes
     written, expected = (torch.full(shape, 0xFF, dtype=torch.uint8) for _ in range(2))
     write_latents(codec, latent, rotary, written, slots)
     oracle.write_latents(codec, latent, rotary, expected, slots)

@@ -29,7 +29,7 @@ NUM_ULP = 2
 """Units in the last place of the largest output that a kernel may err even where plain PyTorch,
 by chance, does not."""
 
-_SEQ_LENS, _QUERY_LENS = (1, 37, 130), (1, 4, 21)
+SEQ_LENS, _QUERY_LENS = (1, 37, 130), (1, 4, 21)
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class _Case:
     """One call of attention on the batch.
 
     Attributes:
-        query_lens: new tokens of the requests, of _SEQ_LENS.
+        query_lens: new tokens of the requests, of SEQ_LENS.
         table_tokens: tokens that a row of the block table holds at least. A GPU cuts long rows into
             splits.
         window, soft_cap: as in ops.Attend.
@@ -189,6 +189,21 @@ class _Stored:
     mismatch: float
 
 
+def lay_out(
+    block_size: int, generator: torch.Generator
+) -> tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Where requests of SEQ_LENS tokens lie in shuffled blocks: how many blocks there are, one more
+    than they need, the block table, int32, and each token's position and slot, int64."""
+    counts = [-(-n // block_size) for n in SEQ_LENS]
+    order = torch.randperm(sum(counts) + 1, generator=generator, dtype=torch.int64)
+    blocks = order[:-1].split(counts)
+    block_table = torch.nn.utils.rnn.pad_sequence(blocks, batch_first=True).to(torch.int32)
+    positions = torch.cat([torch.arange(n) for n in SEQ_LENS])
+    req = torch.arange(len(SEQ_LENS)).repeat_interleave(torch.tensor(SEQ_LENS))
+    slots = block_table[req, positions // block_size].long() * block_size + positions % block_size
+    return len(order), block_table, positions, slots
+
+
 def _store(
     codec: KVCodec,
     dtype: torch.dtype,
@@ -199,20 +214,14 @@ def _store(
     has_copies: bool,
     generator: torch.Generator,
 ) -> _Stored:
-    counts = [-(-n // block_size) for n in _SEQ_LENS]
-    order = torch.randperm(sum(counts) + 1, generator=generator, dtype=torch.int64)
-    blocks = order[:-1].split(counts)
-    block_table = torch.nn.utils.rnn.pad_sequence(blocks, batch_first=True).to(torch.int32)
-    positions = torch.cat([torch.arange(n) for n in _SEQ_LENS])
-    req = torch.arange(len(_SEQ_LENS)).repeat_interleave(torch.tensor(_SEQ_LENS))
-    slots = block_table[req, positions // block_size].long() * block_size + positions % block_size
+    num_blocks, block_table, positions, slots = lay_out(block_size, generator)
     shape = 2, len(slots), num_kv_heads, codec.head_dim
     key, value = torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype)
     if key_map is not None:  # as such a model's are: a mean, and what tells keys apart
         key = (key.float() + key_map.mean_at(positions, torch.float32)).to(dtype)
 
     # 0xFF bytes are NaN norms: reading a slot nobody wrote would show.
-    shape = len(order), num_kv_heads, block_size, codec.layout.record_bytes
+    shape = num_blocks, num_kv_heads, block_size, codec.layout.record_bytes
     expected = Pages(torch.full(shape, 0xFF, dtype=torch.uint8), codec, key_map, ops.REFERENCE)
     pages = ops.pages_of(expected.cache.clone().to(device), codec, key_map)
     made = wanted = None
@@ -243,7 +252,7 @@ def _compare(
     """One call of attention by the kernel and by the oracle; `new` as in `_attend`."""
     query, pages = new[0], stored.pages
     bounds = torch.tensor([0, *case.query_lens]).cumsum(0).to(torch.int32)
-    seq_lens = torch.tensor(_SEQ_LENS, dtype=torch.int32)
+    seq_lens = torch.tensor(SEQ_LENS, dtype=torch.int32)
     # Entries behind a request's blocks are never read: vLLM's are left from other requests.
     missing = -(-case.table_tokens // pages.block_size) - stored.block_table.shape[1]
     table = torch.nn.functional.pad(stored.block_table, (0, max(0, missing)), value=-1)
@@ -283,9 +292,9 @@ def _no_copies(key: torch.Tensor, rows: torch.Tensor, device: torch.device | Non
 
 def _copy_table(rows: torch.Tensor, query_lens: tuple[int, ...]) -> torch.Tensor:
     """`Batch.copy_table` of tokens that are copied to `rows`."""
-    table = torch.full((len(_SEQ_LENS), _NUM_FIRST + _NUM_RECENT), -1, dtype=torch.int32)
+    table = torch.full((len(SEQ_LENS), _NUM_FIRST + _NUM_RECENT), -1, dtype=torch.int32)
     begin = 0
-    for row, seq_len, query_len in zip(table, _SEQ_LENS, query_lens, strict=True):
+    for row, seq_len, query_len in zip(table, SEQ_LENS, query_lens, strict=True):
         end = begin + seq_len - query_len
         num_first = min(end - begin, _NUM_FIRST)
         num_recent = min(end - begin - num_first, _NUM_RECENT)
