@@ -11,9 +11,11 @@ import ctypes
 import functools
 import gc
 import hashlib
+import itertools
 import re
 import shutil
 import subprocess
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,13 +131,36 @@ def running(library: Library, arch: str = "90", **options) -> Iterator[Device]:
         raise device.error
 
 
+def _new_tensors() -> Iterator[torch.Tensor]:
+    """Those that are not frozen."""
+    for x in gc.get_objects():
+        if type(x) in (torch.Tensor, torch.nn.Parameter):  # fake ones have no storage
+            yield x
+
+
+@contextlib.contextmanager
+def tensors_before() -> Iterator[None]:
+    """While it lasts, a launch looks for tensors among those there are now and all new objects,
+    rather than in all that is imported, which takes longer than most kernels."""
+    gc.collect()
+    _BEFORE[:] = map(weakref.ref, _new_tensors())
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        _BEFORE.clear()
+
+
+_BEFORE: list[weakref.ref[torch.Tensor]] = []
+
+
 def regions_of(args: bytes) -> list[tuple[int, int]]:
     """(address, bytes) of the storages of live CPU tensors that pointers in `args` lead into."""
     words = np.unique(np.frombuffer(args, np.uint64))
     found = set()
-    for tensor in gc.get_objects():
-        if type(tensor) not in (torch.Tensor, torch.nn.Parameter):  # fake ones have no storage
-            continue
+    before = (x for ref in _BEFORE if (x := ref()) is not None)
+    for tensor in itertools.chain(before, _new_tensors()):
         if tensor.device.type != "cpu" or tensor.layout != torch.strided:
             continue
         storage = tensor.untyped_storage()
@@ -146,4 +171,12 @@ def regions_of(args: bytes) -> list[tuple[int, int]]:
     return sorted(found)
 
 
-__all__ = ["Device", "Fault", "compile_ptx", "has_nvcc", "regions_of", "running"]
+__all__ = [
+    "Device",
+    "Fault",
+    "compile_ptx",
+    "has_nvcc",
+    "regions_of",
+    "running",
+    "tensors_before",
+]

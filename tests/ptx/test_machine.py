@@ -13,10 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tests.emulated import ROOT
 from tests.ptx import machine
-from tests.ptx.device import compile_ptx, has_nvcc
+from tests.ptx.device import compile_ptx, has_nvcc, regions_of, tensors_before
 from tests.ptx.parse import Fault, Instruction, kernel_names, kernel_text, parse
 
 HERE = Path(__file__).parent
@@ -244,3 +245,14 @@ def test_division_and_shifts_follow_ptx() -> None:
     assert not comparison("ne", True)(nan, nan) and comparison("neu", True)(nan, nan)
     flushed = FUNCTIONS["ex2.approx.ftz"][2]
     assert flushed(np.array([-127.5, -1.0], np.float32)).tolist() == [0.0, 0.5]
+
+
+def test_a_launch_finds_the_tensors_that_live() -> None:
+    """Those from before `tensors_before` as well, and none that is gone."""
+    before = torch.zeros(4)
+    with tensors_before():
+        new = torch.zeros(4)
+        args = np.array([before.data_ptr(), new.data_ptr() + 8], np.uint64).tobytes()
+        assert regions_of(args) == sorted((x.data_ptr(), 16) for x in (before, new))
+        del before, new
+        assert regions_of(args) == []
