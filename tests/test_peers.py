@@ -74,9 +74,8 @@ def test_labels_of_a_plot_do_not_overlap(tmp_path):
     assert label_collisions(axis) == []
 
 
-def worker(monkeypatch, text: str) -> None:
+def worker(monkeypatch, text: str, run=subprocess.Popen) -> None:
     """The worker is a script: its lines, and then as long as it takes."""
-    run = subprocess.Popen
     monkeypatch.setattr(
         peers.subprocess, "Popen", lambda command, **to: run([sys.executable, "-c", text], **to)
     )
