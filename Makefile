@@ -21,8 +21,9 @@ LIBRARY := vllm_fibquant/lib/libfibquant_cpu.so
 EMULATED := build/libfibquant_cuda_emulated.so
 PEERS   := .venv-peers
 COMPOSE := docker/compose.yaml docker/compose.gpu.yaml
-# A file's tests share engines, so they stay together; a thread each, as processes share the cores.
-PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+# A file's tests share engines, so they stay together, files of much work first (tests/conftest.py);
+# a thread each, as processes share the cores.
+PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 CSRC    := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 .PHONY: help serve cuda gpu-env check test test-slow test-next lint docker-lint docker-test format bench eval load peers wheel clean

@@ -16,7 +16,8 @@ HAS_VLLM = importlib.util.find_spec("vllm") is not None
 def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
     """Engine tests live in tests/engine: mark them, and skip them where vLLM is missing.
 
-    A module there with `NEEDS_ENGINE = False` starts none.
+    A module there with `NEEDS_ENGINE = False` starts none. Files of much work come first, so that
+    processes that share the tests end together (`--no-loadscope-reorder`).
     """
     for item in items:
         is_engine = Path(item.path).parent.name == "engine"
@@ -24,6 +25,9 @@ def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
             item.add_marker(pytest.mark.engine)
             if not HAS_VLLM:
                 item.add_marker(pytest.mark.skip(reason="vLLM is not installed"))
+    marks = ("engine", "long")
+    much = {item.path for item in items if any(map(item.get_closest_marker, marks))}
+    items.sort(key=lambda item: item.path not in much)
 
 
 @pytest.fixture
