@@ -76,6 +76,13 @@ static int64_t encode_latents(const FqCodec& codec, const FqPages& pages,
 
 // ---- attention ----------------------------------------------------------------------------------
 
+// Heads [head, head + rows) of a request, which share its decoded tiles.
+struct LatentBlock {
+  int32_t req, head, rows;
+  int32_t num_splits;
+  float* partial;  // the stored states of its splits, null when one job does all
+};
+
 struct LatentCall {
   const FqCodec& codec;
   const FqPages& pages;
@@ -118,13 +125,12 @@ static LatentScratch latent_scratch(int rows, int head_dim, int rotary_dim) {
   }
 }
 
-// The queries of heads [head, head + rows) of a request.
-static void load_latent_queries(const LatentCall& call, int req, int head, int rows,
+static void load_latent_queries(const LatentCall& call, const LatentBlock& b,
                                 const LatentScratch& s) {
   const FqAttendLatents& a = call.args;
   const int head_dim = call.codec.head_dim;
-  for (int r = 0; r < rows; ++r) {
-    const int64_t at = req * a.stride_query_req + (head + r) * a.stride_query_head;
+  for (int r = 0; r < b.rows; ++r) {
+    const int64_t at = b.req * a.stride_query_req + (b.head + r) * a.stride_query_head;
     float* q = s.query + (int64_t)r * head_dim;
     load_row(a.query, at, a.dtype, head_dim, q);
     rotate(call.codec, q, false);
@@ -147,12 +153,13 @@ static inline const uint8_t* latent_record(LatentCall& call, int req, int positi
          position % block_size * (int64_t)call.layout.record_bytes;
 }
 
-// Attends positions [begin, end) of one split into `state`, which it clears first.
-static void attend_latent_split(LatentCall& call, int req, int rows, int begin, int end,
+// Attends a row block's split into `state`, which it clears first.
+static void attend_latent_split(LatentCall& call, const LatentBlock& b, int split,
                                 const LatentScratch& s, const State& state) {
   const FqAttendLatents& a = call.args;
   const int head_dim = call.codec.head_dim, rotary_dim = a.rotary_dim;
-  const int tile = tile_tokens(head_dim), length = a.seq_lens[req];
+  const int tile = tile_tokens(head_dim), req = b.req, rows = b.rows, length = a.seq_lens[req];
+  const int begin = split * kSplit, end = begin + kSplit < length ? begin + kSplit : length;
   clear(state, rows, head_dim);
   for (int t0 = begin; t0 < end; t0 += tile) {
     const int count = end - t0 < tile ? end - t0 : tile, rounded = (count + 7) & ~7;
@@ -182,90 +189,94 @@ static void attend_latent_split(LatentCall& call, int req, int rows, int begin, 
   }
 }
 
-// Writes what heads [head, head + rows) of a request have found.
-static void finish_latent(const LatentCall& call, int req, int head, int rows, const State& state) {
+// Un-rotates s.total and writes the row block's output.
+static void finish_latent(const LatentCall& call, const LatentBlock& b, const LatentScratch& s) {
   const int head_dim = call.codec.head_dim;
-  for (int r = 0; r < rows; ++r) {
-    float* o = state.o + (int64_t)r * head_dim;
+  for (int r = 0; r < b.rows; ++r) {
+    float* o = s.total.o + (int64_t)r * head_dim;
     rotate(call.codec, o, true);
-    const vf scale = splat(state.l[r] == 0.0f ? 0.0f : 1.0f / state.l[r]);
+    const vf scale = splat(s.total.l[r] == 0.0f ? 0.0f : 1.0f / s.total.l[r]);
     for (int i = 0; i < head_dim; i += kLanes) store(o + i, load(o + i) * scale);
-    const int64_t at = ((int64_t)req * call.args.num_heads + head + r) * head_dim;
+    const int64_t at = ((int64_t)b.req * call.args.num_heads + b.head + r) * head_dim;
     store_row(call.args.out, at, call.args.dtype, head_dim, o);
   }
+}
+
+static inline State latent_partial(const LatentCall& call, const LatentBlock& b, int split) {
+  const int head_dim = call.codec.head_dim;
+  float* at = b.partial + split * padded(state_floats(b.rows, head_dim));
+  return state_at(at, b.rows, head_dim);
+}
+
+static void run_latent_job(LatentCall& call, const LatentBlock& b, const Job& job,
+                           const LatentScratch& s) {
+  const int head_dim = call.codec.head_dim;
+  load_latent_queries(call, b, s);
+  if (!b.partial) clear(s.total, b.rows, head_dim);
+  for (int i = job.split_begin; i < job.split_end; ++i) {
+    attend_latent_split(call, b, i, s, b.partial ? latent_partial(call, b, i) : s.split);
+    if (!b.partial) merge(s.total, s.split, b.rows, head_dim);
+  }
+  if (!b.partial) finish_latent(call, b, s);
+}
+
+static void merge_latent_partials(const LatentCall& call, const LatentBlock& b,
+                                  const LatentScratch& s) {
+  const int head_dim = call.codec.head_dim;
+  clear(s.total, b.rows, head_dim);
+  for (int i = 0; i < b.num_splits; ++i) {
+    merge(s.total, latent_partial(call, b, i), b.rows, head_dim);
+  }
+  finish_latent(call, b, s);
 }
 
 // Attends one new token of each request. Returns 0, or as paged_attention: 1, or 3 for a request
 // longer than the block table.
 static int attend_latents(const FqCodec& codec, const FqPages& pages, const FqAttendLatents& args) {
   const int head_dim = codec.head_dim;
-  int most_splits = 1;
-  int64_t work = 0;
+  const int most_rows = args.num_heads < kMaxRows ? args.num_heads : kMaxRows;
+  const int blocks_per_req = (args.num_heads + most_rows - 1) / most_rows;
+  const int64_t num_blocks = (int64_t)args.num_reqs * blocks_per_req;
+  int64_t num_splits = 0, work = 0;
   for (int req = 0; req < args.num_reqs; ++req) {
     const int length = args.seq_lens[req];
     if (length > args.stride_block_table * pages.block_size) return 3;
-    const int num_splits = (length + kSplit - 1) / kSplit;
-    most_splits = num_splits > most_splits ? num_splits : most_splits;
+    num_splits += (int64_t)blocks_per_req * ((length + kSplit - 1) / kSplit);
     work += (int64_t)length * args.num_heads;
   }
-  const int most_rows = args.num_heads < kMaxRows ? args.num_heads : kMaxRows;
-  const int num_blocks = (args.num_heads + most_rows - 1) / most_rows;
-  const int64_t num_items = (int64_t)args.num_reqs * num_blocks;
-  // Threads share a row block's splits only where there are few row blocks.
-  const bool shares = args.num_threads > 1 && num_items < 4 * (int64_t)args.num_threads;
-  const int parts = shares ? most_splits : 1;
-  const int64_t state = padded(state_floats(most_rows, head_dim));
-  // Of each row block, the number of its first split's stored state.
-  int64_t num_states = 0;
-  for (int req = 0; shares && req < args.num_reqs; ++req) {
-    num_states += (int64_t)num_blocks * ((args.seq_lens[req] + kSplit - 1) / kSplit);
-  }
-  const size_t state_bytes = (size_t)(num_states * state) * 4;
-  char* shared = static_cast<char*>(call_scratch(state_bytes + (size_t)num_items * 8));
-  float* partials = reinterpret_cast<float*>(shared);
-  int64_t* first_state = reinterpret_cast<int64_t*>(shared + state_bytes);
-  for (int64_t item = 0, at = 0; shares && item < num_items; ++item) {
-    first_state[item] = at;
-    at += (args.seq_lens[item / num_blocks] + kSplit - 1) / kSplit;
+  // A job is a whole row block; a split where there are too few of those for the threads.
+  const bool shares = args.num_threads > 1 && num_blocks < 4 * (int64_t)args.num_threads;
+  const int64_t num_jobs = shares ? num_splits : num_blocks;
+  const int64_t floats = padded(state_floats(most_rows, head_dim));
+  float* partial = static_cast<float*>(
+      call_scratch((size_t)(shares ? num_splits * floats : 0) * sizeof(float) +
+                   (size_t)num_blocks * sizeof(LatentBlock) + (size_t)num_jobs * sizeof(Job)));
+  LatentBlock* blocks =
+      reinterpret_cast<LatentBlock*>(partial + (shares ? num_splits * floats : 0));
+  Job* jobs = reinterpret_cast<Job*>(blocks + num_blocks);
+  Job* job = jobs;
+  for (int i = 0; i < (int)num_blocks; ++i) {
+    LatentBlock& b = blocks[i];
+    b.req = i / blocks_per_req;
+    b.head = i % blocks_per_req * most_rows;
+    b.rows = args.num_heads - b.head < most_rows ? args.num_heads - b.head : most_rows;
+    b.num_splits = (args.seq_lens[b.req] + kSplit - 1) / kSplit;
+    b.partial = shares ? partial : nullptr;
+    if (!shares) *job++ = {i, 0, b.num_splits};
+    for (int split = 0; shares && split < b.num_splits; ++split, partial += floats) {
+      *job++ = {i, split, split + 1};
+    }
   }
   LatentCall call = {
       codec, pages, args, latent_layout(codec, args.rotary_dim), code_kernels(codec.value), false};
-  const auto rows_of = [&](int64_t item) {
-    const int head = (int)(item % num_blocks) * most_rows;
-    return args.num_heads - head < most_rows ? args.num_heads - head : most_rows;
-  };
 #pragma omp parallel num_threads(args.num_threads) if (work >= kMinParallelWork)
   {
     const LatentScratch s = latent_scratch(most_rows, head_dim, args.rotary_dim);
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t job = 0; job < num_items * parts; ++job) {
-      const int64_t item = job / parts;
-      const int req = (int)(item / num_blocks), head = (int)(item % num_blocks) * most_rows;
-      const int rows = rows_of(item), length = args.seq_lens[req];
-      const int first = (int)(job % parts), last = shares ? first + 1 : most_splits;
-      if (first * kSplit >= length && shares) continue;
-      load_latent_queries(call, req, head, rows, s);
-      if (!shares) clear(s.total, rows, head_dim);
-      for (int i = first; i < last && i * kSplit < length; ++i) {
-        const int end = (i + 1) * kSplit < length ? (i + 1) * kSplit : length;
-        const State into =
-            shares ? state_at(partials + (first_state[item] + i) * state, rows, head_dim) : s.split;
-        attend_latent_split(call, req, rows, i * kSplit, end, s, into);
-        if (!shares) merge(s.total, s.split, rows, head_dim);
-      }
-      if (!shares) finish_latent(call, req, head, rows, s.total);
-    }
-    if (shares) {
+    for (int64_t i = 0; i < num_jobs; ++i) run_latent_job(call, blocks[jobs[i].block], jobs[i], s);
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t item = 0; item < num_items; ++item) {
-        const int req = (int)(item / num_blocks), rows = rows_of(item);
-        clear(s.total, rows, head_dim);
-        for (int i = 0; i * kSplit < args.seq_lens[req]; ++i) {
-          merge(s.total, state_at(partials + (first_state[item] + i) * state, rows, head_dim), rows,
-                head_dim);
-        }
-        finish_latent(call, req, (int)(item % num_blocks) * most_rows, rows, s.total);
-      }
+    for (int64_t i = 0; i < (shares ? num_blocks : 0); ++i) {
+      merge_latent_partials(call, blocks[i], s);
     }
   }
   return call.bad_block ? 1 : 0;
