@@ -24,7 +24,13 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_fibquant.kernels.codes import find_rows, load_codewords, load_indices, soft_cap_scores
+from vllm_fibquant.kernels.codes import (
+    find_rows,
+    first_seen,
+    load_codewords,
+    load_indices,
+    soft_cap_scores,
+)
 from vllm_fibquant.kernels.states import (
     EMPTY,
     PER_BATCH,
@@ -52,13 +58,11 @@ def choose_splits(num_programs: int, max_tokens: int, device: torch.device) -> i
 
 @triton.jit
 def _range_of(
-    query_len, context, first, window, split, num_splits,
+    query_len, context, first, reach, split, num_splits,
     BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr, RAW: tl.constexpr,
 ):  # fmt: skip
     """The first position that a row block sees, and the positions of its split."""
-    begin = 0
-    if window > 0:
-        begin = tl.maximum(context + first - window + 1, 0)
+    begin = first_seen(reach, context + first)
     end = context
     if not RAW:
         end += tl.minimum(first + BLOCK_Q, query_len)
@@ -116,7 +120,7 @@ def _find_records(
 @triton.jit(do_not_specialize=PER_BATCH)
 def _attend_split(
     rotated, cache, block_table, key_table, value_table, query_start_loc, seq_lens, state_o,
-    state_ml, num_splits, num_reqs, num_rows, num_blocks, table_width, key_factor, soft_cap, window,
+    state_ml, num_splits, num_reqs, num_rows, num_blocks, table_width, key_factor, soft_cap, reach,
     stride_block, stride_head, stride_table,
     HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, RECORD_BYTES: tl.constexpr, VALUE_OFFSET: tl.constexpr,
@@ -135,7 +139,7 @@ def _attend_split(
     )
     if first < query_len:
         begin, split_begin, split_end = _range_of(
-            query_len, context, first, window, split, num_splits, BLOCK_Q, BLOCK_T, RAW
+            query_len, context, first, reach, split, num_splits, BLOCK_Q, BLOCK_T, RAW
         )
         head += kv_head * GROUP_SIZE
         row = token.to(tl.int64) * HEADS + head
@@ -143,6 +147,7 @@ def _attend_split(
         mask = valid[:, None] & (coord < HEAD_DIM)[None, :]
         q, row_factor = _load_queries(rotated, row, coord, mask, HEAD_DIM, EXACT)
         row_factor *= key_factor
+        oldest = first_seen(reach, position)
 
         o = tl.zeros([BLOCK_M, DIM], tl.float32)
         m = tl.full([BLOCK_M], EMPTY, tl.float32)
@@ -169,8 +174,7 @@ def _attend_split(
             score = score * row_factor[:, None] * key_norm[None, :]
             score = soft_cap_scores(score, soft_cap, SOFT_CAP)
             visible = inside[None, :] & (t[None, :] <= position[:, None]) & valid[:, None]
-            if window > 0:
-                visible &= t[None, :] > position[:, None] - window
+            visible &= t[None, :] >= oldest[:, None]
             weight, rescale, m, l = softmax_step(score, visible, m, l)  # noqa: E741
 
             # Outputs.
@@ -209,7 +213,7 @@ def raw_token_states(
     if raw_key is None or raw_value is None:
         raise ValueError("raw_token_states: raw_key and raw_value must be given, got None")
     query_start_loc, seq_lens = batch.query_start_loc, batch.seq_lens
-    scale, window, soft_cap = attend.scale, attend.window, attend.soft_cap
+    scale, soft_cap = attend.scale, attend.soft_cap
     num_tokens, num_q_heads, head_dim = query.shape
     num_kv_heads, num_rows = raw_key.shape[1], num_tokens * num_q_heads
     group_size = num_q_heads // num_kv_heads
@@ -220,7 +224,7 @@ def raw_token_states(
     ml = torch.empty(2, num_rows, dtype=torch.float32, device=query.device)
     attend_raw[(num_row_blocks, num_kv_heads)](
         query, raw_key, raw_value, query_start_loc, seq_lens, o, ml, seq_lens.shape[0], num_rows,
-        scale, soft_cap, window, query.stride(0), query.stride(1), raw_key.stride(0),
+        scale, soft_cap, attend.reach, query.stride(0), query.stride(1), raw_key.stride(0),
         raw_key.stride(1), raw_value.stride(0), raw_value.stride(1), HEADS=num_q_heads,
         GROUP_SIZE=group_size, HEAD_DIM=head_dim, DIM=next_power_of_two(head_dim), BLOCK_Q=block_q,
         BLOCK_M=block_m, BLOCK_T=BLOCK_T, SOFT_CAP=soft_cap > 0,
@@ -248,7 +252,7 @@ def paged_attention(
     cache, codec = pages.cache, pages.codec
     query_start_loc, seq_lens = batch.query_start_loc, batch.seq_lens
     block_table = batch.block_table
-    scale, window, soft_cap = attend.scale, attend.window, attend.soft_cap
+    scale, soft_cap = attend.scale, attend.soft_cap
     sinks = attend.sinks
     num_tokens, num_q_heads, head_dim = query.shape
     num_blocks, num_kv_heads, block_size, record_bytes = cache.shape
@@ -285,7 +289,7 @@ def paged_attention(
     _attend_split[(num_row_blocks, num_kv_heads, num_splits)](
         rotated, cache, block_table, tables.key.table, tables.value.table, query_start_loc,
         seq_lens, state_o, state_ml, num_splits, num_reqs, num_rows, num_blocks, table_width,
-        scale * tables.key.table_scale, soft_cap, window, cache.stride(0), cache.stride(1),
+        scale * tables.key.table_scale, soft_cap, attend.reach, cache.stride(0), cache.stride(1),
         block_table.stride(0), **rows, BLOCK_SIZE=block_size, RECORD_BYTES=record_bytes,
         VALUE_OFFSET=at.value_index_offset, NORM_OFFSET=at.key_norm_offset, **blocks,
         BLOCK_T=BLOCK_T, SOFT_CAP=soft_cap > 0, RAW=raw,

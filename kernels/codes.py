@@ -56,6 +56,18 @@ def load_codewords(
 
 
 @triton.jit
+def first_seen(reach, position):
+    """The oldest position that queries at `position` see, at least 0: of a window of `reach`, of
+    chunks of -reach where that is negative, or 0."""
+    first = position * 0
+    if reach > 0:
+        first = tl.maximum(position - reach + 1, 0)
+    if reach < 0:
+        first = tl.maximum(position, 0) // -reach * -reach
+    return first
+
+
+@triton.jit
 def tanh(x):
     """Hyperbolic tangent to a few units in the last place (Triton has none on every backend)."""
     square = x * x

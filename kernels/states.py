@@ -8,7 +8,7 @@ weights, all relative to exp(m). The empty state has m = EMPTY and l = 0; its o 
 import triton
 import triton.language as tl
 
-from vllm_fibquant.kernels.codes import find_rows, soft_cap_scores
+from vllm_fibquant.kernels.codes import find_rows, first_seen, soft_cap_scores
 
 EMPTY = tl.constexpr(-1e30)
 """The largest score of a state that saw no token: finite, so that no difference is NaN."""
@@ -64,7 +64,7 @@ def softmax_step(score, visible, m, l):  # noqa: E741
 @triton.jit(do_not_specialize=PER_BATCH)
 def attend_raw(
     query, raw_key, raw_value, query_start_loc, seq_lens, state_o, state_ml,
-    num_reqs, num_rows, scale, soft_cap, window, stride_query_token, stride_query_head,
+    num_reqs, num_rows, scale, soft_cap, reach, stride_query_token, stride_query_head,
     stride_key_token, stride_key_head, stride_value_token, stride_value_head,
     HEADS: tl.constexpr, GROUP_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, DIM: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, SOFT_CAP: tl.constexpr,
@@ -88,9 +88,9 @@ def attend_raw(
         o = tl.zeros([BLOCK_M, DIM], tl.float32)
         m = tl.full([BLOCK_M], EMPTY, tl.float32)
         l = tl.zeros([BLOCK_M], tl.float32)  # noqa: E741
-        begin = 0
-        if window > 0:
-            begin = tl.maximum(first - window + 1, 0) // BLOCK_T * BLOCK_T
+        oldest = first_seen(reach, position)
+        # As new tokens are counted: from the first of them on.
+        begin = tl.maximum(first_seen(reach, context + first) - context, 0) // BLOCK_T * BLOCK_T
         base = tl.load(query_start_loc + req)
         for t0 in range(begin, tl.minimum(first + BLOCK_Q, query_len), BLOCK_T):
             t = t0 + tl.arange(0, BLOCK_T)
@@ -103,8 +103,7 @@ def attend_raw(
             score = tl.dot(q, tl.trans(k.to(tl.float32)), input_precision="ieee") * scale
             score = soft_cap_scores(score, soft_cap, SOFT_CAP)
             visible = (context + t)[None, :] <= position[:, None]
-            if window > 0:
-                visible &= (context + t)[None, :] > position[:, None] - window
+            visible &= (context + t)[None, :] >= oldest[:, None]
             weight, rescale, m, l = softmax_step(score, visible, m, l)  # noqa: E741
             o = o * rescale[:, None] + tl.dot(weight, v.to(tl.float32), input_precision="ieee")
         out_row = token.to(tl.int64) * HEADS + head

@@ -68,7 +68,8 @@ def raw_states(query, batch, attend, fresh) -> tuple[torch.Tensor, ...]:
     o = torch.full((num_tokens, num_q_heads, head_dim), torch.nan)
     m, l = torch.full((2, num_tokens, num_q_heads), torch.nan)  # noqa: E741
     bounds = batch.query_start_loc.tolist()
-    for begin, end in zip(bounds, bounds[1:], strict=False):
+    ends = batch.seq_lens.tolist()
+    for begin, end, seq_len in zip(bounds, bounds[1:], ends, strict=False):
         if begin == end:
             continue
         q = query[begin:end].cpu().double()
@@ -83,6 +84,9 @@ def raw_states(query, batch, attend, fresh) -> tuple[torch.Tensor, ...]:
         hidden = at > at[:, None]
         if attend.window > 0:
             hidden |= at <= at[:, None] - attend.window
+        if attend.chunk > 0:
+            number = (at + seq_len - len(at)) // attend.chunk
+            hidden |= number < number[:, None]
         scores = scores.masked_fill(hidden[:, None, :], -torch.inf)
         top = scores.amax(-1)
         weights = (scores - top[..., None]).exp()

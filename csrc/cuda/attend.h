@@ -133,6 +133,12 @@ struct AttendShape {
   static_assert(kMaxWarps * 8 * kHeadDim * 4 <= kTableBytes, "the merge fits in the tables");
 };
 
+// The oldest position that a query at `position` sees; `reach` as in FqCudaAttend.
+FQ_DEVICE int first_seen(int reach, int position) {
+  if (reach < 0 && position > 0) return position - position % -reach;
+  return reach > 0 && position >= reach ? position - reach + 1 : 0;
+}
+
 // Position of a row block's row in the state tensors.
 FQ_DEVICE int64_t state_row(const FqCudaAttend& a, const RowBlock& b, int group, int kv_head,
                             int row) {

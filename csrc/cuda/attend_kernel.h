@@ -147,12 +147,12 @@ attend(FQ_PARAM AttendArgs args) {
   // Positions that some row sees, [begin, end); tiles of this split, [tile_begin, tile_end).
   const int oldest = b.context + b.first_row / group;
   const int newest = b.context + (b.first_row + b.num_rows - 1) / group;
-  int begin = a.window > 0 ? oldest - a.window + 1 : 0;
+  int begin = first_seen(a.reach, oldest);
   const int least = args.num_apart;  // those before it are in the raw state
   if (begin < least) begin = least;
   const int end = args.has_raw ? b.context : newest + 1;
   // Those that every row sees, [all_begin, all_end): their tiles need no mask.
-  int all_begin = a.window > 0 ? newest - a.window + 1 : 0;
+  int all_begin = first_seen(a.reach, newest);
   if (all_begin < least) all_begin = least;
   int all_end = oldest < end ? oldest + 1 : end;
   if (a.copy_table) {  // of those with copies some codes are not read
@@ -348,7 +348,8 @@ attend(FQ_PARAM AttendArgs args) {
 #pragma unroll
           for (int c = 0; c < 2; ++c) {
             const int row = positions[8 * i + 2 * only_here(t) + c];
-            const bool hidden = unseen || token > row || (a.window > 0 && token <= row - a.window);
+            const bool hidden =
+                unseen || token > row || token < first_seen(only_here(a.reach), row);
             if (hidden) acc[i][2 * r + c] = -bits_to_float(0x7F800000);  // -infinity
           }
         }

@@ -122,7 +122,7 @@ attend_copies(FQ_PARAM AttendArgs args) {
     const bool exists = first_own + r < b.num_rows;
     for (int c = lane; c < kHeadDim; c += kWarp)
       queries[r * kHeadDim + c] = exists ? load_element(a.query, from + c, a.dtype) : 0.0f;
-    seen[r] = a.window > 0 ? b.context + number / group - a.window + 1 : 0;
+    seen[r] = first_seen(a.reach, b.context + number / group);
     m[r] = kEmpty;
     l[r] = 0.0f;
     for (int i = 0; i < kPerLane; ++i) o[r][i] = 0.0f;

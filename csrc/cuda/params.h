@@ -116,15 +116,15 @@ struct FqCudaAttend {
   int32_t num_reqs;
   int32_t num_q_heads;
   int32_t table_width;
-  int32_t dtype;   // FqDtype of query and out
-  int32_t window;  // 0 = none
+  int32_t dtype;  // FqDtype of query and out
+  int32_t reach;  // n > 0: a query sees the newest n, a window; n < 0: its chunk of -n; 0: all
   int32_t num_splits;
   int32_t wide;  // 1 = many query columns share a decoded token, 0 = at most 8
   int32_t num_copy_columns;
   int32_t num_copied_first;
   int32_t num_copy_rows;
   int32_t copy_dtype;  // FqDtype, of 16 bits
-  // Positions below this one are seen whatever the window. 0 with a key map, copies or raw states.
+  // Positions below this one are seen whatever the reach. 0 with a key map, copies or raw states.
   int32_t keep_first;
   float scale;
   float soft_cap;  // 0 = none

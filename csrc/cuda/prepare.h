@@ -62,8 +62,7 @@ FQ_DEVICE void attend_first(const AttendArgs& args, int req, int kv_head, int co
   *l = 0.0f;
   for (int i = 0; i < kPerLane; ++i) o[i] = 0.0f;
   const int stop = args.num_apart < end ? args.num_apart : end;
-  const bool slides = kMapped && a.window > 0 && position - a.window + 1 > 0;
-  const int begin = slides ? position - a.window + 1 : 0;
+  const int begin = kMapped ? first_seen(a.reach, position) : 0;
   for (int token = begin; token < stop && token <= position; ++token) {
     if (copy_row(a, req, context, token) >= 0) continue;
     const int entry = token / args.pages.block_size, within = token % args.pages.block_size;

@@ -40,7 +40,7 @@ def test_steps_and_cached_prefixes_do_not_matter(model_folder):
 
 
 def test_a_limit_of_one_chunk_needs_no_mask(model_folder):
-    """So that kernels without it serve such requests."""
+    """Nor what it costs."""
     model = make_model("llama4", model_folder)
     with engine(model, "fibquant_2bit", max_model_len=CHUNK) as llm:
         assert not any("chunk" in attend.asked for attend in attends_of(llm))

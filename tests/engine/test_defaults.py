@@ -176,9 +176,9 @@ def test_a_draft_model_has_its_own_calibration(model_folder, tmp_path, short_tex
         generate(llm, varied_prompts(2, VOCAB_SIZE), 8)
 
 
-@pytest.mark.parametrize("window", [0, 7])
+@pytest.mark.parametrize(("window", "chunk"), [(0, 0), (7, 0), (0, 7)])
 @pytest.mark.parametrize("soft_cap", [0.0, 3.0])
-def test_dense_attention_is_the_oracles(window, soft_cap):
+def test_dense_attention_is_the_oracles(window, chunk, soft_cap):
     from vllm_fibquant.codec.codec import KVCodec
     from vllm_fibquant.codec.config import get_preset
 
@@ -189,10 +189,10 @@ def test_dense_attention_is_the_oracles(window, soft_cap):
     out = torch.empty_like(query)
     cache = torch.zeros(2, 2, 16, codec.layout.record_bytes, dtype=torch.uint8)
     batch = ops.Batch(*(torch.tensor(x).int() for x in ([0, 20], [20], [[0, 1]])))
-    attend = ops.Attend(0.125, window, soft_cap, sinks)
+    attend = ops.Attend(0.125, window, soft_cap, sinks, chunk=chunk)
     pages = ops.Pages(cache, codec, None, ops.REFERENCE)
     ops.reference.paged_attention(query, out, pages, batch, attend, ops.Fresh(key, value))
-    how = 0.125, window, soft_cap, sinks
+    how = 0.125, window, soft_cap, sinks, chunk
     got = attend_dense(query, key, value, 20, *how)
     assert torch.allclose(got, out, atol=1e-5)
     # Two sequences one after the other, as keys are measured on a GPU.

@@ -45,7 +45,7 @@ def builder(threshold: int | None, has_maps: bool = False) -> FibQuantMetadataBu
     made.retain = made._pool = made._plan_probe = made._device_reader = made._gone = None
     made._max_model_len = 64
     made._needs_positions, made._counts_steps = has_maps, False
-    made._needs_starts = True
+    made._needs_starts = made._needs_contexts = True
     made._positions = torch.full((64,), -7) if has_maps else None
     made._with_sinks = []
     return made
@@ -88,7 +88,7 @@ def metadata_of_v2(
         query_start_loc_cpu=buffers.query_start_loc[: num_reqs + 1].clone(),
         max_query_len=max(query_lens), seq_lens=buffers.seq_lens, max_seq_len=512,
         block_tables=[table[:num_reqs]], slot_mappings=torch.full((1, max_tokens), -1),
-        kv_cache_config=config,
+        kv_cache_config=config, seq_lens_cpu_upper_bound=buffers.seq_lens.clone(),
     )  # fmt: skip
     return found["layer"]
 
@@ -135,7 +135,9 @@ def test_decodes_beside_a_chunk_have_a_launch_of_their_own() -> None:
     metadata = metadata_of_v2([1, 1, 20], paged, 3, 22)
     assert [(end, batch.num_reqs) for end, batch in metadata.parts] == [(2, 2), (22, 1)]
     assert metadata.parts[1][1].query_start_loc.tolist() == [2, 22]
-    assert metadata.parts[1][1].query_starts == [2, 22]  # known to the host, as a library asks
+    # Known to the host, as a library asks.
+    assert metadata.parts[1][1].query_starts == [2, 22]
+    assert metadata.parts[1][1].contexts == [30]
     whole = metadata_of_v2([1, 1, 20], paged, 3, 22, threshold=None)
     assert [(end, batch.num_reqs) for end, batch in whole.parts] == [(22, 3)]
     assert len(metadata_of_v2([1, 1], paged_of_two(), 2, 2).parts) == 1

@@ -8,9 +8,7 @@ import re
 import pytest
 
 from vllm_fibquant.codec import codec
-from vllm_fibquant.engine import support
 from vllm_fibquant.engine.planned import planned
-from vllm_fibquant.ops.features import features_of
 
 from .harness import engine, generate, varied_prompts
 from .models import VOCAB_SIZE, make_config_only, make_model
@@ -93,15 +91,10 @@ def test_single_layers_of_a_model_with_chunks(model_folder, settings):
     assert "must be empty for a model with chunked local attention" in told
 
 
-def test_chunked_local_attention(model_folder, monkeypatch):
+def test_chunks_that_blocks_do_not_divide(model_folder):
     text = {"architectures": ["Llama4ForCausalLM"], "model_type": "llama4_text"}
     shape = {**HEAD_DIM_68, **text, "hidden_size": 256, "attention_chunk_size": 64, "head_dim": 64}
     model = make_config_only("llama4-alone", shape, model_folder)
-    with monkeypatch.context() as patched:
-        patched.setattr(support, "features_on", lambda vllm_config: features_of("cuda"))
-        told = refusal_of(model)
-    assert "--max-model-len: must be at most 64, one chunk of this model's local attention" in told
-    assert "got 512; give --max-model-len 64" in told
     told = refusal_of(model, block_size=96)
     assert "--block-size: must be a divisor of 64, one chunk of this model's local" in told
 

@@ -62,6 +62,30 @@ def eagle3_head(folder: Path) -> str:
     return written(path, head, config)
 
 
+def llama4_eagle_head(folder: Path) -> str:
+    """An EAGLE head for Llama 4: a layer without experts that attends within chunks."""
+    target, path = Path(make_model("llama4", folder)), folder / "llama4-eagle"
+    if path.exists():
+        return str(path)
+    weights, layer = load_file(target / "model.safetensors"), "model.layers.0."
+    head = {
+        name.removeprefix("model.").replace("shared_expert.", ""): x
+        for name, x in weights.items()
+        if name.startswith(layer) and ".experts." not in name and ".router." not in name
+    }
+    hidden = weights["model.norm.weight"].shape[0]
+    generator = torch.Generator().manual_seed(0)
+    head["fc.weight"] = torch.randn(hidden, 2 * hidden, generator=generator) * 0.08
+    head["norm.weight"] = torch.ones(hidden)
+    head["lm_head.weight"] = weights["lm_head.weight"]
+    config = json.loads((target / "config.json").read_text())
+    del config["layer_types"]
+    config |= {"num_hidden_layers": 1, "no_rope_layers": [1], "moe_layers": []}
+    config |= {"interleave_moe_layer_step": 0, "draft_vocab_size": VOCAB_SIZE}
+    config |= {"yoco_global_kv_layer": None, "yoco_local_kv_layer": None}
+    return written(path, head, config)
+
+
 def medusa_heads(folder: Path) -> str:
     """Two heads that each read the target's last state. They have no attention, and no cache."""
     path = folder / "medusa"
@@ -159,3 +183,16 @@ def test_mtp_does_not_matter(model_folder):
     prompts, model = varied_prompts(8, VOCAB_SIZE), mtp_model(model_folder)
     speculation = {"method": "mtp", "num_speculative_tokens": 1}
     assert answers_as_without(model, prompts, speculation) == [(2, 32, 36)] * 3
+
+
+def test_an_eagle_head_that_attends_within_chunks_does_not_matter(model_folder):
+    """Of Llama 4: requests of several chunks, whose tokens are drafted and verified on both sides
+    of where a chunk begins."""
+    prompts = varied_prompts(6, VOCAB_SIZE, longest=300, shortest=100)
+    prompts += [(prompts[0] * 3)[:n] for n in (124, 250)]
+    speculation = {
+        "method": "eagle",
+        "model": llama4_eagle_head(model_folder),
+        "num_speculative_tokens": 2,
+    }
+    assert len(answers_as_without(make_model("llama4", model_folder), prompts, speculation)) == 3

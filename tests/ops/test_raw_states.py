@@ -114,7 +114,8 @@ def always(monkeypatch) -> None:
     monkeypatch.setattr(raw_states, "MIN_NEW_TOKENS", 0)
 
 
-OPTIONS = [{}, {"window": 20}, {"window": 1}, {"sinks": True}, {"window": 37, "sinks": True}]
+OPTIONS = [{}, {"window": 20}, {"window": 1}, {"sinks": True}, {"window": 37, "sinks": True},
+           {"chunk": 1}, {"chunk": 25, "sinks": True}, {"chunk": 64}, {"chunk": 100}]  # fmt: skip
 CAPPED = [{"soft_cap": 2.0}, {"window": 37, "soft_cap": 5.0, "sinks": True}]
 CASES = [*((FLASH, options) for options in OPTIONS + CAPPED), *((XFORMERS, o) for o in OPTIONS)]
 

@@ -76,6 +76,10 @@ def test_every_head_dim(head_dim: int) -> None:
         {"sinks": True},
         {"raw": True},
         {"raw": True, "window": 20, "soft_cap": 5.0, "sinks": True},
+        {"chunk": 1},
+        {"chunk": 33, "soft_cap": 5.0, "sinks": True},
+        {"raw": True, "chunk": 33},
+        {"raw": True, "chunk": 90},
     ],
     ids=str,
 )
@@ -136,6 +140,13 @@ def test_blocks_before_the_window_are_not_read() -> None:
     before = attend(paged, window=30)
     paged.block_table[0, :4] = 2**30
     assert torch.equal(attend(paged, window=30), before)
+
+
+def test_blocks_before_the_chunk_are_not_read() -> None:
+    paged = paged_of(codec_of("fibquant_2bit", 64), [100], [4], group_size=3)
+    before = attend(paged, chunk=32)
+    paged.block_table[0, :6] = 2**30  # positions 0 to 95
+    assert torch.equal(attend(paged, chunk=32), before)
 
 
 @pytest.mark.parametrize("bad", [-5, 2**30])

@@ -275,7 +275,7 @@ class LayerCollector:
                 self._add(q[rest].float(), k[rest].float(), torch.arange(length)[rest])
         if not query.is_cpu:  # raw attention of few tokens needs no kernel
             how = self._impl.attend
-            of = how.scale, how.window, how.soft_cap, how.sinks
+            of = how.scale, how.window, how.soft_cap, how.sinks, how.chunk
             return output.copy_(attend_dense(query, key, value, length, *of))
         if self._pages is None:
             shape = (1, self._impl.num_kv_heads, BLOCK_SIZE, self._impl.codec.layout.record_bytes)

@@ -69,11 +69,12 @@ class FibQuantMetadata(AttentionMetadata):
             return [(self.num_tokens, whole)]
 
         def part(requests: slice, bounds: slice) -> Batch:
-            copies, starts = whole.copy_table, whole.query_starts
+            copies, starts, contexts = whole.copy_table, whole.query_starts, whole.contexts
             return Batch(
                 whole.query_start_loc[bounds], whole.seq_lens[requests],
                 whole.block_table[requests], None if copies is None else copies[requests],
                 query_starts=None if starts is None else starts[bounds],
+                contexts=None if contexts is None else contexts[requests],
             )  # fmt: skip
 
         rest = slice(n, None)
@@ -108,6 +109,9 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
         impls = {name: layer.impl for name, layer in layers.items()}
         self._needs_positions = any(impl.key_map is not None for impl in impls.values())
         self._needs_starts = on_gpu and any(impl.attends_raw for impl in impls.values())
+        # With drafts the host does not know how many of the last step's were accepted.
+        self._needs_contexts = self._needs_starts and vllm_config.speculative_config is None
+        self._needs_contexts &= any(impl.attend.chunk for impl in impls.values())
         self._with_sinks = [impl for impl in impls.values() if impl.attend.sinks is not None]
         self._plan_probe = planner_of_probes(vllm_config, impls, kv_cache_spec.block_size, device)
         for impl in impls.values():
@@ -155,6 +159,11 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
                 common, self.reorder_batch_threshold
             )
         copies, copy_rows = self._plan_copies(common)
+        starts = common.query_start_loc_cpu.tolist() if self._needs_starts else None
+        contexts = None
+        if self._needs_contexts and common.seq_lens_cpu_upper_bound is not None:
+            lens = common.query_start_loc_cpu.diff()
+            contexts = (common.seq_lens_cpu_upper_bound - lens).tolist()
         positions = None
         if self._needs_positions:
             positions = _kept_in(self._positions, "positions", _positions(common).long())
@@ -165,7 +174,8 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
                 common.seq_lens,
                 common.block_table_tensor,
                 *copies,
-                query_starts=common.query_start_loc_cpu.tolist() if self._needs_starts else None,
+                query_starts=starts,
+                contexts=contexts,
             ),
             num_gone=self._num_gone(common),
             probe=self._plan_probe(common) if self._plan_probe else None,

@@ -146,6 +146,7 @@ def _stock_attention(impl: Any, num_seqs: Callable[[], int]) -> Callable[..., An
         found = attend_dense(
             *shaped, len(query) // num_seqs(), impl.scale, max(window, 0),
             getattr(impl, "logits_soft_cap", None) or 0.0, getattr(impl, "sinks", None),
+            getattr(layer, "attention_chunk_size", None) or 0,
         )  # fmt: skip
         return output.copy_(found.view(output.shape))
 
@@ -161,13 +162,14 @@ def attend_dense(
     window: int = 0,
     soft_cap: float = 0.0,
     sinks: torch.Tensor | None = None,
+    chunk: int = 0,
 ) -> torch.Tensor:
     """Causal attention of sequences of one length, one after the other, in plain PyTorch, float32.
 
     Args:
         query: [num_seqs * length, num_q_heads, head_dim].
         key, value: [num_seqs * length, num_kv_heads, head_dim].
-        scale, window, soft_cap, sinks: as in `ops.paged_attention`.
+        scale, window, soft_cap, sinks, chunk: as in `ops.Attend`.
 
     Returns:
         float32 as query.
@@ -182,6 +184,8 @@ def attend_dense(
     hidden = at > at[:, None]
     if window > 0:
         hidden |= at <= at[:, None] - window
+    if chunk > 0:
+        hidden |= at // chunk < at[:, None] // chunk
     scores = scores.masked_fill(hidden, float("-inf"))
     if sinks is not None:
         extra = sinks.float()[:, None, None].expand(len(scores), -1, length, 1)

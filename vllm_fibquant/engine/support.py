@@ -178,7 +178,6 @@ def _model_rows(model: ModelConfig, vllm_config: VllmConfig, options: Options) -
     """What is required of every model."""
     block_size = vllm_config.cache_config.block_size
     special = [*options.layers, *vllm_config.cache_config.kv_cache_dtype_skip_layers]
-    has_chunks = "chunk" in features_on(vllm_config)
     chunk = getattr(model.hf_text_config, "attention_chunk_size", None)
     head_dim = model.get_head_size()
     value_dim = getattr(model.hf_text_config, "v_head_dim", None) or head_dim
@@ -195,10 +194,6 @@ def _model_rows(model: ModelConfig, vllm_config: VllmConfig, options: Options) -
          "give --dtype bfloat16"),
         (model.rswa_window is None, "attention mask", "causal, optionally with a sliding window",
          "reference sliding-window attention", OTHER_DTYPE),
-        (chunk is None or has_chunks or model.max_model_len <= chunk, "--max-model-len",
-         f"at most {chunk}, one chunk of this model's local attention, with kernels that have no "
-         "such mask yet", model.max_model_len,
-         f"give --max-model-len {chunk}, or {OTHER_DTYPE}"),
         (chunk is None or not special, "layers and --kv-cache-dtype-skip-layers",
          "empty for a model with chunked local attention, whose layers choose their cache before",
          special, "leave them out"),

@@ -93,6 +93,8 @@ class Batch:
         new_rows: int64 [n] or None: distinct rows they are copied to.
         query_starts: query_start_loc where the host knows it, or None. What attends raw new tokens
             by a library needs it; nothing else of a GPU's does.
+        contexts: each request's tokens before its new ones where the host knows them, or None. The
+            same needs them where layers attend within chunks.
         kept: what kernels keep here from layer to layer.
 
     Raises:
@@ -106,6 +108,7 @@ class Batch:
     new_tokens: torch.Tensor | None = None
     new_rows: torch.Tensor | None = None
     query_starts: list[int] | None = field(default=None, kw_only=True)
+    contexts: list[int] | None = field(default=None, kw_only=True)
     kept: Any = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -123,6 +126,8 @@ class Batch:
                     f"Batch: query_starts must have {n + 1} entries, got {len(starts)}"
                 )
             self.num_rows = starts[-1]
+        if self.contexts is not None and len(self.contexts) != n:
+            raise ValueError(f"Batch: contexts must have {n} entries, got {len(self.contexts)}")
         if self.copy_table is not None:
             check("copy_table", self.copy_table, (n, "columns"), torch.int32, num_packed=2)
         if self.new_tokens is not None or self.new_rows is not None:
@@ -140,6 +145,13 @@ class Batch:
         if self.query_starts is None and self.query_start_loc.is_cpu:
             self.query_starts = self.query_start_loc.tolist()
         return self.query_starts
+
+    @property
+    def host_contexts(self) -> list[int] | None:
+        """See `contexts`; None where reading them would wait for a GPU."""
+        if self.contexts is None and self.seq_lens.is_cpu and self.query_start_loc.is_cpu:
+            self.contexts = (self.seq_lens - self.query_start_loc.diff()).tolist()
+        return self.contexts
 
 
 class Copies(NamedTuple):
@@ -222,6 +234,11 @@ class Attend:
         num_first = None if self.copies is None else self.copies.num_first
         self.kind = num_sinks, self.keep_first > 0, num_first
         """What the checks of a call's tensors depend on."""
+
+    @property
+    def reach(self) -> int:
+        """`window` and `chunk` as kernels take them: the window, minus the chunk, or 0 for all."""
+        return self.window or -self.chunk
 
 
 class Fresh(NamedTuple):

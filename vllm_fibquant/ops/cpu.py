@@ -92,7 +92,7 @@ class _Attending:
         self.attended: Any = None
         self.attend = FqAttend(
             scale=attend.scale,
-            reach=-attend.chunk or attend.window,
+            reach=attend.reach,
             soft_cap=attend.soft_cap,
             keep_first=attend.keep_first,
             key_map=key_map_pointer(pages.key_map),

@@ -176,7 +176,7 @@ class _Attending:
         check_pair(pages, attend)
         self.layer, self.of = layer, pages
         self.attend = FqCudaAttend(
-            window=attend.window, scale=attend.scale, soft_cap=attend.soft_cap,
+            reach=attend.reach, scale=attend.scale, soft_cap=attend.soft_cap,
             keep_first=attend.keep_first,
         )  # fmt: skip
         self.args = byref(self.attend)

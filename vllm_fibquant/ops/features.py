@@ -27,7 +27,7 @@ _NOT_TRITON = ("reference", "cpu", "cuda")
 
 FEATURES = {
     "window": Feature("sliding window", "the model", _ALL),
-    "chunk": Feature("attention within chunks", "the model", _ON_CPUS),
+    "chunk": Feature("attention within chunks", "the model", _ALL),
     "soft_cap": Feature("soft cap of scores", "the model", _ALL),
     "sinks": Feature("attention sinks", "the model", _ALL),
     "raw": Feature("a step's new tokens read as computed", '`"prefill": "raw"`', _ALL),

@@ -11,7 +11,10 @@ Our own kernel attends what the libraries are not asked for:
 - steps whose requests all have at most MIN_NEW_TOKENS new tokens: for those it reads one tile of
   keys, in one launch where a library's output takes four;
 - what is captured into a CUDA graph, since a library's launch follows lengths that the host knows;
-- a soft cap, if the library has none, and dtypes and head dims that libraries do not have.
+- a soft cap, if the library has none, and dtypes and head dims that libraries do not have;
+- chunks, if the host does not know where requests' new tokens stand.
+
+Where layers attend within chunks, a request's new tokens are as many sequences as they have chunks.
 """
 
 from __future__ import annotations
@@ -55,6 +58,8 @@ class RawLibrary:
         starts, head_dim = batch.host_starts, query.shape[2]
         if starts is None or (attend.soft_cap and not self.has_soft_cap):
             return False
+        if attend.chunk and batch.host_contexts is None:
+            return False
         if query.dtype not in LIBRARY_DTYPES or head_dim % 8 or head_dim > MAX_HEAD_DIM:
             return False
         longest = max((b - a for a, b in zip(starts, starts[1:], strict=False)), default=0)
@@ -77,8 +82,8 @@ def _flash(
     function: Callable[..., Any], version: int, query: torch.Tensor, key: torch.Tensor,
     value: torch.Tensor, batch: Batch, attend: Attend,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    starts = _kept(batch, "starts", lambda: _from_zero(batch))
-    lens = _lens(batch)
+    starts = _kept(batch, ("starts", attend.chunk), lambda: _from_zero(batch, attend.chunk))
+    lens = _lens(batch, attend.chunk)
     # A window of n tokens is the n - 1 before a token, and itself.
     window = [attend.window - 1, 0] if attend.window else [-1, -1]
     out, lse = function(
@@ -113,7 +118,7 @@ def _xformers(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     def mask() -> Any:
         whole = fmha.attn_bias.BlockDiagonalCausalMask.from_seqlens(
-            _lens(batch), device=query.device
+            _lens(batch, attend.chunk), device=query.device
         )
         return whole.make_local_attention(attend.window) if attend.window else whole
 
@@ -123,7 +128,7 @@ def _xformers(
     # Its flash operator by name: others lay out the log-sum-exp in another way.
     out, lse = fmha.memory_efficient_attention_partial(
         query.unflatten(1, group[2:4])[None], key[None, :, :, None].expand(group),
-        value[None, :, :, None].expand(group), _kept(batch, ("mask", attend.window), mask),
+        value[None, :, :, None].expand(group), _kept(batch, ("mask", attend.reach), mask),
         scale=attend.scale, op=fmha.flash.FwOp,
     )  # fmt: skip
     return out.reshape(query.shape), lse.reshape(num_q_heads, num_new)
@@ -174,15 +179,31 @@ def most_floats(num_rows: int, head_dim: int) -> int:
     return num_rows * (head_dim + 2) + num_rows * (head_dim // 2 + 1)
 
 
-def _lens(batch: Batch) -> list[int]:
+def _bounds(batch: Batch, chunk: int) -> list[int]:
+    """The rows where sequences begin, and the last one's end: requests' new tokens, cut where a
+    chunk of so many positions begins."""
     starts = batch.host_starts or []
-    return [b - a for a, b in zip(starts, starts[1:], strict=False)]
+    if not chunk:
+        return starts
+    begins = [
+        row
+        for start, end, context in zip(starts, starts[1:], batch.host_contexts or [], strict=False)
+        for row in (start, *range(start + chunk - context % chunk, end, chunk))
+    ]
+    return [*begins, *starts[-1:]]
 
 
-def _from_zero(batch: Batch) -> torch.Tensor:
-    """query_start_loc from the first of the batch's tokens on."""
-    loc = batch.query_start_loc
-    return loc - loc[:1]
+def _lens(batch: Batch, chunk: int) -> list[int]:
+    bounds = _bounds(batch, chunk)
+    return [b - a for a, b in zip(bounds, bounds[1:], strict=False)]
+
+
+def _from_zero(batch: Batch, chunk: int) -> torch.Tensor:
+    """`_bounds` from the first of the batch's tokens on, int32 on its device."""
+    bounds = _bounds(batch, chunk)
+    pinned = batch.device.type == "cuda"  # so that the host need not wait
+    made = torch.tensor([x - bounds[0] for x in bounds], dtype=torch.int32, pin_memory=pinned)
+    return made.to(batch.device, non_blocking=True)
 
 
 def _kept(batch: Batch, what: Any, make: Callable[[], Any]) -> Any:

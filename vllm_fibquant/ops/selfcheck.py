@@ -40,7 +40,7 @@ class _Case:
         query_lens: new tokens of the requests, of SEQ_LENS.
         table_tokens: tokens that a row of the block table holds at least. A GPU cuts long rows into
             splits.
-        window, soft_cap: as in ops.Attend.
+        window, soft_cap, chunk: as in ops.Attend.
         sinks: whether heads have sinks.
         raw: whether new tokens are attended raw.
         copies: whether half of the first and newest tokens are read from copies.
@@ -55,6 +55,7 @@ class _Case:
     raw: bool = False
     copies: bool = False
     keep_first: int = 0
+    chunk: int = 0
 
 
 _CPU_CASES = (_Case(),)
@@ -67,6 +68,7 @@ _GPU_CASES = (
     _Case((1, 20, 130)),
     _Case((1, 1, 1), table_tokens=16384, window=20, soft_cap=5.0, sinks=True),
     _Case(window=20, soft_cap=5.0, sinks=True),
+    _Case((1, 20, 130), chunk=48),
 )
 _RAW_CASES = (
     _Case(raw=True),
@@ -74,6 +76,7 @@ _RAW_CASES = (
     # Of many new tokens, which a library attends where there is one.
     _Case((1, 20, 130), raw=True),
     _Case((1, 37, 100), table_tokens=16384, window=20, soft_cap=5.0, sinks=True, raw=True),
+    _Case((1, 37, 100), raw=True, chunk=48),
 )
 _COPY_CASES = tuple(replace(case, copies=True) for case in _RAW_CASES)
 _FIRST_CASES = (
@@ -259,7 +262,7 @@ def _compare(
     sinks = torch.linspace(-2, 2, query.shape[1], dtype=torch.float32) if case.sinks else None
     scale = pages.codec.head_dim**-0.5
     how = case.window, case.soft_cap, sinks, case.keep_first
-    attend = Attend(scale, *how, raw_library=raw_library)
+    attend = Attend(scale, *how, raw_library=raw_library, chunk=case.chunk)
     copy_table, given = None, attend
     if case.copies and stored.copied:
         copy_table = _copy_table(stored.copied[1].rows, case.query_lens)
@@ -320,10 +323,11 @@ def _attend(
     device = pages.cache.device
     query, key, value = torch.cat(new, 1).to(device).split([x.shape[1] for x in new], dim=1)
     tensors = batch.query_start_loc, batch.seq_lens, batch.block_table, batch.copy_table
-    starts = batch.host_starts if raw else None
+    starts, contexts = (batch.host_starts, batch.host_contexts) if raw else (None, None)
     on_device = Batch(
         *(x if x is None else x.to(device) for x in tensors),  # type: ignore[arg-type]
         query_starts=starts,
+        contexts=contexts,
     )
     if attend.sinks is not None:
         attend = replace(attend, sinks=attend.sinks.to(device))
