@@ -30,6 +30,7 @@ pytestmark = [
 ]
 
 NARROW, WIDE, WINDOW, ENCODE = "narrow", "wide", "window", "encode"
+CHUNK, MAPPED_CHUNK = "chunk", "mapped chunk"
 DIRECT = "direct"
 MAPPED, MAPPED_WIDE, MAPPED_ENCODE = "mapped", "mapped wide", "mapped encode"
 COPIES, COPIES_WIDE, COPIES_MAPPED = "copies", "copies wide", "copies mapped"
@@ -60,8 +61,14 @@ MUTATIONS = {
     "an output row": ("attend_kernel.h", "to[1] = s.o[tile][i][c + 2]", "to[1] = s.o[tile][i][c]",
                       BOTH),
     "a tile without a mask": ("attend_kernel.h", "oldest + 1 : end", "oldest + 2 : end", BOTH),
-    "a window's first tile": ("attend_kernel.h", "newest - a.window + 1 :",
-                              "newest - a.window - 14 :", (WINDOW,)),
+    "a window's first tile": ("attend_kernel.h", "first_seen(a.reach, newest);",
+                              "first_seen(a.reach, newest) - 15;", (WINDOW,)),
+    "a chunk's first token": ("attend.h", "position % -reach", "(position + 1) % -reach",
+                              (CHUNK, MAPPED_CHUNK)),
+    "a row's own chunk": ("attend_kernel.h", "token < first_seen(only_here(a.reach), row)", "false",
+                          (WINDOW, CHUNK)),
+    "a first token before the chunk": ("prepare.h", "kMapped ? first_seen(a.reach, position) : 0",
+                                       "0", (MAPPED_CHUNK,)),
     "a split's state": ("merge.h", "(begin + at + j) * kHeadDim", "begin * kHeadDim", BOTH),
     "a split's weight": ("merge.h", "weights[lane_idx()] = weight", "weights[lane_idx()] = 1",
                          BOTH),
@@ -94,8 +101,9 @@ MUTATIONS = {
     "first tokens twice": ("attend_kernel.h", "least = args.num_apart", "least = 0",
                            (*BOTH_MAPPED, FIRST)),
     "a first token of a later block": ("prepare.h", "token / args.pages.block_size", "0", (FIRST,)),
-    "a first token in the window alone": ("prepare.h", "kMapped && a.window > 0", "a.window > 0",
-                                          (FIRST,)),
+    "a first token in the window alone": ("prepare.h",
+                                          "kMapped ? first_seen(a.reach, position) : 0",
+                                          "first_seen(a.reach, position)", (FIRST,)),
     "a first token's query": ("prepare.h", "kMapped ? a.query : a.first_query", "a.query",
                               (FIRST,)),
     "a key's turning mean": ("encode.h", "pair.c1 * angle.cosine + pair.c0",
@@ -168,9 +176,9 @@ def build_mutant(folder: Path, header: str, old: str, new: str) -> cuda.Library:
 
 def check_case(library, case: str) -> None:
     codec = codec_of("fibquant_3bit", 64)
-    if case in (MAPPED, MAPPED_WIDE):
+    if case in (MAPPED, MAPPED_WIDE, MAPPED_CHUNK):
         paged = test_cuda_mapped.mapped_of("fibquant_3bit", 64, [70, 32], [1, 2], group_size=3)
-        check(library, paged, wide=case == MAPPED_WIDE)
+        check(library, paged, wide=case == MAPPED_WIDE, chunk=31 * (case == MAPPED_CHUNK))
         return
     if case == COPIES_ENCODE:
         test_cuda_copies.test_new_tokens_are_copied_as_they_are(library, torch.float16, 64, "all")
@@ -197,7 +205,9 @@ def check_case(library, case: str) -> None:
         check_records(codec, got, expected)
         return
     paged = paged_of(codec, [70, 32], [1, 2], group_size=3)
-    options = {WINDOW: {"window": 30}, DIRECT: {"num_splits": 1}}.get(case, {})
+    options = {WINDOW: {"window": 30}, CHUNK: {"chunk": 31}, DIRECT: {"num_splits": 1}}.get(
+        case, {}
+    )
     check(library, paged, wide=case == WIDE, **options)
 
 

@@ -65,24 +65,27 @@ def test_attention(library, name: str, head_dim: int, group_size: int, launch: d
     check(library, paged, **launch)
 
 
-def test_window_cap_and_sinks(library) -> None:
+@pytest.mark.parametrize("seen", [{"window": 20}, {"chunk": 21}], ids=str)
+def test_window_or_chunk_and_cap_and_sinks(library, seen: dict) -> None:
     paged = paged_of(codec_of("fibquant_3bit", 64), [50, 101, 5], [9, 2, 5], group_size=3)
     sinks = torch.randn(6, generator=torch.Generator().manual_seed(1)) * 3
     for wide in (False, True):
-        check(library, paged, num_splits=2, wide=wide, window=20, soft_cap=5.0, sinks=sinks)
+        check(library, paged, num_splits=2, wide=wide, soft_cap=5.0, sinks=sinks, **seen)
 
 
 @pytest.mark.parametrize("library", ["80", "90", "120"], indirect=True)
 @pytest.mark.parametrize("kind", ["plain", "all"])
 def test_copies(library, kind: str) -> None:
-    """Read in the place of codes, also of first tokens that have means of their own."""
+    """Read in the place of codes, also of first tokens that have means of their own, of which
+    chunks leave some out."""
     lens, queries = [90, 1, 33], [1, 1, 7]
     if kind == "plain":
         paged = paged_of(codec_of("fibquant_3bit", 64), lens, queries, group_size=3)
     else:
         paged = copied.mapped_of("fibquant_3bit", 64, lens, queries, group_size=3)
     copies = make_copies(paged, 4, 40, torch.float16, 0.7)
-    copied.check(library, paged, copies=copies, window=60)
+    for options in ({"window": 60}, {"chunk": 30}):
+        copied.check(library, paged, copies=copies, **options)
 
 
 @pytest.mark.parametrize("num_splits", [1, 3])
