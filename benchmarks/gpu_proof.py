@@ -142,7 +142,8 @@ def part_build(args) -> int:
 
 
 def part_test(args) -> int:
-    cases = ("test_cuda_emulated", "test_cuda_mapped", "test_cuda_copies", "triton_cases")
+    of_cuda = (f"test_cuda_{name}" for name in ("emulated", "mapped", "copies", "chunks"))
+    cases = *of_cuda, "triton_cases"
     files = [f"tests/ops/{name}.py" for name in cases]
     return execute(args, [sys.executable, "-m", "pytest", "-q", "-m", "not slow", *files])
 

@@ -152,7 +152,9 @@ def varied_prompts(
 def cache_tensors(llm) -> list[torch.Tensor]:
     """The cache tensors of every attention layer of an in-process engine."""
     context = llm.llm_engine.vllm_config.compilation_config.static_forward_context
-    return [layer.kv_cache for layer in context.values() if layer.kv_cache.numel()]
+    # Layers of experts are there too, without one.
+    found = (getattr(layer, "kv_cache", None) for layer in context.values())
+    return [cache for cache in found if cache is not None and cache.numel()]
 
 
 def num_preemptions(llm) -> int:

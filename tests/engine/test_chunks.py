@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import shutil
 import statistics
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.ops.test_raw_states import flash_attn_varlen_func
 from vllm_fibquant import ops
-from vllm_fibquant.engine import device_pool, layers, measure, raw_library
+from vllm_fibquant.codec.codec import KVCodec
+from vllm_fibquant.codec.config import get_preset
+from vllm_fibquant.engine import device_pool, layers, measure, raw_library, reading
 from vllm_fibquant.engine.layers import our_layers
-from vllm_fibquant.ops import raw_states
+from vllm_fibquant.ops import Attend, raw_states
 
 from .harness import engine, generate, num_preemptions, random_text, varied_prompts
 from .models import VOCAB_SIZE, make_model
@@ -107,3 +110,35 @@ def test_gpus_answer_as_cpus(name, model_folder, calls, monkeypatch, tmp_path): 
     assert (SHORT_CHUNK in lengths and max(lengths) > SHORT_CHUNK) == (name == "raw")
     differences = differences_of(*found)
     assert len(differences) > 20 and statistics.median(differences) < 1e-2
+
+
+class OnGpu(torch.Tensor):
+    """A tensor that takes itself for one of a GPU."""
+
+    is_cpu = False
+
+
+def test_keys_are_measured_within_chunks():
+    """On a GPU, before there are pages, by plain PyTorch; on a CPU by the kernels."""
+    codec = KVCodec.from_preset(get_preset("fibquant"), 64)
+    impl = SimpleNamespace(num_kv_heads=2, head_size=64, codec=codec, attend=Attend(0.3, chunk=11))
+    new = torch.randn(3, 40, 2, 64, generator=torch.Generator().manual_seed(0))
+    outs = []
+    for given in (new, new.as_subclass(OnGpu)):
+        collector = measure.LayerCollector(impl, None)
+        collector.num_seqs = 2
+        outs.append(collector(*given, torch.full_like(new[0], torch.nan)))
+    assert torch.allclose(*outs, atol=1e-5)
+    impl.attend = Attend(0.3)
+    assert not torch.allclose(measure.LayerCollector(impl, None)(*new, outs[1].clone()), outs[0])
+
+
+def test_layers_that_are_not_ours_are_read_within_chunks():
+    """As `reading.attending` has vLLM's own layers attend."""
+    impl = SimpleNamespace(num_heads=2, num_kv_heads=2, head_size=64, scale=0.3)
+    layer = SimpleNamespace(attention_chunk_size=11)
+    new = torch.randn(3, 40, 2, 64, generator=torch.Generator().manual_seed(0))
+    attend = reading._stock_attention(impl, lambda: 2)
+    got = attend(layer, *new, output=torch.empty_like(new[0]))
+    assert torch.allclose(got, reading.attend_dense(*new, 20, 0.3, chunk=11))
+    assert not torch.allclose(got, reading.attend_dense(*new, 20, 0.3), atol=1e-3)
