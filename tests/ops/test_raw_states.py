@@ -184,7 +184,7 @@ def test_who_attends_what(monkeypatch) -> None:
             made.query_start_loc = SimpleNamespace(is_cpu=False)
         return made
 
-    query, plain = torch.zeros(33, 4, 64).half(), Attend(0.125)
+    query, plain, within = torch.zeros(33, 4, 64).half(), Attend(0.125), Attend(0.125, chunk=50)
     for by in (FLASH, XFORMERS):
         assert by.takes(query, batch(33), plain) and by.takes(query, batch(1, 33), plain)
         assert not by.takes(query, batch(32, 1), plain)
@@ -194,6 +194,12 @@ def test_who_attends_what(monkeypatch) -> None:
         assert not by.takes(torch.zeros(33, 4, 60).half(), batch(33), plain)
         assert not by.takes(torch.zeros(33, 4, 512).half(), batch(33), plain)
         assert by.takes(query, batch(33), Attend(0.125, soft_cap=2.0)) is by.has_soft_cap
+        assert by.takes(query, batch(33), within)
+        on_gpu = batch(33)
+        on_gpu.query_starts, on_gpu.seq_lens = [0, 33], SimpleNamespace(is_cpu=False)
+        assert by.takes(query, on_gpu, plain) and not by.takes(query, on_gpu, within)
+        on_gpu.contexts = [66]
+        assert by.takes(query, on_gpu, within)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         on_gpu = SimpleNamespace(dtype=query.dtype, shape=query.shape, is_cuda=True)
         assert not by.takes(on_gpu, batch(33), plain)
@@ -298,3 +304,10 @@ def test_the_oracle_is_the_only_judge(library, always) -> None:
     right = emu.attend(library, paged, raw_library=FLASH, **paged.raw)
     swapped = {"raw_key": paged.new_value, "raw_value": paged.new_key}
     assert (emu.attend(library, paged, raw_library=FLASH, **swapped) - right).abs().max() > 0.1
+
+
+def test_what_the_host_knows_must_fit() -> None:
+    bounds, lens = (torch.tensor(x, dtype=torch.int32) for x in ([0, 2], [5]))
+    for given in ({"query_starts": [0]}, {"contexts": [3, 4]}):
+        with pytest.raises(ValueError, match=f"{next(iter(given))} must have . entries, got"):
+            Batch(bounds, lens, bounds.view(1, 2), **given)
