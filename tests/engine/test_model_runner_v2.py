@@ -21,7 +21,7 @@ from tests.paged import make_paged, use_reference
 from vllm_fibquant import ops
 from vllm_fibquant.codec.codec import KVCodec
 from vllm_fibquant.codec.config import PRESETS
-from vllm_fibquant.engine import attention, layers
+from vllm_fibquant.engine import attention, layers, raw_library
 from vllm_fibquant.engine.device_pool import DevicePool
 from vllm_fibquant.engine.metadata import (
     FibQuantMetadata,
@@ -38,14 +38,18 @@ STALE = 2**30
 """A block number that another request may have left behind: nobody may follow it."""
 
 
-def builder(threshold: int | None, has_maps: bool = False) -> FibQuantMetadataBuilder:
+def builder(
+    threshold: int | None, has_maps: bool = False, drafts: object = None
+) -> FibQuantMetadataBuilder:
     """Our builder as a GPU has it, of no layers."""
     made = FibQuantMetadataBuilder.__new__(FibQuantMetadataBuilder)
     made.reorder_batch_threshold = threshold
     made.retain = made._pool = made._plan_probe = made._device_reader = made._gone = None
     made._max_model_len = 64
     made._needs_positions, made._counts_steps = has_maps, False
-    made._needs_starts = made._needs_contexts = True
+    layer = SimpleNamespace(attends_raw=True, attend=Attend(1.0, chunk=16))
+    config = SimpleNamespace(speculative_config=drafts)
+    made._host_lists = raw_library.host_lists(config, [layer])
     made._positions = torch.full((64,), -7) if has_maps else None
     made._with_sinks = []
     return made
@@ -138,6 +142,8 @@ def test_decodes_beside_a_chunk_have_a_launch_of_their_own() -> None:
     # Known to the host, as a library asks.
     assert metadata.parts[1][1].query_starts == [2, 22]
     assert metadata.parts[1][1].contexts == [30]
+    drafted = metadata_of_v2([1, 1, 20], paged, 3, 22, made=builder(1, drafts="ngram"))
+    assert drafted.batch.query_starts == [0, 1, 2, 22] and drafted.batch.contexts is None
     whole = metadata_of_v2([1, 1, 20], paged, 3, 22, threshold=None)
     assert [(end, batch.num_reqs) for end, batch in whole.parts] == [(22, 3)]
     assert len(metadata_of_v2([1, 1], paged_of_two(), 2, 2).parts) == 1

@@ -19,7 +19,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from vllm_fibquant.engine import device_pool
+from vllm_fibquant.engine import device_pool, raw_library
 from vllm_fibquant.engine.copies import CopyPool
 from vllm_fibquant.engine.monitored import planner_of_probes
 from vllm_fibquant.engine.non_finite import DeviceReader
@@ -108,10 +108,7 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
         layers = get_layers_from_vllm_config(vllm_config, Attention, layer_names)
         impls = {name: layer.impl for name, layer in layers.items()}
         self._needs_positions = any(impl.key_map is not None for impl in impls.values())
-        self._needs_starts = on_gpu and any(impl.attends_raw for impl in impls.values())
-        # With drafts the host does not know how many of the last step's were accepted.
-        self._needs_contexts = self._needs_starts and vllm_config.speculative_config is None
-        self._needs_contexts &= any(impl.attend.chunk for impl in impls.values())
+        self._host_lists = raw_library.host_lists(vllm_config, impls.values() if on_gpu else ())
         self._with_sinks = [impl for impl in impls.values() if impl.attend.sinks is not None]
         self._plan_probe = planner_of_probes(vllm_config, impls, kv_cache_spec.block_size, device)
         for impl in impls.values():
@@ -159,11 +156,6 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
                 common, self.reorder_batch_threshold
             )
         copies, copy_rows = self._plan_copies(common)
-        starts = common.query_start_loc_cpu.tolist() if self._needs_starts else None
-        contexts = None
-        if self._needs_contexts and common.seq_lens_cpu_upper_bound is not None:
-            lens = common.query_start_loc_cpu.diff()
-            contexts = (common.seq_lens_cpu_upper_bound - lens).tolist()
         positions = None
         if self._needs_positions:
             positions = _kept_in(self._positions, "positions", _positions(common).long())
@@ -174,9 +166,8 @@ class FibQuantMetadataBuilder(AttentionMetadataBuilder[FibQuantMetadata]):
                 common.seq_lens,
                 common.block_table_tensor,
                 *copies,
-                query_starts=starts,
-                contexts=contexts,
-            ),
+                **self._host_lists(common),
+            ),  # fmt: skip
             num_gone=self._num_gone(common),
             probe=self._plan_probe(common) if self._plan_probe else None,
             positions=positions,

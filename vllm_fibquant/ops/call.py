@@ -91,10 +91,8 @@ class Batch:
             everything, so that a row may change hands within a step. On a GPU None: there `Copied`
             says what is copied, before anything is attended.
         new_rows: int64 [n] or None: distinct rows they are copied to.
-        query_starts: query_start_loc where the host knows it, or None. What attends raw new tokens
-            by a library needs it; nothing else of a GPU's does.
-        contexts: each request's tokens before its new ones where the host knows them, or None. The
-            same needs them where layers attend within chunks.
+        query_starts, contexts: query_start_loc, and each request's tokens before its new ones, for
+            a library that attends raw new tokens; each None where the host does not know it.
         kept: what kernels keep here from layer to layer.
 
     Raises:
@@ -120,14 +118,11 @@ class Batch:
         check("block_table", self.block_table, (at_least(n), "max_blocks"), torch.int32)
         # A GPU's bounds are not read back: there this is the caller's to keep.
         self.num_rows = int(loc[-1]) if loc.is_cpu else 0
-        if (starts := self.query_starts) is not None:
-            if len(starts) != n + 1:
-                raise ValueError(
-                    f"Batch: query_starts must have {n + 1} entries, got {len(starts)}"
-                )
-            self.num_rows = starts[-1]
-        if self.contexts is not None and len(self.contexts) != n:
-            raise ValueError(f"Batch: contexts must have {n} entries, got {len(self.contexts)}")
+        for name, count in (("query_starts", n + 1), ("contexts", n)):
+            if (known := getattr(self, name)) is not None and len(known) != count:
+                raise ValueError(f"Batch: {name} must have {count} entries, got {len(known)}")
+        if self.query_starts is not None:
+            self.num_rows = self.query_starts[-1]
         if self.copy_table is not None:
             check("copy_table", self.copy_table, (n, "columns"), torch.int32, num_packed=2)
         if self.new_tokens is not None or self.new_rows is not None:
@@ -145,13 +140,6 @@ class Batch:
         if self.query_starts is None and self.query_start_loc.is_cpu:
             self.query_starts = self.query_start_loc.tolist()
         return self.query_starts
-
-    @property
-    def host_contexts(self) -> list[int] | None:
-        """See `contexts`; None where reading them would wait for a GPU."""
-        if self.contexts is None and self.seq_lens.is_cpu and self.query_start_loc.is_cpu:
-            self.contexts = (self.seq_lens - self.query_start_loc.diff()).tolist()
-        return self.contexts
 
 
 class Copies(NamedTuple):
@@ -226,6 +214,8 @@ class Attend:
             )
         if self.sinks is not None:
             check_tensor("Attend", "sinks", self.sinks, ("num_q_heads",), torch.float32)
+        self.reach = self.window or -self.chunk
+        """Both as kernels take them; 0 for all."""
         numbers, objects = ("window", "chunk", "soft_cap", "keep_first"), ("sinks", "copies")
         self.asked = [name for name in numbers if getattr(self, name)]
         self.asked += [name for name in objects if getattr(self, name) is not None]
@@ -234,11 +224,6 @@ class Attend:
         num_first = None if self.copies is None else self.copies.num_first
         self.kind = num_sinks, self.keep_first > 0, num_first
         """What the checks of a call's tensors depend on."""
-
-    @property
-    def reach(self) -> int:
-        """`window` and `chunk` as kernels take them: the window, minus the chunk, or 0 for all."""
-        return self.window or -self.chunk
 
 
 class Fresh(NamedTuple):

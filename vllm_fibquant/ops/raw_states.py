@@ -58,7 +58,7 @@ class RawLibrary:
         starts, head_dim = batch.host_starts, query.shape[2]
         if starts is None or (attend.soft_cap and not self.has_soft_cap):
             return False
-        if attend.chunk and batch.host_contexts is None:
+        if attend.chunk and _contexts(batch) is None:
             return False
         if query.dtype not in LIBRARY_DTYPES or head_dim % 8 or head_dim > MAX_HEAD_DIM:
             return False
@@ -179,6 +179,13 @@ def most_floats(num_rows: int, head_dim: int) -> int:
     return num_rows * (head_dim + 2) + num_rows * (head_dim // 2 + 1)
 
 
+def _contexts(batch: Batch) -> list[int] | None:
+    """See `Batch.contexts`; None where reading them would wait for a GPU."""
+    if batch.contexts is None and batch.seq_lens.is_cpu and batch.query_start_loc.is_cpu:
+        batch.contexts = (batch.seq_lens - batch.query_start_loc.diff()).tolist()
+    return batch.contexts
+
+
 def _bounds(batch: Batch, chunk: int) -> list[int]:
     """The rows where sequences begin, and the last one's end: requests' new tokens, cut where a
     chunk of so many positions begins."""
@@ -187,7 +194,7 @@ def _bounds(batch: Batch, chunk: int) -> list[int]:
         return starts
     begins = [
         row
-        for start, end, context in zip(starts, starts[1:], batch.host_contexts or [], strict=False)
+        for start, end, context in zip(starts, starts[1:], _contexts(batch) or [], strict=False)
         for row in (start, *range(start + chunk - context % chunk, end, chunk))
     ]
     return [*begins, *starts[-1:]]

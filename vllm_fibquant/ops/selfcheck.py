@@ -323,7 +323,10 @@ def _attend(
     device = pages.cache.device
     query, key, value = torch.cat(new, 1).to(device).split([x.shape[1] for x in new], dim=1)
     tensors = batch.query_start_loc, batch.seq_lens, batch.block_table, batch.copy_table
-    starts, contexts = (batch.host_starts, batch.host_contexts) if raw else (None, None)
+    starts = contexts = None
+    if raw:
+        starts = batch.host_starts
+        contexts = (batch.seq_lens - batch.query_start_loc.diff()).tolist()
     on_device = Batch(
         *(x if x is None else x.to(device) for x in tensors),  # type: ignore[arg-type]
         query_starts=starts,
