@@ -69,7 +69,7 @@ ENGINE_GAUGES: tuple[tuple[str, str, list[str], Numbers], ...] = (
     ("kv_cache_capacity_tokens", "Tokens the cache can hold.", [],
      lambda e: [([], e.capacity_tokens)]),
     ("kv_cache_capacity_tokens_16bit", "Tokens that 16 bits would hold in its memory.", [],
-     lambda e: [([], e.capacity_tokens / e.ratio)]),
+     lambda e: [([], e.capacity_tokens_16bit)]),
     ("kv_cache_bytes", "Memory of the cache.", [], lambda e: [([], e.cache_bytes)]),
     ("bytes_per_token", "Bytes of one token in all layers.", [],
      lambda e: [([], e.token_bytes("stored"))]),

@@ -51,20 +51,31 @@ class Engine:
         return sum(worker.report["cache_bytes"] for worker in self.workers)
 
     @property
-    def ratio(self) -> float:
-        """How many times more tokens fit than with 16 bits, in the pages vLLM allocates."""
-        fits = [worker.report["fits"] for worker in self.workers]
-        if fits and all("16bit" in fit and fit["16bit"]["num_tokens"] for fit in fits):
-            # The worker that holds least decides, with either.
-            most = min(fit["stored"]["num_tokens"] for fit in fits)
-            return most / min(fit["16bit"]["num_tokens"] for fit in fits)
-        return self.token_bytes("16bit") / self.token_bytes("stored")
+    def _fits(self) -> list[dict[str, Any]]:
+        """What fits into the workers' memory, of those that have layers with a cache."""
+        return [fit for worker in self.workers if (fit := worker.report["fits"])]
+
+    @property
+    def ratio(self) -> float | None:
+        """How many times more tokens fit than with 16 bits, in the pages vLLM allocates.
+
+        None where that is not known: beside layers that keep a state vLLM makes other blocks of 16
+        bits, and records alone would promise too much.
+        """
+        stored = [fit["stored"]["num_tokens"] for fit in self._fits]
+        dense = [fit.get("16bit", {}).get("num_tokens") for fit in self._fits]
+        # The worker that holds least decides, with either.
+        return min(stored) / min(dense) if stored and all(dense) else None
+
+    @property
+    def capacity_tokens_16bit(self) -> float | None:
+        """Tokens that 16 bits would hold in the cache's memory, or None where that is not known."""
+        return self.capacity_tokens / self.ratio if self.ratio else None
 
     @property
     def padding(self) -> float:
         """Share of the pages that holds nothing, as vLLM makes all pages equally large."""
-        fits = [worker.report["fits"] for worker in self.workers]
-        return max((fit["stored"]["padding"] for fit in fits if fit), default=0.0)
+        return max((fit["stored"]["padding"] for fit in self._fits), default=0.0)
 
     def health(self) -> int:
         """The worst health of the monitors, as an index of HEALTH."""
@@ -127,7 +138,7 @@ class Status:
             "compression_ratio": engine.ratio,
             "padding": engine.padding,
             "capacity_tokens": capacity,
-            "capacity_tokens_16bit": int(capacity / engine.ratio),
+            "capacity_tokens_16bit": round(capacity / engine.ratio) if engine.ratio else None,
             "cache_bytes": sum(e.cache_bytes for e in self.engines),
             "self_check": {
                 "passed": bool(checks),

@@ -210,12 +210,21 @@ def test_other_spellings(config, num_kv_heads):
         ({"v_head_dim": 32}, "as long as its keys, got 32 and 64"),
         ({"is_encoder_decoder": True}, "decoder-only"),
         ({"alibi": True}, "got ALiBi"),
+        ({"model_type": "falcon"}, "which vLLM ignores for those of Falcon"),
+        ({"architectures": ["BertModel"]}, "must generate, got BertModel"),
+        ({"architectures": ["XForSequenceClassification"]}, "must generate"),
         ({"num_hidden_layers": None}, "num_hidden_layers"),
     ],
 )
 def test_refusals(config, reason):
     with pytest.raises(ValueError, match=reason):
         make_shape(**config)
+
+
+@pytest.mark.parametrize("architecture", ["GPT2LMHeadModel", "ChatGLMModel", "InternLM2ChatModel"])
+def test_models_that_generate(architecture):
+    """Their names end like those of models that do not."""
+    assert make_shape(architectures=[architecture]).head_dim == 64
 
 
 @pytest.mark.parametrize(
@@ -353,6 +362,23 @@ def test_command_refuses_what_is_no_model(tmp_path, capsys):
     assert main.main(["plan", str(tmp_path), "--memory", "1GiB"]) == 1
     told = capsys.readouterr().err
     assert "by zero; see that its numbers are above 0" in told
+
+
+def test_a_head_dim_is_planned_once_its_codebooks_are_built(tmp_path, monkeypatch):
+    """As a start: refused with the command that builds one, then served with what there is."""
+    pytest.importorskip("transformers", reason="reads the model's configuration")
+    pytest.importorskip("scipy", reason="builds a codebook")
+    monkeypatch.setenv("FIBQUANT_CACHE_DIR", str(tmp_path / "cache"))
+    config = {**LLAMA, "model_type": "llama", "head_dim": 144}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="run: .* codebook build --head-dim 144"):
+        plan.plan_model(str(tmp_path), GIB)
+    shape = ["--head-dim", "144", "--subvec-dim", "4", "--num-codewords", "256"]
+    quick = ["--restarts", "1", "--samples", "4096", "--iterations", "2"]
+    assert main.main(["codebook", "build", *shape, *quick]) == 0
+    for device in ("cpu", "cuda"):
+        found = by_name(plan.plan_model(str(tmp_path), GIB, device=device)[2])
+        assert found.keys() == {"bf16", "fp8", "fibquant_2bit"}
 
 
 def test_numbers_that_no_model_can_have_are_refused_before_vllm_is_asked(tmp_path):

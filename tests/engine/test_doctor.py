@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from vllm_fibquant.cli import info
 from vllm_fibquant.cli.main import main
 from vllm_fibquant.engine import gate, last_fidelity
 
 from .harness import DEFAULTS, engine
-from .models import make_model
+from .models import make_config_only, make_model
+from .test_refusals import ALIBI_MODEL
 
 
 def test_a_model_that_is_served(model_folder, capsys):
@@ -61,3 +64,14 @@ def test_a_model_that_is_refused(model_folder, capsys):
     text = capsys.readouterr().out
     assert "refused:\n  - " in text and "must divide head_dim" in text
     assert "pydantic" not in text
+
+
+@pytest.mark.parametrize(("shape", "told"), [("falcon", "vLLM ignores it"), ("bloom", "got ALiBi")])
+def test_what_only_a_layer_knows_is_told_as_well(model_folder, shape, told, capsys):
+    """A start refuses these when layers are built, which doctor does without their weights."""
+    made = make_model(shape, model_folder) if shape == "falcon" else None
+    model = made or make_config_only("alibi", ALIBI_MODEL, model_folder)
+    assert main(["doctor", model, "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert len(report["refused"]) == 1 and told in report["refused"][0]
+    assert report["capacity"] is None and "must be a model that is served" in report["no_capacity"]

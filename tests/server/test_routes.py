@@ -30,12 +30,23 @@ OUTCOME = Outcome("warned", Loss({0: 0.99, 7: 0.9}, 191, 0.06, 12.0, 0.08))
 KEY = {"Authorization": "Bearer secret"}
 
 
+def fits(stored: int, padding: float, dense: int | None = None) -> dict[str, dict[str, float]]:
+    """As `engine.capacity.what_fits` gives them: tokens as stored and with 16 bits."""
+    found = {"stored": {"num_tokens": stored, "padding": padding}}
+    return found | ({"16bit": {"num_tokens": dense, "padding": 0.0}} if dense else {})
+
+
+FITS = fits(1000, 0.0, 142)
+"""In pages without padding: 1,000 tokens are 7 times as many, as records are."""
+
+
 class Engines:
     """What an API server sees: one engine, or several, of two workers each."""
 
     def __init__(self, kv_cache_dtype="fibquant_2bit", num_engines=1, additional_config=None):
         self.counters = [[Counters.create() for _ in range(2)] for _ in range(num_engines)]
         self.outcomes = [OUTCOME] * num_engines
+        self.fits = [FITS, FITS]  # of an engine's workers
         self.vllm_config = SimpleNamespace(
             model_config=SimpleNamespace(
                 served_model_name="model", dtype=torch.bfloat16, is_hybrid=False, use_mla=False
@@ -59,14 +70,14 @@ class Engines:
                 "kernel": "cpu-avx2",
                 "num_layers": 2,
                 "num_coded_layers": 2,
-                "fits": {},
+                "fits": fit,
                 "token_bytes": {"stored": 100, "16bit": 700, "auto": 1400},
                 "cache_bytes": 1 << 20,
                 "codes": [{"head_dim": 64}],
                 "self_checks": [{"error": 1e-6, "tolerance": 1e-5}],
                 "fidelity": self.outcomes[engine].facts(),
             }
-            for counters in self.counters[engine]
+            for counters, fit in zip(self.counters[engine], self.fits, strict=True)
         ]
 
     async def collective_rpc(self, name, timeout):
@@ -124,12 +135,37 @@ def test_info(serve):
     assert body["options"]["prefill"] == "raw"
     assert body["options"]["monitor"] == {"budget": 0.005, "tokens": 4096}
     assert body["bytes_per_token"] == {"stored": 200, "16bit": 1400, "auto": 2800}
-    assert body["compression_ratio"] == 7
+    assert body["compression_ratio"] == 1000 / 142
     assert body["capacity_tokens"] == 1000
     assert body["capacity_tokens_16bit"] == 142
     assert body["self_check"]["passed"] is True
     assert body["num_workers"] == body["num_workers_readable"] == 2
     assert body["versions"]["torch"] and body["versions"]["vllm-fibquant"]
+
+
+@pytest.mark.parametrize(
+    ("workers", "ratio", "padding"),
+    [
+        ([fits(1000, 0.4, 250), fits(1000, 0.4, 250)], 4, 0.4),  # padded: records are 7 times less
+        ([fits(1000, 0.1, 250), fits(1500, 0.2, 200)], 5, 0.2),  # the fullest worker decides
+        ([{}, fits(1000, 0.0, 250)], 4, 0.0),  # a rank without attention
+        ([fits(1000, 0.3), fits(1000, 0.3)], None, 0.3),  # beside layers that keep a state
+        ([{}, {}], None, 0.0),
+    ],
+)
+def test_capacity_is_that_of_pages_not_of_records(serve, workers, ratio, padding):
+    """What records promise is not said where vLLM's pages hold something else."""
+    engines = Engines()
+    engines.fits = workers
+    client = serve(engines)
+    body, found = client.get("/fibquant/info").json(), metrics_of(client)
+    assert (body["compression_ratio"], body["padding"]) == (ratio, padding)
+    assert body["capacity_tokens_16bit"] == (1000 / ratio if ratio else None)
+    assert found["fibquant:kv_cache_padding_ratio"] == {("0",): padding}
+    told = {("0",): ratio} if ratio else {}
+    assert found.get("fibquant:compression_ratio", {}) == told
+    dense = {key: 1000 / value for key, value in told.items()}
+    assert found.get("fibquant:kv_cache_capacity_tokens_16bit", {}) == dense
 
 
 def test_without_our_cache_it_says_so_and_asks_nobody(serve):
@@ -257,7 +293,7 @@ def test_metrics_of_several_engines(serve):
     }  # fmt: skip
     assert found["fibquant:kv_cache_used_tokens"] == {("0",): 250, ("1",): 250}
     assert found["fibquant:kv_cache_used_bytes"] == {("0",): 2**19, ("1",): 2**19}
-    assert found["fibquant:compression_ratio"] == {("0",): 7, ("1",): 7}
+    assert found["fibquant:compression_ratio"] == {("0",): 1000 / 142, ("1",): 1000 / 142}
     assert found["fibquant:fidelity_cosine_count"] == {("0", "1"): 2, ("1", "1"): 2}
     assert found["fibquant:fidelity_cosine_sum"][("0", "1")] == pytest.approx(1.94)
     buckets = found["fibquant:fidelity_cosine_bucket"]

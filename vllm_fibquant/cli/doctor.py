@@ -11,7 +11,7 @@ from typing import Any
 
 from vllm_fibquant import files
 from vllm_fibquant.cli import info, plan, serve
-from vllm_fibquant.cli.plan_states import reasons
+from vllm_fibquant.cli.plan_states import REFUSED, reasons
 
 SHOWN = ("bf16", "fp8")
 """What capacity is shown beside the preset."""
@@ -92,6 +92,7 @@ def _asked_of_vllm(model: str, kv_cache_dtype: str) -> dict[str, Any]:
         config = EngineArgs(
             model=model, kv_cache_dtype=kv_cache_dtype, skip_tokenizer_init=True
         ).create_engine_config()
+        _refuse_layers(config)
     except (ValueError, OSError, RuntimeError) as error:
         return {"refused": reasons(str(error)), "without": [], "options": None,
                 "last_fidelity": None}  # fmt: skip
@@ -101,6 +102,23 @@ def _asked_of_vllm(model: str, kv_cache_dtype: str) -> dict[str, Any]:
         "options": {name: getattr(support.run_options(config), name) for name in OPTIONS},
         "last_fidelity": last_fidelity.read(config),
     }
+
+
+def _refuse_layers(config: Any) -> None:
+    """Builds the model's layers without weights, for what is known of a layer alone, such as ALiBi.
+
+    Raises:
+        ValueError: we refuse one.
+    """
+    from vllm_fibquant.engine import compat_pages, layers
+
+    try:
+        with compat_pages.layers_without_weights(config):
+            layers.check_layers(config)
+    except Exception as error:
+        # Models that need numbers to be built (Apertus), or cannot be built here: a start says so.
+        if REFUSED in str(error):
+            raise
 
 
 def _loss(found: dict[str, Any] | None) -> str:

@@ -14,11 +14,12 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from vllm_fibquant.cli.shape import ModelShape, max_context, needs_vllm, read_config, shape_of
-from vllm_fibquant.codec.config import PRESETS
+from vllm_fibquant.codec.config import HEAD_DIMS, PRESETS
 from vllm_fibquant.codec.layout import preset_layout
 from vllm_fibquant.engine import device_pool
 from vllm_fibquant.engine.compat_pages import fitted
 from vllm_fibquant.engine.copies import num_copy_rows
+from vllm_fibquant.engine.head_dims import head_dim_problem
 from vllm_fibquant.options import SECTION, parse_layers, parse_options
 
 DENSE_BYTES = {"bf16": 2, "fp8": 1}
@@ -173,7 +174,23 @@ def plan_model(
         num_copied_first=parsed.num_copied_first,
         layer_presets=parse_layers(options.get("layers")),
     )
-    return shape, context, capacities
+    refused = _refused_presets(shape, given.device)
+    if refused.keys() == PRESETS.keys():
+        raise ValueError(
+            f"plan: {model} must be a model that is served; {refused['fibquant']}; "
+            "or use --kv-cache-dtype auto"
+        )
+    return shape, context, [c for c in capacities if c.kv_cache_dtype not in refused]
+
+
+def _refused_presets(shape: ModelShape, device: str) -> dict[str, str]:
+    """Presets that a start refuses for a head_dim, and why: of those that ship, none."""
+    odd = sorted(set(shape.head_dims) - set(HEAD_DIMS))
+    found = {
+        name: [told for d in odd if (told := head_dim_problem(preset, d, device))]
+        for name, preset in PRESETS.items()
+    }
+    return {name: told[0] for name, told in found.items() if told}
 
 
 def plan_capacities(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,9 @@ DEFAULT_CONTEXT = 2048
 STATE_LAYERS = {"mamba", "linear_attention", "conv"}
 STATE_FIELDS = ("mamba_", "n_mamba", "linear_", "ssm_", "conv_L_cache")
 """What configurations of models with such layers have, by beginnings of names."""
+
+POOLING = re.compile(r"(Classification|RewardModeling|TextEncoding|(?<!Chat|Head)(?<!LM)Model)$")
+"""Names of architectures that generate nothing, as vLLM tells them."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,7 @@ def _caches(windows: list[int], num_shared: int) -> tuple[list[int], tuple[int, 
 def _refusals(config: dict[str, Any]) -> list[str | bool]:
     """What the engine refuses, as far as a configuration shows it."""
     head_dim, value_dim = config.get("head_dim"), config.get("v_head_dim")
+    (architecture, *_) = config.get("architectures") or [""]
     return [
         bool(head_dim and value_dim and head_dim != value_dim)
         and f"its values must be as long as its keys, got {value_dim} and {head_dim}",
@@ -149,6 +154,10 @@ def _refusals(config: dict[str, Any]) -> list[str | bool]:
         and "it must be decoder-only, got an encoder-decoder model",
         bool(config.get("alibi") or config.get("model_type") == "bloom")
         and "positions must be in the keys (such as RoPE), got ALiBi",
+        bool(POOLING.search(architecture)) and f"it must generate, got {architecture}",
+        config.get("model_type") == "falcon"
+        and "its layers must take their cache's dtype from --kv-cache-dtype, which vLLM ignores "
+        "for those of Falcon",
     ]
 
 
