@@ -56,6 +56,14 @@ def seal(magic: bytes, version: int, header: Mapping[str, Any], data: bytes) -> 
     return content + hashlib.sha256(content).digest()
 
 
+def digest_of(path: Path) -> str:
+    """The SHA-256 that a sealed file says it has, in hex; "" where it cannot be read."""
+    try:
+        return path.read_bytes()[-_DIGEST_BYTES:].hex()
+    except OSError:
+        return ""
+
+
 def unseal(
     content: bytes,
     magic: bytes,

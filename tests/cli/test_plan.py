@@ -210,6 +210,8 @@ def test_other_spellings(config, num_kv_heads):
         ({"v_head_dim": 32}, "as long as its keys, got 32 and 64"),
         ({"is_encoder_decoder": True}, "decoder-only"),
         ({"alibi": True}, "got ALiBi"),
+        ({"attn_config": {"alibi": True}}, "got ALiBi"),
+        ({"position_embedding_type": "alibi"}, "got ALiBi"),
         ({"model_type": "falcon"}, "which vLLM ignores for those of Falcon"),
         ({"architectures": ["BertModel"]}, "must generate, got BertModel"),
         ({"architectures": ["XForSequenceClassification"]}, "must generate"),

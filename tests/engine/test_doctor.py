@@ -9,9 +9,9 @@ import pytest
 
 from vllm_fibquant.cli import info
 from vllm_fibquant.cli.main import main
-from vllm_fibquant.engine import gate, last_fidelity
+from vllm_fibquant.engine import gate, last_fidelity, measure
 
-from .harness import DEFAULTS, engine
+from .harness import DEFAULTS, engine, random_text
 from .models import make_config_only, make_model
 from .test_refusals import ALIBI_MODEL
 
@@ -37,22 +37,30 @@ def test_the_loss_of_the_last_start_is_told(model_folder, tmp_path, monkeypatch,
     model = make_model("llama", model_folder)
     asked = ["doctor", model, "--kv-cache-dtype", "fibquant_4bit", "--memory", "64MiB", "--json"]
 
-    def found() -> dict:
+    def found() -> tuple:
         assert main(asked) == 0
-        return json.loads(capsys.readouterr().out)["last_fidelity"]
+        report = json.loads(capsys.readouterr().out)
+        return report["last_fidelity"], report["calibrated"]
 
-    assert found() is None
+    assert found() == (None, None)
     monkeypatch.setattr(gate, "text_tokens", lambda _: list(range(2, 130)))
+    monkeypatch.setattr(measure, "text_sequences", random_text)
     with engine(model, "fibquant_4bit", fibquant=DEFAULTS, max_model_len=2048) as llm:
         measured = gate.outcome_of(llm.llm_engine.vllm_config).facts()
     assert measured["kl"] is not None
-    told = found()
+    told, calibrated = found()
+    assert calibrated is True
     assert {name: told[name] for name in last_fidelity.KEPT} == {
         name: measured[name] for name in last_fidelity.KEPT
     }
+    (file,) = tmp_path.glob("calibrations/*.fqcal")
+    file.unlink()
+    assert found()[1] is False
     asked.remove("--json")
     assert main(asked) == 0
-    assert f"KL {measured['kl']:.4f}" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert f"KL {measured['kl']:.4f}" in text
+    assert "calibrate auto, for which no measurement of this model is kept" in text
     asked[3] = "fibquant_2bit"
     assert main([*asked, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["last_fidelity"] is None
@@ -66,9 +74,11 @@ def test_a_model_that_is_refused(model_folder, capsys):
     assert "pydantic" not in text
 
 
-@pytest.mark.parametrize(("shape", "told"), [("falcon", "vLLM ignores it"), ("bloom", "got ALiBi")])
+@pytest.mark.parametrize(
+    ("shape", "told"), [("falcon", "which vLLM ignores"), ("bloom", "got ALiBi")]
+)
 def test_what_only_a_layer_knows_is_told_as_well(model_folder, shape, told, capsys):
-    """A start refuses these when layers are built, which doctor does without their weights."""
+    """A start refuses these when layers are built; their configurations show them before."""
     made = make_model(shape, model_folder) if shape == "falcon" else None
     model = made or make_config_only("alibi", ALIBI_MODEL, model_folder)
     assert main(["doctor", model, "--json"]) == 1

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
 from vllm_fibquant import ops
 from vllm_fibquant.cli import plan
+from vllm_fibquant.cli.main import main
 from vllm_fibquant.codec.latent import LatentCodec
 from vllm_fibquant.engine import capacity, latent_support, self_checks
 from vllm_fibquant.engine.report import worker_report
@@ -97,7 +100,7 @@ def test_pages_hold_records_alone(model_folder, preset):
     assert fits["16bit"].num_tokens == (64 << 20) // (32 * 1152) * 16
 
 
-def test_plan_is_the_engines_capacity(model_folder):
+def test_plan_is_the_engines_capacity(model_folder, capsys):
     model, found = make_model("deepseek-v2", model_folder), {}
     for name in ("auto", "fibquant_2bit"):
         with engine(model, name, dtype="bfloat16", **SETTINGS) as llm:
@@ -110,6 +113,15 @@ def test_plan_is_the_engines_capacity(model_folder):
         assert (told.num_blocks, told.max_concurrency) == found[name]
     assert planned["fibquant_2bit"].effective_rate == 8 * RECORD_BYTES["fibquant_2bit"] / 576
     assert "fibquant_2bit" in plan.render(shape, 64 << 20, 512, capacities)
+    # The commands say the same, without being told of modes, which latents have not.
+    asked = [model, "--memory", "64MiB", "--context", "512", "--json"]
+    capsys.readouterr()  # what the engines have logged
+    assert main(["plan", *asked, "--block-size", "16", "--max-num-seqs", "8"]) == 0
+    told = json.loads(capsys.readouterr().out)["capacities"]
+    assert {c["kv_cache_dtype"]: c["num_blocks"] for c in told}["bf16"] == found["auto"][0]
+    assert main(["doctor", *asked]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["no_capacity"] is None and report["capacity"][-1]["num_tokens"] > 0
 
 
 @pytest.mark.parametrize(

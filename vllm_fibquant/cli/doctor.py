@@ -11,13 +11,20 @@ from typing import Any
 
 from vllm_fibquant import files
 from vllm_fibquant.cli import info, plan, serve
-from vllm_fibquant.cli.plan_states import REFUSED, reasons
+from vllm_fibquant.cli.plan_states import reasons
+from vllm_fibquant.cli.shape import has_latents, read_config, refusals
 
 SHOWN = ("bf16", "fp8")
 """What capacity is shown beside the preset."""
 
 OPTIONS = ("prefill", "recent_window", "num_copies", "calibrate")
 """What of a run's options is shown."""
+
+CALIBRATED = {
+    None: "",
+    True: ", from what an earlier start measured",
+    False: ", for which no measurement of this model is kept",
+}
 
 
 def examine(
@@ -36,6 +43,7 @@ def examine(
         refused: every reason why the model is not served; [] if it is.
         without: defaults that this run goes without, and why.
         options: those it gets.
+        calibrated: whether a calibration of it is in the cache; None if it was never started.
         last_fidelity: what codes cost it at its last start with these, as measured then, or None.
         capacity: what fits beside bf16 and fp8; None with the reason in "no_capacity".
     """
@@ -55,16 +63,19 @@ def examine(
         },
         "kernel": info.kernel(),
         "cache": str(cache) if cache else None,
-        "calibrations": _num_calibrations(),
     }
     report |= _asked_of_vllm(model, kv_cache_dtype)
+    report["calibrated"] = _is_calibrated(report["last_fidelity"])
     memory_bytes = memory_bytes or serve.default_cache_bytes(machine)
     report["memory_bytes"] = memory_bytes
     report["capacity"], report["no_capacity"] = None, None
     try:
-        mode = "quality" if (report["options"] or {}).get("num_copies") else "exact"
+        config = read_config(model)
+        # What a start refuses when it builds the layers.
+        report["refused"] = report["refused"] or refusals(config)
+        copies = (report["options"] or {}).get("num_copies") or has_latents(config)
         _, report["context"], capacities = plan.plan_model(
-            model, memory_bytes, context, options={"mode": mode}
+            model, memory_bytes, context, options={} if copies else {"mode": "exact"}
         )
         report["capacity"] = [
             {**asdict(c), "num_users": c.num_users}
@@ -76,9 +87,14 @@ def examine(
     return report
 
 
-def _num_calibrations() -> int:
+def _is_calibrated(last: dict[str, Any] | None) -> bool | None:
+    """Whether what the last start measured of the model's keys is kept; None where nothing is known
+    of a last start."""
+    if last is None:
+        return None
     folders = [folder / "calibrations" for folder in files.cache_candidates()]
-    return sum(1 for folder in folders for _ in folder.glob("*.fqcal"))
+    kept = {files.digest_of(path) for folder in folders for path in folder.glob("*.fqcal")}
+    return bool(last["calibrations"]) and set(last["calibrations"]) <= kept
 
 
 def _asked_of_vllm(model: str, kv_cache_dtype: str) -> dict[str, Any]:
@@ -92,7 +108,6 @@ def _asked_of_vllm(model: str, kv_cache_dtype: str) -> dict[str, Any]:
         config = EngineArgs(
             model=model, kv_cache_dtype=kv_cache_dtype, skip_tokenizer_init=True
         ).create_engine_config()
-        _refuse_layers(config)
     except (ValueError, OSError, RuntimeError) as error:
         return {"refused": reasons(str(error)), "without": [], "options": None,
                 "last_fidelity": None}  # fmt: skip
@@ -102,23 +117,6 @@ def _asked_of_vllm(model: str, kv_cache_dtype: str) -> dict[str, Any]:
         "options": {name: getattr(support.run_options(config), name) for name in OPTIONS},
         "last_fidelity": last_fidelity.read(config),
     }
-
-
-def _refuse_layers(config: Any) -> None:
-    """Builds the model's layers without weights, for what is known of a layer alone, such as ALiBi.
-
-    Raises:
-        ValueError: we refuse one.
-    """
-    from vllm_fibquant.engine import compat_pages, layers
-
-    try:
-        with compat_pages.layers_without_weights(config):
-            layers.check_layers(config)
-    except Exception as error:
-        # Models that need numbers to be built (Apertus), or cannot be built here: a start says so.
-        if REFUSED in str(error):
-            raise
 
 
 def _loss(found: dict[str, Any] | None) -> str:
@@ -146,19 +144,19 @@ def render(report: dict[str, Any]) -> str:
         f"machine      {machine['system']}, {machine['processors']} processors, "
         f"{machine['free_memory_bytes'] / 2**30:.1f} GiB free",
         f"kernel       {report['kernel']}",
-        f"cache        {report['cache'] or 'none that can be written: nothing is kept'}, "
-        f"{report['calibrations']} calibrations in it",
+        f"cache        {report['cache'] or 'none that can be written: nothing is kept'}",
         "",
     ]
     if report["refused"]:
         lines += ["refused:", *(f"  - {reason}" for reason in report["refused"])]
         return "\n".join(lines)
     options = report["options"]
+    calibrated = CALIBRATED[report["calibrated"]] if options["calibrate"] != "none" else ""
     copies = f"newest {options['recent_window']} tokens also in 16 bits"
     lines += [
         f"served       prefill {options['prefill']}, "
         f"{copies if options['recent_window'] else 'no copies in 16 bits'}, "
-        f"calibrate {options['calibrate']}",
+        f"calibrate {options['calibrate']}{calibrated}",
         *(f"without      {told}" for told in report["without"]),
         f"loss         {_loss(report['last_fidelity'])}",
         "",

@@ -170,9 +170,8 @@ def _add_plan(commands: Any) -> None:
     plan.add_argument(
         "--mode",
         choices=("exact", "quality"),
-        default=DEFAULT_MODE,
         help="as in the fibquant options: quality counts what its copies in 16 bits take; "
-        f"default: {DEFAULT_MODE}",
+        f"default: as served, {DEFAULT_MODE} but for latent attention, which has no modes",
     )
     plan.add_argument(
         "--max-num-seqs",
@@ -200,7 +199,7 @@ def run_plan(options: argparse.Namespace) -> int:
     from vllm_fibquant.cli import plan, sizes
 
     memory = sizes.parse_size(options.memory)
-    asked = {"mode": options.mode}
+    asked: dict[str, Any] = {"mode": options.mode} if options.mode else {}
     if options.layers:
         asked["layers"] = dict(text.partition("=")[::2] for text in options.layers)
     block_size = options.block_size

@@ -17,9 +17,6 @@ if TYPE_CHECKING:
 DTYPE_NAMES = {"bf16": "auto", "fp8": "fp8"}
 """What vLLM calls the uncompressed caches."""
 
-REFUSED = "cannot be used here:"
-"""What every refusal of ours has in it (`engine.support.refusal`)."""
-
 
 def plan_states(
     model: str,
@@ -88,7 +85,7 @@ def plan_states(
 def reasons(text: str) -> list[str]:
     """The reasons in a refusal, without what pydantic puts around them; of vLLM's own, its text."""
     text = re.sub(r" \[type=value_error.*", "", text, flags=re.DOTALL)
-    _, is_refusal, told = text.partition(REFUSED)
+    _, is_refusal, told = text.partition("cannot be used here:")
     if not is_refusal:
         return [text.strip()]
     return [reason.strip() for reason in told.split("\n  - ") if reason.strip()]

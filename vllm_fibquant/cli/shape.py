@@ -97,8 +97,7 @@ def shape_of(name: str, config: dict[str, Any]) -> ModelShape:
     """
     config = config.get("text_config") or config
     other = "use --kv-cache-dtype auto"
-    refused = [told for told in _refusals(config) if told]
-    if refused:
+    if refused := refusals(config):
         raise ValueError(f"plan: {name} must be a model that is served; {refused[0]}; {other}")
     needed = ("num_hidden_layers", "num_attention_heads", "hidden_size")
     missing = [field for field in needed if not config.get(field)]
@@ -143,22 +142,25 @@ def _caches(windows: list[int], num_shared: int) -> tuple[list[int], tuple[int, 
     return owners, tuple(last[window] for window in readers if window in last)
 
 
-def _refusals(config: dict[str, Any]) -> list[str | bool]:
-    """What the engine refuses, as far as a configuration shows it."""
+def refusals(config: dict[str, Any]) -> list[str]:
+    """What a start refuses of a model, as far as the configuration of its text shows it."""
     head_dim, value_dim = config.get("head_dim"), config.get("v_head_dim")
     (architecture, *_) = config.get("architectures") or [""]
-    return [
-        bool(head_dim and value_dim and head_dim != value_dim)
+    has_alibi = config.get("alibi") or config.get("model_type") == "bloom"
+    has_alibi = has_alibi or (config.get("attn_config") or {}).get("alibi")  # MPT's
+    found: list[str | bool] = [
+        bool(head_dim and value_dim and head_dim != value_dim and not has_latents(config))
         and f"its values must be as long as its keys, got {value_dim} and {head_dim}",
         bool(config.get("is_encoder_decoder"))
         and "it must be decoder-only, got an encoder-decoder model",
-        bool(config.get("alibi") or config.get("model_type") == "bloom")
+        bool(has_alibi or config.get("position_embedding_type") == "alibi")
         and "positions must be in the keys (such as RoPE), got ALiBi",
         bool(POOLING.search(architecture)) and f"it must generate, got {architecture}",
         config.get("model_type") == "falcon"
         and "its layers must take their cache's dtype from --kv-cache-dtype, which vLLM ignores "
         "for those of Falcon",
     ]
+    return [told for told in found if told]
 
 
 def _num_kv_heads(config: dict[str, Any]) -> int:

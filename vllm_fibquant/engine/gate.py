@@ -22,6 +22,7 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.logger import init_logger
 
 from vllm_fibquant.engine import last_fidelity, reading, support
+from vllm_fibquant.engine.ranks import NO_FILE
 from vllm_fibquant.files import PACKAGE_DIR
 from vllm_fibquant.observe.loss import LayerReading, Loss, NextTokens, Outcome, RankLoss, refusal_of
 from vllm_fibquant.options import Options
@@ -80,7 +81,8 @@ def check_fidelity(
     loss = Loss.of_ranks(ranks)
     state = loss.state
     if torch.distributed.get_rank() == 0:
-        last_fidelity.keep(vllm_config, Outcome(state, loss))
+        digests = {impl.calibration for impl in layers.values()} - set(NO_FILE)
+        last_fidelity.keep(vllm_config, Outcome(state, loss), digests)
     if state == "refused":
         if not options.accept_loss:
             cache_dtype = vllm_config.cache_config.cache_dtype

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import time
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from vllm_fibquant import files
@@ -33,16 +34,22 @@ def _name(vllm_config: VllmConfig) -> str:
     return f"fidelity/{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}.json"
 
 
-def keep(vllm_config: VllmConfig, outcome: Outcome) -> None:
-    """Remembers what this start has measured; nothing where it has not."""
+def keep(vllm_config: VllmConfig, outcome: Outcome, calibrations: Iterable[str]) -> None:
+    """Remembers what this start has measured; nothing where it has not.
+
+    Args:
+        calibrations: digests of the files that its keys are coded by.
+    """
     facts = outcome.facts()
     if facts["kl"] is not None:
         kept = {name: facts[name] for name in KEPT} | {"date": time.strftime("%Y-%m-%d")}
+        kept["calibrations"] = sorted(calibrations)
         files.keep(_name(vllm_config), json.dumps(kept).encode())
 
 
 def read(vllm_config: VllmConfig) -> dict[str, Any] | None:
-    """What the last start with this model, preset and options found: KEPT and its date, or None."""
+    """What the last start with this model, preset and options found: KEPT, calibrations and
+    its date, or None."""
     path = files.find(_name(vllm_config))
     if path is None:
         return None
@@ -50,4 +57,4 @@ def read(vllm_config: VllmConfig) -> dict[str, Any] | None:
         kept = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return None
-    return kept if isinstance(kept, dict) and set(KEPT) <= set(kept) else None
+    return kept if isinstance(kept, dict) and {*KEPT, "calibrations"} <= set(kept) else None
