@@ -160,7 +160,7 @@ def refusals(config: dict[str, Any]) -> list[str]:
         and "its layers must take their cache's dtype from --kv-cache-dtype, which vLLM ignores "
         "for those of Falcon",
     ]
-    return [told for told in found if told]
+    return [told for told in found if isinstance(told, str)]
 
 
 def _num_kv_heads(config: dict[str, Any]) -> int:
