@@ -336,8 +336,12 @@ def test_plugins_to_load(given, expected):
 
 
 def test_the_pages_figures_link_to_what_they_mean():
-    """Links within the page reach an element, and the sections of documents it names exist."""
+    """They have a place, links within the page reach an element, and the sections of documents it
+    names exist."""
     page = (PAGE_DIR / "index.html").read_text()
+    shown = set(re.findall(r'\b(?:show|bar|spark)\("([\w-]+)"', (PAGE_DIR / "page.js").read_text()))
+    assert {"ratio", "expected-kl", "expected-perplexity", "expected-worst", "gate-state"} <= shown
+    assert [name for name in shown if f'id="{name}"' not in page] == []
     within = re.findall(r'href="#([\w-]+)"', page)
     assert within.count("fidelity-meaning") == 3  # KL, perplexity and cosine of the gate
     for name in within:
