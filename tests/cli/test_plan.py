@@ -223,7 +223,11 @@ def test_refusals(config, reason):
         make_shape(**config)
 
 
-@pytest.mark.parametrize("architecture", ["GPT2LMHeadModel", "ChatGLMModel", "InternLM2ChatModel"])
+@pytest.mark.parametrize(
+    "architecture",
+    ["GPT2LMHeadModel", "ChatGLMModel", "InternLM2ChatModel", "Qwen2_5OmniModel", "UltravoxModel",
+     "MossAudioModel"],
+)  # fmt: skip
 def test_models_that_generate(architecture):
     """Their names end like those of models that do not."""
     assert make_shape(architectures=[architecture]).head_dim == 64

@@ -14,7 +14,9 @@ STATE_LAYERS = {"mamba", "linear_attention", "conv"}
 STATE_FIELDS = ("mamba_", "n_mamba", "linear_", "ssm_", "conv_L_cache")
 """What configurations of models with such layers have, by beginnings of names."""
 
-POOLING = re.compile(r"(Classification|RewardModeling|TextEncoding|(?<!Chat|Head)(?<!LM)Model)$")
+POOLING = re.compile(
+    "(Classification|RewardModeling|TextEncoding|(?<!Chat|Head|Omni)(?<!LM)(?<!vox)(?<!Audio)Model)$"
+)
 """Names of architectures that generate nothing, as vLLM tells them."""
 
 
