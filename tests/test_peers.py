@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from benchmarks.peers import __main__ as peers
@@ -32,6 +31,15 @@ def test_everything_that_is_stored_is_counted(kind, bits):
     assert report.bits_of(kind, 64) == bits
 
 
+def test_layers_that_hold_a_window_hold_the_same_copies():
+    """One layer of two holds 512 tokens of 8,192, of which 132 are in 16 bits as well."""
+    windows, copied = [512, None], 16 * (132 + 132) / (512 + 8192)
+    assert report.bits_of("fibquant_2bit", 64, windows) == pytest.approx(2.25 + copied)
+    assert report.bits_of("q8_0", 64, windows) == 8.5
+    row = ROW | {"bench": "quality", "against": "q4_0", "windows": windows}
+    assert f" {6480 * (512 + 8192) // (2 * 8192):,} | 0 |" in report.table([row], "m")
+
+
 ROW = {"engine": "llama.cpp", "kind": "q4_0", "model": "m", "head_dim": 64, "cpu": "a",
        "vectors_per_token": 180}  # fmt: skip
 SPEED = {"bench": "speed", "context": 1024, "tokens_per_second": 12.34, "threads": 2,
@@ -41,7 +49,7 @@ SPEED = {"bench": "speed", "context": 1024, "tokens_per_second": 12.34, "threads
 def test_the_table_has_the_newest_result_of_each_cache():
     quality = {"bench": "quality", "against": "f16", "delta_ppl": 0.1, "kl": 0.05, "kl_999": 1.5}
     rows = [ROW | quality | {"kl": 9.0}, ROW | quality, ROW | SPEED]
-    lines = report.table(rows).splitlines()
+    lines = report.table(rows, "m").splitlines()
     assert lines[2] == "| llama.cpp | `q4_0` | 4.50 | 6,480 | +10.0% | 0.0500 | 1.50 | 12.3 |"
     assert len(lines) == 3
 
@@ -51,7 +59,7 @@ def test_random_models_have_a_table_of_their_own_and_gaps_are_explained():
     gone = shape | {"context": 32768, "left_out": "too slow", "tokens_per_second": None}
     unsteady = shape | {"context": 8192, "seconds": [1.0, 1.0, 2.0, 2.0], "tokens_per_second": 3}
     rows = [ROW | SPEED, shape, gone | {"engine": "OpenVINO", "kind": "u4"}, unsteady]
-    assert len(report.table(rows).splitlines()) == 3
+    assert len(report.table(rows, "m").splitlines()) == 3
     lines = report.shapes_table(rows).splitlines()
     assert lines[0].endswith("8 x 4 x 64, 8,192 tokens | 8 x 4 x 64, 32,768 tokens |")
     assert lines[2:] == [
@@ -116,25 +124,12 @@ def test_a_cache_that_fails_is_left_out_with_its_error(tmp_path, monkeypatch):
 
 def test_a_random_model_has_the_shape_of_its_name(tmp_path):
     folder = shapes.make("random-8x4x64", tmp_path, 512)
-    weights = gguf_model.weights_of(folder)
+    weights = dict(gguf_model.weights_of(folder))
     assert weights["model.layers.1.self_attn.q_proj.weight"].shape == (8 * 4 * 64, shapes.HIDDEN)
     assert weights["model.layers.0.self_attn.k_proj.weight"].shape == (8 * 64, shapes.HIDDEN)
     words = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
     assert sorted(words.values()) == list(range(shapes.NUM_WORDS))
     assert max(random_tokens(1000, folder)) < shapes.NUM_WORDS
-
-
-def test_rotated_pairs_lie_beside_each_other_in_gguf():
-    """In transformers coordinate i is turned together with i + head_dim / 2."""
-    rows = np.arange(2 * 6, dtype=np.float32)[:, None]  # two heads of 6
-    got = gguf_model.pairs_beside(rows, 2)[:, 0].tolist()
-    assert got == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
-
-
-def test_tensors_have_ggufs_names():
-    names = ("model.layers.7.self_attn.o_proj", "model.embed_tokens", "model.norm")
-    got = [gguf_model.gguf_name(f"{name}.weight") for name in names]
-    assert got == ["blk.7.attn_output.weight", "token_embd.weight", "output_norm.weight"]
 
 
 def test_a_peer_that_is_not_installed_is_left_out_with_a_sentence(capsys):
@@ -143,3 +138,40 @@ def test_a_peer_that_is_not_installed_is_left_out_with_a_sentence(capsys):
         "OpenVINO: left out, /nowhere/bin/python cannot import openvino_genai; run: make peers\n"
     )
     assert peers.python_of("vLLM", Path("/nowhere/bin/python")) is not None
+
+
+def test_every_model_of_words_has_a_part_of_its_own(tmp_path):
+    page = tmp_path / "page.md"
+    marks = [f"<!-- {name}: begin --><!-- {name}: end -->" for name in ("peers", "models", "speed")]
+    page.write_text("\n".join(marks))
+    widest = {"bench": "quality", "kind": "f16", "against": "f16", "version": "v1", "kl": 0.0}
+    quality = {"bench": "quality", "against": "f16", "delta_ppl": 0.1, "kl": 0.05, "kl_999": 1.5,
+               "version": "v1"}  # fmt: skip
+    gone = {"bench": "quality", "engine": "OpenVINO", "kind": "u8", "left_out": "it failed: no"}
+    rows = [ROW | quality, ROW | SPEED]
+    rows += [row | {"model": "other"} for row in (ROW | widest | {"kl_vllm": 6.2e-6}, ROW | quality,
+                                                  ROW | gone)]  # fmt: skip
+    results = tmp_path / "rows.jsonl"
+    results.write_text("\n".join(map(json.dumps, rows)))
+    report.write(results, page, tmp_path)
+    first, rest = page.read_text().split("<!-- models: begin -->")
+    assert "tokens/s" in first and "f16" not in first
+    assert rest.split("<!-- models: end -->")[0].strip().splitlines() == [
+        "### other",
+        "",
+        "| engine | cache | bits a value | bytes a token | ΔPPL | KL | "
+        "KL of one position in a thousand |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+        "| llama.cpp | `f16` | 16.00 | 23,040 | 0 | 0 | 0 |",
+        "| llama.cpp | `q4_0` | 4.50 | 6,480 | +10.0% | 0.0500 | 1.50 |",
+        "| OpenVINO | `u8` | 9.00 | 12,960 | – | – | – |",
+        "",
+        "KL from vLLM's `auto`: of llama.cpp's `f16` 6e-06.",
+        "",
+        "v1.",
+        "",
+        "Left out (–): OpenVINO `u8` on other: it failed: no.",
+        "",
+        "![divergence against bits](images/peers-other.png)",
+    ]
+    assert (tmp_path / "peers-other.png").exists()

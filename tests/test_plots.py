@@ -32,7 +32,10 @@ def recorded():
 
 
 FIGURES = {
-    "peers": lambda path: [peers.draw(report.quality_panel(rows("peers.jsonl")), path)],
+    "peers": lambda path: [
+        peers.draw(report.quality_panel(rows("peers.jsonl"), model), path)
+        for model in report.text_models(rows("peers.jsonl"))
+    ],
     "peers-shapes": lambda path: [peers.draw(report.shape_panels(rows("peers.jsonl")), path)],
     "list": lambda path: [benchmark_plots.search_lists(rows("list.jsonl"))],
     "frontier": lambda path: [plots.models_frontier(recorded())],

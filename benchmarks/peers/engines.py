@@ -19,6 +19,8 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -121,14 +123,14 @@ class OpenVino:
 
     def read(self, tokens: list[int], last_only: bool = False) -> np.ndarray:
         begin, end = self._length, self._length + len(tokens)
-        self._request.infer(
-            {
-                "input_ids": np.array([tokens], np.int64),
-                "attention_mask": np.ones((1, end), np.int64),
-                "position_ids": np.arange(begin, end, dtype=np.int64)[None],
-                "beam_idx": np.zeros(1, np.int32),
-            }
-        )
+        given = {
+            "input_ids": np.array([tokens], np.int64),
+            "attention_mask": np.ones((1, end), np.int64),
+            "position_ids": np.arange(begin, end, dtype=np.int64)[None],
+            "beam_idx": np.zeros(1, np.int32),
+        }
+        asked = {name for port in self._compiled.inputs for name in port.names}
+        self._request.infer({name: value for name, value in given.items() if name in asked})
         self._length = end
         logits = self._request.get_output_tensor(0).data[0]
         return logits[-1:].copy() if last_only else logits.copy()
@@ -166,12 +168,35 @@ class OpenVino:
 
 
 def ensure_ir(folder: Path) -> Path:
-    """OpenVINO's own file of the model, written once by OpenVINO GenAI's reader of GGUF."""
+    """OpenVINO's own file of the model, written once: by OpenVINO GenAI's reader of GGUF, or, of an
+    architecture that it does not know, by optimum-intel from transformers' files.
+
+    Raises:
+        RuntimeError: optimum-intel is not installed.
+    """
     path = folder / "openvino_model.xml"
-    if not path.exists():
+    if path.exists():
+        return path
+    if json.loads((folder / "config.json").read_text())["model_type"] in ("llama", "qwen2"):
         import openvino_genai
 
         openvino_genai.LLMPipeline(str(folder / "model.gguf"), "CPU", enable_save_ov_model=True)
+        return path
+    try:
+        from optimum.exporters.openvino import main_export
+        from optimum.intel import OVConfig
+    except ImportError as missing:
+        raise RuntimeError(
+            "OpenVINO GenAI's reader of GGUF does not know this architecture, and optimum-intel, "
+            f"which exports it, cannot be imported: {missing}"
+        ) from missing
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        main_export(
+            str(folder), scratch, task="text-generation-with-past",
+            ov_config=OVConfig(dtype="fp32"), convert_tokenizer=False,
+        )  # fmt: skip
+        for file in Path(scratch).glob("openvino_model.*"):
+            file.rename(folder / file.name)
     return path
 
 
@@ -198,10 +223,12 @@ class Vllm:
 
         self._engine = Engine(str(folder), preset, self._options, STEP, room, 1, self._dtype)
 
-    def read_all(self, tokens: list[int]) -> np.ndarray:
-        """Logits of a whole text, of which STEP tokens are prefilled at once."""
+    def read_all(self, tokens: list[int]) -> Iterator[np.ndarray]:
+        """Logits of a whole text, of which STEP tokens are prefilled at once, some rows at a
+        time."""
         (states,) = self._engine.hidden([tokens])
-        return self._engine.logits(states).numpy()
+        for piece in states.split(STEP):
+            yield self._engine.logits(piece).numpy()
 
     def _open(self, folder: Path, preset: str, room: int) -> None:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"

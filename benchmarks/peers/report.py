@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +32,27 @@ UNSTEADY = 0.15
 """A cell whose middle half of steps lies further from the median is named."""
 
 
-def bits_of(kind: str, head_dim: int) -> float:
-    """Bits of a value in a cache of CONTEXT tokens, everything stored counted."""
+def bits_of(kind: str, head_dim: int, windows: Sequence[int | None] = (None,)) -> float:
+    """Bits of a value in a cache of CONTEXT tokens, everything stored counted.
+
+    Args:
+        windows: newest tokens that each layer's cache holds; None: all.
+    """
     preset, _, options = kind.partition(" ")
     if is_fibquant(preset):
         parsed = parse_options(preset, {"fibquant": json.loads(options) if options else {}})
         coded = preset_layout(parsed.preset, head_dim).effective_rate
-        return coded + 16 * min(parsed.num_copies, CONTEXT) / CONTEXT
+        held = tokens_held(windows)
+        return coded + 16 * sum(min(parsed.num_copies, n) for n in held) / sum(held)
     if kind in OPENVINO:
         bits, beside = OPENVINO[kind]
         return bits + beside / head_dim
     return BITS[kind]
+
+
+def tokens_held(windows: Sequence[int | None]) -> list[int]:
+    """Of CONTEXT tokens those in each layer's cache."""
+    return [min(window or CONTEXT, CONTEXT) for window in windows]
 
 
 def label_of(row: dict[str, Any]) -> str:
@@ -60,9 +70,9 @@ def newest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list({key_of(row): row for row in rows}.values())
 
 
-def text_model(rows: list[dict[str, Any]]) -> str:
-    """The model that was measured last beside the random ones."""
-    return [row["model"] for row in rows if row["model"] not in SHAPES][-1]
+def text_models(rows: list[dict[str, Any]]) -> list[str]:
+    """Models of words, in the order in which they were first measured."""
+    return list(dict.fromkeys(row["model"] for row in rows if row["model"] not in SHAPES))
 
 
 def by_cache(rows: list[dict[str, Any]]) -> Iterator[tuple[str, str, list[dict[str, Any]]]]:
@@ -92,21 +102,24 @@ def speed_cells(rows: list[dict[str, Any]], columns: list[tuple[str, int]]) -> l
     return cells
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Size, quality and speed of each cache on the model of words."""
-    model = text_model(rows)
+def table(rows: list[dict[str, Any]], model: str) -> str:
+    """Size, quality and, where it was measured, speed of each cache on a model of words."""
     found = [row for row in newest(rows) if row["model"] == model]
     contexts = sorted({row["context"] for row in found if row["bench"] == "speed"})
     head = ["engine", "cache", "bits a value", "bytes a token", "ΔPPL", "KL"]
     head += ["KL of one position in a thousand", *(f"tokens/s at {n:,}" for n in contexts)]
     lines = []
     for engine, kind, of in by_cache(found):
-        bits = bits_of(kind, of[0]["head_dim"])
-        size = bits * of[0]["head_dim"] * of[0]["vectors_per_token"] / 8
+        windows = of[0].get("windows", [None])
+        bits = bits_of(kind, of[0]["head_dim"], windows)
+        held = statistics.fmean(tokens_held(windows)) / CONTEXT
+        size = bits * of[0]["head_dim"] * of[0]["vectors_per_token"] * held / 8
         cells = [engine, label_of(of[0]), f"{bits:.2f}", f"{size:,.0f}"]
         quality = next((row for row in of if row["bench"] == "quality"), None)
         if quality is None:
             cells += ["", "", ""]
+        elif "left_out" in quality:
+            cells += ["–", "–", "–"]
         elif kind == quality["against"]:
             cells += ["0", "0", "0"]
         else:
@@ -148,16 +161,34 @@ def about_speed(rows: list[dict[str, Any]]) -> str:
             f"The middle half of the steps lay further than {UNSTEADY:.0%} from the median in "
             f"{len(unsteady)} of {len(speeds)} cells: {'; '.join(unsteady)}."
         )
+    return "\n\n".join(lines + left_out(speeds))
+
+
+def about_quality(rows: list[dict[str, Any]], model: str) -> str:
+    """How far the engines' widest caches agree on a model, the versions, and what is not there."""
+    found = [r for r in newest(rows) if (r["bench"], r["model"]) == ("quality", model)]
+    agree = [
+        f"of {row['engine']}'s {label_of(row)} {row['kl_vllm']:.0e}"
+        for row in found
+        if "kl_vllm" in row
+    ]
+    versions = sorted({row["version"] for row in found if "version" in row})
+    lines = [f"KL from vLLM's `auto`: {', '.join(agree)}."] if agree else []
+    return "\n\n".join([*lines, f"{', '.join(versions)}.", *left_out(found)])
+
+
+def left_out(rows: list[dict[str, Any]]) -> list[str]:
+    """A sentence for each reason of cells that were not measured."""
     reasons: dict[str, list[str]] = {}
-    for row in speeds:
+    for row in rows:
         if "left_out" in row:
             reasons.setdefault(row["left_out"], []).append(where_of(row))
-    lines += [f"Left out (–): {'; '.join(of)}: {reason}." for reason, of in reasons.items()]
-    return "\n\n".join(lines)
+    return [f"Left out (–): {'; '.join(of)}: {reason}." for reason, of in reasons.items()]
 
 
 def where_of(row: dict[str, Any]) -> str:
-    return f"{row['engine']} {label_of(row)} on {row['model']} at {row['context']:,}"
+    at = f" at {row['context']:,}" if "context" in row else ""
+    return f"{row['engine']} {label_of(row)} on {row['model']}{at}"
 
 
 def spread_of(row: dict[str, Any]) -> float:
@@ -169,13 +200,25 @@ def spread_of(row: dict[str, Any]) -> float:
 def write(results: Path, page: Path, images: Path) -> None:
     """Puts the tables of `results` between the marks in `page`, and draws them below `images`."""
     rows = [json.loads(line) for line in results.read_text().splitlines()]
-    text = put(page.read_text(), "peers", table(rows))
-    draw(quality_panel(rows), images / "peers.png")
+    first, *others = text_models(rows)
+    text = put(page.read_text(), "peers", table(rows, first))
+    draw(quality_panel(rows, first), images / "peers.png")
+    if others:
+        text = put(text, "models", "\n\n".join(section(rows, model) for model in others))
+        for model in others:
+            draw(quality_panel(rows, model), images / f"peers-{model}.png")
     if any(row["model"] in SHAPES for row in rows):
         image = "![tokens a second against bits](images/peers-shapes.png)"
         text = put(text, "shapes", f"{shapes_table(rows)}\n\n{image}")
         draw(shape_panels(rows), images / "peers-shapes.png")
     page.write_text(put(text, "speed", about_speed(rows)))
+
+
+def section(rows: list[dict[str, Any]], model: str) -> str:
+    """A model's part of the page."""
+    image = f"![divergence against bits](images/peers-{model}.png)"
+    parts = [f"### {model}", table(rows, model), about_quality(rows, model), image]
+    return "\n\n".join(parts)
 
 
 def put(text: str, name: str, what: str) -> str:
@@ -184,9 +227,8 @@ def put(text: str, name: str, what: str) -> str:
     return f"{before}{begin}\n{what}\n{end}{rest.split(end)[1]}"
 
 
-def quality_panel(rows: list[dict[str, Any]]) -> list[Panel]:
-    """KL against bits, and speed at the longest context, of the model of words."""
-    model = text_model(rows)
+def quality_panel(rows: list[dict[str, Any]], model: str) -> list[Panel]:
+    """KL against bits, and speed at the longest context, of a model of words."""
     found = [row for row in newest(rows) if row["model"] == model]
     quality = [row for row in found if row["bench"] == "quality"]
     return [
@@ -219,6 +261,6 @@ def points_of(rows: list[dict[str, Any]], field: str) -> list[Point]:
         if "exact" in options:
             owner += ", mode exact"
         if value := row.get(field):
-            bits = bits_of(row["kind"], row["head_dim"])
+            bits = bits_of(row["kind"], row["head_dim"], row.get("windows", [None]))
             points.append(Point(owner, bits, value, preset.removeprefix("fibquant_")))
     return points

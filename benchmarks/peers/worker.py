@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,24 @@ def quality(engine: Any, texts: list[list[int]], target: Path) -> None:
     """Writes the logits of all texts, float32 `[texts, tokens, vocabulary]`."""
     logits = None
     for number, tokens in enumerate(texts):
-        if isinstance(engine, Vllm):
-            rows = engine.read_all(tokens)
-        else:
-            engine.forget()
-            pieces = [tokens[i : i + STEP] for i in range(0, len(tokens), STEP)]
-            rows = np.concatenate([engine.read(piece) for piece in pieces])
-        if logits is None:
-            shape = (len(texts), *rows.shape)
-            logits = np.lib.format.open_memmap(str(target), "w+", np.float32, shape)
-        logits[number] = rows
+        begin = 0
+        for rows in pieces(engine, tokens):
+            if logits is None:
+                shape = (len(texts), len(tokens), rows.shape[1])
+                logits = np.lib.format.open_memmap(str(target), "w+", np.float32, shape)
+            logits[number, begin : begin + len(rows)] = rows
+            begin += len(rows)
+
+
+def pieces(engine: Any, tokens: list[int]) -> Iterator[np.ndarray]:
+    """Logits of a text, float32 `[some tokens, vocabulary]`, in order: of 2,048 tokens and a large
+    vocabulary all are 2 GB."""
+    if isinstance(engine, Vllm):
+        yield from engine.read_all(tokens)
+        return
+    engine.forget()
+    for i in range(0, len(tokens), STEP):
+        yield engine.read(tokens[i : i + STEP])
 
 
 def steps(engine: Any, tokens: list[int], count: int) -> list[float]:
