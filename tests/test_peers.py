@@ -9,10 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks.peers import __main__ as peers
 from benchmarks.peers import gguf_model, plot, report, shapes
+from benchmarks.peers import worker as peers_worker
 from benchmarks.peers.engines import random_tokens
 from vllm_fibquant.evaluation.labels import label_collisions
 
@@ -130,6 +132,26 @@ def test_a_random_model_has_the_shape_of_its_name(tmp_path):
     words = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
     assert sorted(words.values()) == list(range(shapes.NUM_WORDS))
     assert max(random_tokens(1000, folder)) < shapes.NUM_WORDS
+
+
+class Counting:
+    """An engine whose logits say which token they are of, and where it stood."""
+
+    def forget(self):
+        self.length = 0
+
+    def read(self, tokens):
+        self.length += len(tokens)
+        return np.array([[token, self.length] for token in tokens], np.float32)
+
+
+def test_logits_are_written_a_piece_at_a_time(tmp_path):
+    texts = [list(range(40)), list(range(100, 140))]
+    peers_worker.quality(Counting(), texts, tmp_path / "logits.npy")
+    logits = np.load(tmp_path / "logits.npy")
+    assert logits.dtype == np.float32 and logits.shape == (2, 40, 2)
+    assert logits[:, :, 0].tolist() == texts
+    assert logits[1, :, 1].tolist() == [16] * 16 + [32] * 16 + [40] * 8
 
 
 def test_a_peer_that_is_not_installed_is_left_out_with_a_sentence(capsys):

@@ -23,15 +23,14 @@ from benchmarks.peers.engines import ENGINES, STEP, LeftOut, Vllm, random_tokens
 
 def quality(engine: Any, texts: list[list[int]], target: Path) -> None:
     """Writes the logits of all texts, float32 `[texts, tokens, vocabulary]`."""
-    logits = None
-    for number, tokens in enumerate(texts):
-        begin = 0
-        for rows in pieces(engine, tokens):
-            if logits is None:
-                shape = (len(texts), len(tokens), rows.shape[1])
-                logits = np.lib.format.open_memmap(str(target), "w+", np.float32, shape)
-            logits[number, begin : begin + len(rows)] = rows
-            begin += len(rows)
+    with target.open("wb") as file:
+        for tokens in texts:
+            for rows in pieces(engine, tokens):
+                if file.tell() == 0:
+                    shape = (len(texts), len(tokens), rows.shape[1])
+                    about = {"descr": "<f4", "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(file, about)
+                file.write(np.ascontiguousarray(rows, np.float32))
 
 
 def pieces(engine: Any, tokens: list[int]) -> Iterator[np.ndarray]:
