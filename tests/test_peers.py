@@ -168,7 +168,7 @@ def test_every_model_of_words_has_a_part_of_its_own(tmp_path):
     page.write_text("\n".join(marks))
     widest = {"bench": "quality", "kind": "f16", "against": "f16", "version": "v1", "kl": 0.0}
     quality = {"bench": "quality", "against": "f16", "delta_ppl": 0.1, "kl": 0.05, "kl_999": 1.5,
-               "version": "v1"}  # fmt: skip
+               "version": "v1", "texts": ["text:2048:0"]}  # fmt: skip
     gone = {"bench": "quality", "engine": "OpenVINO", "kind": "u8", "left_out": "it failed: no"}
     rows = [ROW | quality, ROW | SPEED]
     rows += [row | {"model": "other"} for row in (ROW | widest | {"kl_vllm": 6.2e-6}, ROW | quality,
@@ -189,6 +189,8 @@ def test_every_model_of_words_has_a_part_of_its_own(tmp_path):
         "| OpenVINO | `u8` | 9.00 | 12,960 | – | – | – |",
         "",
         "KL from vLLM's `auto`: of llama.cpp's `f16` 6e-06.",
+        "",
+        "Read: text:2048:0.",
         "",
         "v1.",
         "",

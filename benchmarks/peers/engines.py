@@ -30,7 +30,7 @@ import numpy as np
 class LlamaCpp:
     """llama.cpp through llama-cpp-python: kinds are those of --cache-type-k and --cache-type-v."""
 
-    KINDS = ("f16", "q8_0", "q5_1", "q4_0")
+    KINDS = ("f32", "f16", "q8_0", "q5_1", "q4_0")
 
     def __init__(self, folder: Path, kind: str, room: int, threads: int, quality: bool) -> None:
         import llama_cpp
@@ -48,7 +48,8 @@ class LlamaCpp:
         context.n_ctx, context.n_batch, context.n_ubatch = room, BATCH, BATCH
         context.n_threads = context.n_threads_batch = threads
         context.type_k = context.type_v = getattr(llama_cpp, f"GGML_TYPE_{kind.upper()}")
-        context.flash_attn_type = 1  # values below 16 bits need it
+        # Values below 16 bits need flash attention, which reads 32 bits as 16 and sums in 16.
+        context.flash_attn_type = int(kind != "f32")
         context.n_seq_max, context.kv_unified = 2, True
         self._context = llama_cpp.llama_init_from_model(self._model, context)
         if not self._context:

@@ -165,7 +165,8 @@ def about_speed(rows: list[dict[str, Any]]) -> str:
 
 
 def about_quality(rows: list[dict[str, Any]], model: str) -> str:
-    """How far the engines' widest caches agree on a model, the versions, and what is not there."""
+    """What was read of a model, how far the engines' widest caches agree, the versions, and what is
+    not there."""
     found = [r for r in newest(rows) if (r["bench"], r["model"]) == ("quality", model)]
     agree = [
         f"of {row['engine']}'s {label_of(row)} {row['kl_vllm']:.0e}"
@@ -174,6 +175,8 @@ def about_quality(rows: list[dict[str, Any]], model: str) -> str:
     ]
     versions = sorted({row["version"] for row in found if "version" in row})
     lines = [f"KL from vLLM's `auto`: {', '.join(agree)}."] if agree else []
+    read = {", ".join(row["texts"]) for row in found if "texts" in row}
+    lines += [f"Read: {' and '.join(sorted(read))}."] if read else []
     return "\n\n".join([*lines, f"{', '.join(versions)}.", *left_out(found)])
 
 
