@@ -175,7 +175,14 @@ def test_every_model_of_words_has_a_part_of_its_own(tmp_path):
                                                   ROW | gone)]  # fmt: skip
     results = tmp_path / "rows.jsonl"
     results.write_text("\n".join(map(json.dumps, rows)))
-    report.write(results, page, tmp_path)
+    front = tmp_path / "front.md"
+    front.write_text("a\n<!-- peers: begin -->old<!-- peers: end -->\nb")
+    report.write(results, page, tmp_path, front)
+    assert front.read_text().startswith(
+        "a\n<!-- peers: begin -->\n| cache | bits a value | other |"
+    )
+    assert "\n| llama.cpp, `q4_0` | 4.5 | +10.0%, 0.0500 | +10.0%, 0.0500 |\n" in front.read_text()
+    assert "\n| OpenVINO, `u8` | – | – | – |\n" in front.read_text()  # it failed
     first, rest = page.read_text().split("<!-- models: begin -->")
     assert "tokens/s" in first and "f16" not in first
     assert rest.split("<!-- models: end -->")[0].strip().splitlines() == [
@@ -199,3 +206,12 @@ def test_every_model_of_words_has_a_part_of_its_own(tmp_path):
         "![divergence against bits](images/peers-other.png)",
     ]
     assert (tmp_path / "peers-other.png").exists()
+
+
+def test_the_documents_quote_what_was_measured():
+    root = Path(__file__).parent.parent
+    lines = (root / "docs" / "results" / "peers.jsonl").read_text().splitlines()
+    rows = list(map(json.loads, lines))
+    assert report.headline(rows) in (root / "README.md").read_text()
+    page = (root / "docs" / "peers.md").read_text()
+    assert all(report.table(rows, model) in page for model in report.text_models(rows))

@@ -175,7 +175,7 @@ def main() -> None:
     args = parser.parse_args()
     if not args.report_only:
         measure(args)
-    write(args.out, Path("docs/peers.md"), Path("docs/images"))
+    write(args.out, Path("docs/peers.md"), Path("docs/images"), Path("README.md"))
 
 
 def facts_of(folder: Path) -> dict[str, Any]:

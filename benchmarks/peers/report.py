@@ -145,6 +145,31 @@ def shapes_table(rows: list[dict[str, Any]]) -> str:
     )
 
 
+HEADLINE = (
+    ("vLLM", "fibquant_3bit"), ("vLLM", "fp8_e4m3"), ("llama.cpp", "q8_0"), ("OpenVINO", "u8"),
+    ("OpenVINO", "u4"), ("llama.cpp", "q4_0"), ("OpenVINO", "turbo4"),
+)  # fmt: skip
+"""Caches that the README quotes: the default, and what users of other engines take."""
+
+
+def headline(rows: list[dict[str, Any]]) -> str:
+    """Increase of perplexity and KL of a few caches on every model of words, the newest first."""
+    models = text_models(rows)[::-1]
+    found = {
+        (row["engine"], row["kind"], row["model"]): row
+        for row in newest(rows)
+        if row["bench"] == "quality" and "kl" in row
+    }
+    lines = []
+    for engine, kind in HEADLINE:
+        of = [found.get((engine, kind, model)) for model in models]
+        bits = {bits_of(kind, r["head_dim"], r.get("windows", [None])) for r in of if r}
+        span = "–".join(f"{b:.1f}" for b in sorted({min(bits), max(bits)})) if bits else "–"
+        cells = [f"{r['delta_ppl']:+.1%}, {r['kl']:.4f}" if r else "–" for r in of]
+        lines.append([f"{engine}, `{kind}`", span, *cells])
+    return as_table(["cache", "bits a value", *models], lines)
+
+
 def about_speed(rows: list[dict[str, Any]]) -> str:
     """Which run, machine and versions the speeds are of, how steady they were, and what is not
     there."""
@@ -200,8 +225,9 @@ def spread_of(row: dict[str, Any]) -> float:
     return max(middle - low, high - middle) / middle
 
 
-def write(results: Path, page: Path, images: Path) -> None:
-    """Puts the tables of `results` between the marks in `page`, and draws them below `images`."""
+def write(results: Path, page: Path, images: Path, front: Path) -> None:
+    """Puts the tables of `results` between the marks in `page`, the headline between those in
+    `front`, and draws them below `images`."""
     rows = [json.loads(line) for line in results.read_text().splitlines()]
     first, *others = text_models(rows)
     text = put(page.read_text(), "peers", table(rows, first))
@@ -215,6 +241,7 @@ def write(results: Path, page: Path, images: Path) -> None:
         text = put(text, "shapes", f"{shapes_table(rows)}\n\n{image}")
         draw(shape_panels(rows), images / "peers-shapes.png")
     page.write_text(put(text, "speed", about_speed(rows)))
+    front.write_text(put(front.read_text(), "peers", headline(rows)))
 
 
 def section(rows: list[dict[str, Any]], model: str) -> str:
