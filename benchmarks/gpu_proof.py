@@ -48,7 +48,7 @@ from benchmarks.plot import rows_of
 # d, KV heads, group; the first is that of the targets.
 SHAPES = ((128, 8, 4), (128, 8, 8), (128, 8, 1), (64, 8, 4), (64, 8, 8), (64, 8, 1))
 MAX_BYTES = 24 << 30  # of bfloat16 keys and values: larger cases are left out
-SANITIZED = "k4v2 or bytes or window or padded or gain_rules"
+SANITIZED = "k4v2 or bytes or window or padded or gain_rules or freed or chunk"
 """Tests that compute-sanitizer runs: it slows kernels some hundredfold."""
 
 
@@ -160,6 +160,7 @@ def part_sanitize(args) -> int:
         "-m",
         "not slow",
         "tests/ops/test_cuda_emulated.py",
+        "tests/ops/test_cuda_chunks.py",
     ]
     worst = 0
     for check in ("memcheck", "racecheck", "initcheck"):

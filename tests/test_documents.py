@@ -11,7 +11,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 TARGETS = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-TESTS = {path.stem: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
+TESTS: dict[str, str] = {}  # files of one name in several folders together
+for path in (ROOT / "tests").rglob("test_*.py"):
+    TESTS[path.stem] = TESTS.get(path.stem, "") + path.read_text()
 
 FEATURES = (
     "prefix caching", "n-gram", "draft model", "EAGLE", "MTP", "Medusa", "LoRA", "sleep mode",

@@ -240,7 +240,7 @@ static int attend_latents(const FqCodec& codec, const FqPages& pages, const FqAt
   int64_t num_splits = 0, work = 0;
   for (int req = 0; req < args.num_reqs; ++req) {
     const int length = args.seq_lens[req];
-    if (length > args.stride_block_table * pages.block_size) return 3;
+    if (length < 0 || length > args.stride_block_table * pages.block_size) return 3;
     num_splits += (int64_t)blocks_per_req * ((length + kSplit - 1) / kSplit);
     work += (int64_t)length * args.num_heads;
   }

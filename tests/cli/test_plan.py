@@ -387,6 +387,26 @@ def test_a_head_dim_is_planned_once_its_codebooks_are_built(tmp_path, monkeypatc
         assert found.keys() == {"bf16", "fp8", "fibquant_2bit"}
 
 
+def test_head_dims_beyond_a_gpus_kernels_are_planned_on_cpus_alone(tmp_path):
+    """But for layers that are not coded."""
+    pytest.importorskip("transformers", reason="reads the model's configuration")
+    config = {**LLAMA, "model_type": "llama", "num_hidden_layers": 2, "head_dim": 512}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert plan.plan_model(str(tmp_path), GIB)[2]
+    with pytest.raises(ValueError, match="must be from 16 to 256 on a GPU, got 512"):
+        plan.plan_model(str(tmp_path), GIB, device="cuda")
+    assert plan.plan_model(str(tmp_path), GIB, device="cuda", skip_layers=("0", "1"))[2]
+
+
+def test_a_model_is_told_by_its_own_architecture_not_by_its_texts():
+    text = {**LLAMA, "architectures": ["LlamaModel"]}
+    whole = {"architectures": ["LlavaForConditionalGeneration"], "text_config": text}
+    assert shape_of("model", whole).head_dim == 64
+    whole = {"architectures": ["LlavaForSequenceClassification"], "text_config": LLAMA}
+    with pytest.raises(ValueError, match="must generate, got LlavaForSequenceClassification"):
+        shape_of("model", whole)
+
+
 def test_numbers_that_no_model_can_have_are_refused_before_vllm_is_asked(tmp_path):
     config = {"model_type": "llama4_text", "attention_chunk_size": 128, "hidden_size": 256}
     (tmp_path / "config.json").write_text(json.dumps(config))

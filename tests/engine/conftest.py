@@ -9,6 +9,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.conftest import HAS_VLLM
+
 
 @pytest.fixture(autouse=True, scope="module")
 def thawed() -> Iterator[None]:
@@ -37,6 +39,8 @@ def imports_frozen(thawed: None) -> Iterator[None]:
 def kernels_registered_once() -> None:
     """At every start vLLM's CPU platform searches all modules for Triton's kernels, to replace them
     by its own. The first start has replaced them all."""
+    if not HAS_VLLM:
+        return
     from vllm.platforms import current_platform
 
     platform = type(current_platform)

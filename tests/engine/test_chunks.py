@@ -38,6 +38,7 @@ def attends_of(llm) -> list:
     return [layer.attend for layer in our_layers(llm.llm_engine.vllm_config).values()]
 
 
+@pytest.mark.versions
 def test_steps_and_cached_prefixes_do_not_matter(model_folder):
     """Chunks begin where the request's positions say, however it is cut into steps, and are found
     again by the prefix cache; the tokens before them are forgotten."""

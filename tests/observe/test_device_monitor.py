@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -175,9 +176,12 @@ def test_the_budget_is_kept(monkeypatch):
     assert grown == pytest.approx(monitor.MAX_STEP_S)
 
 
-def test_nothing_waits_for_the_device(monkeypatch):
+@pytest.mark.parametrize("chunk", [0, 64])
+def test_nothing_waits_for_the_device(chunk, monkeypatch):
     """What a host would have to wait for on a GPU is asked of no tensor of a step."""
     bench = DeviceBench(tokens=64)
+    for layer in bench.layers:
+        layer.attend = replace(layer.attend, chunk=chunk)
 
     def refuse(*args, **kwargs):
         raise AssertionError("waits for the device")
@@ -187,6 +191,9 @@ def test_nothing_waits_for_the_device(monkeypatch):
     bounds, seq_lens = np.array([0, 32], np.int32), torch.tensor([32], dtype=torch.int32)
     table = torch.zeros(1, NUM_BLOCKS, dtype=torch.int32)
     step = Step(torch.from_numpy(bounds), seq_lens, table, torch.arange(32))
+    if chunk:
+        assert bench.monitor.plan(bounds, step) is None, "what its last token sees is not known"
+        step = step._replace(host_lens=np.array([32], np.int32))
     probe = bench.monitor.plan(bounds, step)
     monkeypatch.setattr(bench.monitor, "_read_pages", lambda sample, query, cache: query.clone())
     new = (torch.randn(32, heads, HEAD_DIM) for heads in (4, NUM_KV_HEADS, NUM_KV_HEADS))

@@ -392,7 +392,7 @@ def test_the_start_up_check_runs_what_a_gpu_serves(launches, dtype: torch.dtype)
     assert result.kernel == "cuda" and 0 < result.error <= result.tolerance
     kinds = {(wide, num_splits > 1) for wide, num_splits in launches}
     assert kinds == {(False, False), (False, True), (True, False)}
-    assert len(launches) == 7
+    assert len(launches) == 8
 
 
 @pytest.mark.parametrize("broken", [(False, True), (True, False)], ids=["splits", "wide"])

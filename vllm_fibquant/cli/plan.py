@@ -20,6 +20,7 @@ from vllm_fibquant.engine import device_pool
 from vllm_fibquant.engine.compat_pages import fitted
 from vllm_fibquant.engine.copies import num_copy_rows
 from vllm_fibquant.engine.head_dims import head_dim_problem
+from vllm_fibquant.ops.gpu import MAX_HEAD_DIM
 from vllm_fibquant.options import SECTION, parse_layers, parse_options
 
 DENSE_BYTES = {"bf16": 2, "fp8": 1}
@@ -174,20 +175,26 @@ def plan_model(
         num_copied_first=parsed.num_copied_first,
         layer_presets=parse_layers(options.get("layers")),
     )
-    refused = _refused_presets(shape, given.device)
+    refused = _refused_presets(shape, given)
     if refused.keys() == PRESETS.keys():
-        raise ValueError(
-            f"plan: {model} must be a model that is served; {refused['fibquant']}; "
-            "or use --kv-cache-dtype auto"
-        )
+        told, other = refused["fibquant"], "use --kv-cache-dtype auto"
+        told += "" if other in told else f"; or {other}"
+        raise ValueError(f"plan: {model} must be a model that is served; {told}")
     return shape, context, [c for c in capacities if c.kv_cache_dtype not in refused]
 
 
-def _refused_presets(shape: ModelShape, device: str) -> dict[str, str]:
-    """Presets that a start refuses for a head_dim, and why: of those that ship, none."""
-    odd = sorted(set(shape.head_dims) - set(HEAD_DIMS))
+def _refused_presets(shape: ModelShape, given: Settings) -> dict[str, str]:
+    """Presets that a start refuses for a head_dim of a layer that it would code, and why: of the
+    head_dims that ship none, but for those beyond a GPU's kernels."""
+    coded = {
+        shape.layer_heads(index)[1]
+        for index, window in enumerate(shape.windows)
+        if not _is_skipped(index, window, given)
+    }
+    on_gpu = given.device != "cpu"
+    odd = sorted(d for d in coded if d not in HEAD_DIMS or (on_gpu and d > MAX_HEAD_DIM))
     found = {
-        name: [told for d in odd if (told := head_dim_problem(preset, d, device))]
+        name: [told for d in odd if (told := head_dim_problem(preset, d, given.device))]
         for name, preset in PRESETS.items()
     }
     return {name: told[0] for name, told in found.items() if told}
@@ -335,6 +342,11 @@ def token_bytes(head_dim: int) -> dict[str, int]:
     return sizes
 
 
+def _is_skipped(index: int, window: int, given: Settings) -> bool:
+    skipped = given.skip_layers
+    return str(index) in skipped or (window > 0 and "sliding_window" in skipped)
+
+
 def layer_specs(shape: ModelShape, name: str, given: Settings) -> list[LayerSpec]:
     """The spec of every layer that has a cache of its own.
 
@@ -347,9 +359,8 @@ def layer_specs(shape: ModelShape, name: str, given: Settings) -> list[LayerSpec
     for index, window in enumerate(shape.windows):
         num_heads, head_dim = shape.layer_heads(index)
         num_heads = max(1, num_heads // given.tensor_parallel_size)
-        skipped = given.skip_layers
-        is_skipped = str(index) in skipped or (window > 0 and "sliding_window" in skipped)
-        head_bytes = token_bytes(head_dim)["bf16" if is_skipped else own.get(index, name)]
+        cache = "bf16" if _is_skipped(index, window, given) else own.get(index, name)
+        head_bytes = token_bytes(head_dim)[cache]
         num_coordinates = 2 * num_heads * head_dim
         layers.append(
             LayerSpec(window, num_heads * head_bytes, given.block_size, None, num_coordinates)

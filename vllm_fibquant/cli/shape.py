@@ -67,7 +67,13 @@ def read_config(model: str) -> dict[str, Any]:
             f"plan: model must be a directory with a config.json or a name that can be fetched, "
             f"got {model!r}; transformers says: {error}; see that its numbers are above 0"
         ) from error
-    return config.get("text_config") or config
+    return text_of(config)
+
+
+def text_of(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of a model's text, with the architectures of the whole model."""
+    text = config.get("text_config")
+    return {**text, "architectures": config.get("architectures")} if text else config
 
 
 def max_context(config: dict[str, Any]) -> int:
@@ -97,7 +103,7 @@ def shape_of(name: str, config: dict[str, Any]) -> ModelShape:
     Raises:
         ValueError: naming what is missing or not served.
     """
-    config = config.get("text_config") or config
+    config = text_of(config)
     other = "use --kv-cache-dtype auto"
     if refused := refusals(config):
         raise ValueError(f"plan: {name} must be a model that is served; {refused[0]}; {other}")

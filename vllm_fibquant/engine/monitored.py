@@ -46,7 +46,9 @@ def planner_of_probes(
 
     def plan(common: CommonAttentionMetadata) -> Any:
         tensors = common.query_start_loc, common.seq_lens, common.block_table_tensor
-        return monitor.plan(common.query_start_loc_cpu.numpy(), Step(*tensors, common.slot_mapping))
+        lens = common.seq_lens if common.seq_lens.is_cpu else common.seq_lens_cpu_upper_bound
+        step = Step(*tensors, common.slot_mapping, None if lens is None else lens.numpy())
+        return monitor.plan(common.query_start_loc_cpu.numpy(), step)
 
     return plan
 

@@ -61,12 +61,14 @@ _NO_SLOT = -2
 
 class Step(NamedTuple):
     """The batch of a step: query_start_loc, seq_lens and block_table as `ops.Batch`, slots as the
-    slot_mapping of its new tokens, all on the device."""
+    slot_mapping of its new tokens, all on the device; and the seq_lens of requests with more new
+    tokens than drafts have, as the host knows them, or None."""
 
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
     block_table: torch.Tensor
     slots: torch.Tensor
+    host_lens: npt.NDArray[np.int32] | None = None
 
 
 @dataclass(frozen=True)
@@ -328,8 +330,9 @@ class Monitor:
         # Its own last token's query is asked; a window layer would not see tokens far before it.
         window, chunk = layer.attend.window, layer.attend.chunk
         reach = min(num_new, window) if window else num_new
-        if chunk:
-            reach = min(num_new, (int(step.seq_lens[req]) - 1) % chunk + 1)
+        if chunk:  # of which its last token sees a part; without lengths on the host no sample
+            seen = 0 if step.host_lens is None else (int(step.host_lens[req]) - 1) % chunk + 1
+            reach = min(num_new, seen)
         if reach < MIN_TOKENS:
             return None
         length = min(MAX_TOKENS, reach)

@@ -83,7 +83,7 @@ def _flash(
     value: torch.Tensor, batch: Batch, attend: Attend,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     starts = _kept(batch, ("starts", attend.chunk), lambda: _from_zero(batch, attend.chunk))
-    lens = _lens(batch, attend.chunk)
+    lens = _kept(batch, ("lens", attend.chunk), lambda: _lens(batch, attend.chunk))
     # A window of n tokens is the n - 1 before a token, and itself.
     window = [attend.window - 1, 0] if attend.window else [-1, -1]
     out, lse = function(

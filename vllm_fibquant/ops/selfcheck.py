@@ -68,6 +68,7 @@ _GPU_CASES = (
     _Case((1, 20, 130)),
     _Case((1, 1, 1), table_tokens=16384, window=20, soft_cap=5.0, sinks=True),
     _Case(window=20, soft_cap=5.0, sinks=True),
+    _Case((1, 1, 1), table_tokens=16384, chunk=48),
     _Case((1, 20, 130), chunk=48),
 )
 _RAW_CASES = (
