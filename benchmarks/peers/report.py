@@ -146,8 +146,9 @@ def shapes_table(rows: list[dict[str, Any]]) -> str:
 
 
 HEADLINE = (
-    ("vLLM", "fibquant_3bit"), ("vLLM", "fp8_e4m3"), ("llama.cpp", "q8_0"), ("OpenVINO", "u8"),
-    ("OpenVINO", "u4"), ("llama.cpp", "q4_0"), ("OpenVINO", "turbo4"),
+    ("OpenVINO", "u8"), ("llama.cpp", "q8_0"), ("vLLM", "fp8_e4m3"), ("OpenVINO", "u4"),
+    ("llama.cpp", "q4_0"), ("OpenVINO", "turbo4"), ("OpenVINO", "turbo3"),
+    ("vLLM", "fibquant_4bit"), ("vLLM", "fibquant_3bit"), ("vLLM", "fibquant_2bit"),
 )  # fmt: skip
 """Caches that the README quotes: the default, and what users of other engines take."""
 
