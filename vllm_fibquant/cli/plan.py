@@ -14,13 +14,12 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from vllm_fibquant.cli.shape import ModelShape, max_context, needs_vllm, read_config, shape_of
-from vllm_fibquant.codec.config import HEAD_DIMS, PRESETS
+from vllm_fibquant.codec.config import PRESETS
 from vllm_fibquant.codec.layout import preset_layout
 from vllm_fibquant.engine import device_pool
 from vllm_fibquant.engine.compat_pages import fitted
 from vllm_fibquant.engine.copies import num_copy_rows
-from vllm_fibquant.engine.head_dims import head_dim_problem
-from vllm_fibquant.ops.gpu import MAX_HEAD_DIM
+from vllm_fibquant.engine.head_dims import refused_presets
 from vllm_fibquant.options import SECTION, parse_layers, parse_options
 
 DENSE_BYTES = {"bf16": 2, "fp8": 1}
@@ -175,29 +174,17 @@ def plan_model(
         num_copied_first=parsed.num_copied_first,
         layer_presets=parse_layers(options.get("layers")),
     )
-    refused = _refused_presets(shape, given)
-    if refused.keys() == PRESETS.keys():
-        told, other = refused["fibquant"], "use --kv-cache-dtype auto"
-        told += "" if other in told else f"; or {other}"
-        raise ValueError(f"plan: {model} must be a model that is served; {told}")
-    return shape, context, [c for c in capacities if c.kv_cache_dtype not in refused]
-
-
-def _refused_presets(shape: ModelShape, given: Settings) -> dict[str, str]:
-    """Presets that a start refuses for a head_dim of a layer that it would code, and why: of the
-    head_dims that ship none, but for those beyond a GPU's kernels."""
     coded = {
         shape.layer_heads(index)[1]
         for index, window in enumerate(shape.windows)
         if not _is_skipped(index, window, given)
     }
-    on_gpu = given.device != "cpu"
-    odd = sorted(d for d in coded if d not in HEAD_DIMS or (on_gpu and d > MAX_HEAD_DIM))
-    found = {
-        name: [told for d in odd if (told := head_dim_problem(preset, d, given.device))]
-        for name, preset in PRESETS.items()
-    }
-    return {name: told[0] for name, told in found.items() if told}
+    refused = refused_presets(coded, given.device)
+    if refused.keys() == PRESETS.keys():
+        told, other = refused["fibquant"], "use --kv-cache-dtype auto"
+        told += "" if other in told else f"; or {other}"
+        raise ValueError(f"plan: {model} must be a model that is served; {told}")
+    return shape, context, [c for c in capacities if c.kv_cache_dtype not in refused]
 
 
 def plan_capacities(

@@ -4,12 +4,13 @@ kernels can do with them."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from vllm_fibquant import ops
 from vllm_fibquant.codec.codebook import load_codebook
 from vllm_fibquant.codec.codec import KVCodec
-from vllm_fibquant.codec.config import PRESETS, Preset
+from vllm_fibquant.codec.config import HEAD_DIMS, PRESETS, Preset
 from vllm_fibquant.ops import gpu
 from vllm_fibquant.ops.cpu_library import unsupported_head_dim
 from vllm_fibquant.ops.features import features_of
@@ -66,6 +67,18 @@ def head_dim_problem(preset: Preset, head_dim: int, device_type: str = "cpu") ->
     if problems:
         return "; and ".join(dict.fromkeys(problems))
     return ops.unsupported_codec(KVCodec.from_preset(preset, head_dim), device_type)
+
+
+def refused_presets(head_dims: Collection[int], device_type: str) -> dict[str, str]:
+    """Presets that a start refuses for layers of these head_dims, and why: for those that ship
+    none, unless they are beyond a GPU's kernels."""
+    on_gpu = device_type != "cpu"
+    odd = sorted(d for d in head_dims if d not in HEAD_DIMS or (on_gpu and d > gpu.MAX_HEAD_DIM))
+    found = {
+        name: [told for d in odd if (told := head_dim_problem(preset, d, device_type))]
+        for name, preset in PRESETS.items()
+    }
+    return {name: told[0] for name, told in found.items() if told}
 
 
 def draft_problems(vllm_config: VllmConfig, options: Options, device_type: str) -> list[str]:
