@@ -230,8 +230,8 @@ static void merge_latent_partials(const LatentCall& call, const LatentBlock& b,
   finish_latent(call, b, s);
 }
 
-// Attends one new token of each request. Returns 0, or as paged_attention: 1, or 3 for a request
-// longer than the block table.
+// Attends one new token of each request. Returns 0, or as paged_attention: 1, or 3 for a length
+// below 0 or beyond the block table.
 static int attend_latents(const FqCodec& codec, const FqPages& pages, const FqAttendLatents& args) {
   const int head_dim = codec.head_dim;
   const int most_rows = args.num_heads < kMaxRows ? args.num_heads : kMaxRows;
@@ -248,11 +248,11 @@ static int attend_latents(const FqCodec& codec, const FqPages& pages, const FqAt
   const bool shares = args.num_threads > 1 && num_blocks < 4 * (int64_t)args.num_threads;
   const int64_t num_jobs = shares ? num_splits : num_blocks;
   const int64_t floats = padded(state_floats(most_rows, head_dim));
-  float* partial = static_cast<float*>(
-      call_scratch((size_t)(shares ? num_splits * floats : 0) * sizeof(float) +
-                   (size_t)num_blocks * sizeof(LatentBlock) + (size_t)num_jobs * sizeof(Job)));
-  LatentBlock* blocks =
-      reinterpret_cast<LatentBlock*>(partial + (shares ? num_splits * floats : 0));
+  const int64_t stored = shares ? num_splits * floats : 0;
+  float* partial = static_cast<float*>(call_scratch((size_t)stored * sizeof(float) +
+                                                    (size_t)num_blocks * sizeof(LatentBlock) +
+                                                    (size_t)num_jobs * sizeof(Job)));
+  LatentBlock* blocks = reinterpret_cast<LatentBlock*>(partial + stored);
   Job* jobs = reinterpret_cast<Job*>(blocks + num_blocks);
   Job* job = jobs;
   for (int i = 0; i < (int)num_blocks; ++i) {

@@ -53,7 +53,7 @@ def host_lists(
 ) -> Callable[[CommonAttentionMetadata], dict[str, Any]]:
     """What finds `ops.Batch.query_starts` and `contexts`, by name, of a step of these layers."""
     attends_raw = any(impl.attends_raw for impl in impls)
-    # With drafts the host does not know how many of the last step's were accepted.
+    # With drafts the host may not know yet how many of the last step's were accepted.
     within_chunks = any(impl.attend.chunk for impl in impls) and not vllm_config.speculative_config
 
     def found(common: CommonAttentionMetadata) -> dict[str, Any]:
